@@ -1,0 +1,29 @@
+"""The constants of a neuron, shared by the reference and by the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """Constants of a leaky (or, with ``tau=None``, perfect) integrate-and-fire neuron.
+
+    Attributes:
+        tau: membrane time constant in time steps (> 1); ``None`` for an IF neuron, which does not leak.
+        decay_input: whether the input current is divided by ``tau`` too.
+        v_threshold: membrane potential at and above which the neuron fires.
+        v_reset: potential after a spike (hard reset); ``None`` subtracts ``v_threshold`` instead (soft reset).
+        detach_reset: whether the reset is left out of the backward pass.
+    """
+
+    tau: float | None
+    decay_input: bool
+    v_threshold: float
+    v_reset: float | None
+    detach_reset: bool
+
+    @property
+    def v_rest(self) -> float:
+        """Potential that the membrane leaks towards, and starts from."""
+        return 0.0 if self.v_reset is None else self.v_reset

@@ -1,0 +1,356 @@
+"""Integrate-and-fire neurons with SpikingJelly's constructor, state rules and step modes.
+
+Thin modules: the state and the choice of path live here, the mathematics in ``ops/lif.py`` (fused, CUDA) and
+``reference/lif.py`` (plain torch: the CPU, float64, and surrogates that are not fused).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import surrogate as surrogates
+from .dynamics import Dynamics
+from .reference import lif as reference
+
+BACKENDS = (None, "triton", "torch", "cupy")
+STEP_MODES = ("s", "m")
+
+
+class CallStatistics(NamedTuple):
+    """Per-example statistics of one forward call and of its backward pass, both [T, N] (T = 1 for a single step).
+
+    ``spike_count`` (int32) holds after the forward pass; ``grad_norm_sq`` (float32) is NaN until the backward pass
+    writes it, and None for a forward pass that has no backward.
+    """
+
+    spike_count: Tensor
+    grad_norm_sq: Tensor | None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+class BaseNode(nn.Module):
+    """State, step modes and statistics common to the neurons.
+
+    The membrane potential ``v`` is a float until the first forward pass, then a tensor [N, *] (float32, or float64 for
+    float64 input) that keeps its graph, so that gradients cross calls until ``reset()`` or ``detach()``.
+
+    Attributes:
+        v: membrane potential.
+        v_seq: with ``store_v_seq``, the potential after every step since the last reset ('s') or of the last call
+            ('m'): [T, N, *]. Otherwise None.
+        collect_statistics: whether the passes also emit per-example statistics; off, they cost nothing.
+        channel_scale: None, or float32 [C]: ``grad_norm_sq`` is then that of the gradient times this scale along the
+            channel dimension (dimension 1 of one step's input). With gamma/sigma of a normalisation in front of the
+            neuron, it is the norm of the gradient before that normalisation.
+    """
+
+    v: Tensor | float
+
+    def __init__(
+        self,
+        tau: float | None,
+        decay_input: bool,
+        v_threshold: float,
+        v_reset: float | None,
+        surrogate_function: Callable[[Tensor], Tensor] | None,
+        detach_reset: bool,
+        step_mode: str,
+        store_v_seq: bool,
+        backend: str | None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(v_threshold, float):
+            raise TypeError(f"v_threshold must be a float, got {v_threshold!r}; write {v_threshold!r} as a float")
+        if v_reset is not None and not isinstance(v_reset, float):
+            raise TypeError(f"v_reset must be a float or None (soft reset), got {v_reset!r}")
+        if not isinstance(detach_reset, bool):
+            raise TypeError(f"detach_reset must be True or False, got {detach_reset!r}")
+        self.dynamics = Dynamics(tau, decay_input, v_threshold, v_reset, detach_reset)
+        self.surrogate_function = surrogates.Sigmoid() if surrogate_function is None else surrogate_function
+        self.step_mode = step_mode
+        self.backend = backend
+        self.store_v_seq = store_v_seq
+        self.collect_statistics = False
+        self.channel_scale: Tensor | None = None
+        self._said_not_fused = False
+        self._last_gradient_buffer: Tensor | None = None
+        self.reset()
+
+    # The constants, under SpikingJelly's names.
+    v_threshold = property(lambda self: self.dynamics.v_threshold)
+    v_reset = property(lambda self: self.dynamics.v_reset)
+    detach_reset = property(lambda self: self.dynamics.detach_reset)
+
+    @property
+    def step_mode(self) -> str:
+        """'s': forward takes one step [N, *]; 'm': all steps [T, N, *]."""
+        return self._step_mode
+
+    @step_mode.setter
+    def step_mode(self, value: str) -> None:
+        if value not in STEP_MODES:
+            raise ValueError(f"step_mode must be 's' or 'm', got {value!r}")
+        self._step_mode = value
+
+    @property
+    def backend(self) -> str | None:
+        """Which path runs. None (and 'cupy', so that SpikingJelly code runs unchanged): the fused kernels wherever they
+        can; 'triton': the fused kernels or an error; 'torch': the reference."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, value: str | None) -> None:
+        if value not in BACKENDS:
+            raise ValueError(f"backend must be one of {BACKENDS}, got {value!r}; None takes the fastest")
+        self._backend = value
+
+    @property
+    def supported_backends(self) -> tuple[str | None, ...]:
+        """The values that ``backend`` takes."""
+        return BACKENDS
+
+    @property
+    def store_v_seq(self) -> bool:
+        """Whether ``v_seq`` is kept."""
+        return self._store_v_seq
+
+    @store_v_seq.setter
+    def store_v_seq(self, value: bool) -> None:
+        self._store_v_seq = value
+        self.v_seq: Tensor | None = None
+
+    # ------------------------------------------------------------------------------------------------------ state
+
+    def reset(self) -> None:
+        """Return ``v`` to its initial float and forget ``v_seq`` and the statistics."""
+        self.v = self.dynamics.v_rest
+        self.v_seq = None
+        self.calls: list[CallStatistics] = []
+
+    def detach(self) -> None:
+        """Cut the graph behind ``v`` and ``v_seq`` (truncated back-propagation through time)."""
+        if isinstance(self.v, Tensor):
+            self.v = self.v.detach()
+        if self.v_seq is not None:
+            self.v_seq = self.v_seq.detach()
+
+    def _apply(self, fn, recurse: bool = True):
+        if isinstance(self.v, Tensor):
+            self.v = fn(self.v)
+        if self.v_seq is not None:
+            self.v_seq = fn(self.v_seq)
+        return super()._apply(fn, recurse)
+
+    def _initial_v(self, x: Tensor) -> Tensor | float:
+        """``v`` fit for one step's input x [N, *]: a new shape starts from rest, dtype and device are cast."""
+        if not isinstance(self.v, Tensor):
+            return float(self.v)
+        if self.v.shape != x.shape:
+            return self.dynamics.v_rest
+        return self.v.to(device=x.device, dtype=reference.state_dtype(x.dtype))
+
+    # ------------------------------------------------------------------------------------------------- statistics
+
+    def _joined(self, values: list[Tensor]) -> Tensor | None:
+        if not values:
+            return None
+        return values[0] if len(values) == 1 else torch.cat(values)
+
+    @property
+    def spike_count(self) -> Tensor | None:
+        """Spikes of each example at each step, int32 [T, N], of the last call ('m') or since the last reset ('s')."""
+        return self._joined([call.spike_count for call in self.calls])
+
+    @property
+    def grad_norm_sq(self) -> Tensor | None:
+        """Squared L2 norm of the loss gradient with respect to each example's input current, float32 [T, N].
+
+        The same steps as ``spike_count``; NaN where the backward pass has not come by yet, None where there is none.
+        """
+        norms = [call.grad_norm_sq for call in self.calls]
+        return None if any(n is None for n in norms) else self._joined([n for n in norms if n is not None])
+
+    def _gradient_buffer(self, x_seq: Tensor) -> Tensor | None:
+        """NaN [T, N] for the backward pass to write into."""
+        if not (self.collect_statistics and torch.is_grad_enabled()):
+            return None
+        buffer = self._last_gradient_buffer
+        if torch.compiler.is_compiling():
+            # A compiled graph can only write, in its backward, into a tensor that exists before it runs.
+            if buffer is None or buffer.shape != x_seq.shape[:2] or buffer.device != x_seq.device:
+                raise RuntimeError(
+                    "collect_statistics under torch.compile writes into an existing buffer: run one forward pass with "
+                    f"this [T, N] = {tuple(x_seq.shape[:2])} uncompiled first"
+                )
+            return buffer
+        self._last_gradient_buffer = torch.full(x_seq.shape[:2], torch.nan, device=x_seq.device)
+        return self._last_gradient_buffer
+
+    # ---------------------------------------------------------------------------------------------------- forward
+
+    def _fused_surrogate(self, x: Tensor) -> int | None:
+        """The fused surrogate's index if the kernels run for x, None if the reference does."""
+        if self._backend == "torch":
+            return None
+        runs_kernels = x.is_cuda or (self._backend == "triton" and _interpreting())
+        if self._backend == "triton" and not runs_kernels:
+            raise RuntimeError(
+                "backend='triton' needs a CUDA tensor, got one on the CPU; use backend=None for the plain torch path"
+            )
+        if not runs_kernels or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return None
+        index = surrogates.fused_index(self.surrogate_function)
+        if index is None and not self._said_not_fused:
+            self._said_not_fused = True
+            warnings.warn(
+                f"the surrogate {type(self.surrogate_function).__name__} is not fused: this neuron runs step by step in "
+                f"plain torch; fused are {', '.join(c.__name__ for c in surrogates.FUSED)}",
+                stacklevel=3,
+            )
+        return index
+
+    def _run(self, x_seq: Tensor) -> Tensor:
+        """All steps of x_seq [T, N, *]; updates the state and the statistics."""
+        if self.collect_statistics and x_seq.ndim < 2:
+            raise ValueError(f"collect_statistics needs a batch dimension, got input of shape {tuple(x_seq.shape)}")
+        v = self._initial_v(x_seq[0])
+        grad_norm_sq = self._gradient_buffer(x_seq)
+        fused = self._fused_surrogate(x_seq)
+        if fused is not None:
+            from .ops.lif import lif  # Triton is imported where it is used, so that CPU users need no Triton
+
+            spikes, v, v_seq, spike_count = lif(
+                x_seq,
+                v,
+                self.dynamics,
+                fused,
+                float(self.surrogate_function.alpha),  # type: ignore[attr-defined]
+                store_v_seq=self.store_v_seq,
+                count_spikes=self.collect_statistics,
+                grad_norm_sq=grad_norm_sq,
+                channel_scale=self.channel_scale,
+            )
+        else:
+            if not isinstance(v, Tensor):
+                v = torch.full_like(x_seq[0], v, dtype=reference.state_dtype(x_seq.dtype), requires_grad=False)
+            if grad_norm_sq is not None:
+                x_seq = reference.GradientNormTap.apply(x_seq, grad_norm_sq, self.channel_scale)
+            spikes, v, v_seq = reference.multi_step(x_seq, v, self.dynamics, self.surrogate_function, self.store_v_seq)
+            if self.collect_statistics:
+                spike_count = reference.spike_count(spikes)
+        self.v = v
+        if self.collect_statistics:
+            call = CallStatistics(spike_count, grad_norm_sq)
+            self.calls = [call] if self.step_mode == "m" else [*self.calls, call]
+        if self.store_v_seq:
+            keep = self.step_mode == "s" and self.v_seq is not None and self.v_seq.shape[1:] == v_seq.shape[1:]
+            self.v_seq = torch.cat((self.v_seq, v_seq)) if keep else v_seq
+        return spikes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Input current to spikes, same shape and dtype: [N, *] in step mode 's', [T, N, *] in 'm'.
+
+        Raises:
+            ValueError: the input has no step, or statistics are on and it has no batch dimension.
+        """
+        if self._step_mode == "s":
+            return self._run(x.unsqueeze(0)).squeeze(0)
+        if x.ndim == 0 or x.shape[0] == 0:
+            raise ValueError(f"step_mode='m' needs input [T, N, *] with T >= 1, got shape {tuple(x.shape)}")
+        return self._run(x)
+
+    def extra_repr(self) -> str:
+        d = self.dynamics
+        return (
+            f"v_threshold={d.v_threshold}, v_reset={d.v_reset}, detach_reset={d.detach_reset}, "
+            f"step_mode={self.step_mode}, backend={self.backend}"
+        )
+
+
+class LIFNode(BaseNode):
+    """Leaky integrate-and-fire neurons, a drop-in for SpikingJelly's ``LIFNode``.
+
+    Charge, with r = v_reset (0 for None): ``h = v + (x - (v - r)) / tau`` if decay_input, else
+    ``h = v - (v - r) / tau + x``. Fire: ``s = (h >= v_threshold)``. Reset: to r, or by subtraction for v_reset=None.
+
+    Args:
+        tau: membrane time constant in steps, a float > 1.
+        decay_input: whether the input is divided by tau.
+        v_threshold: threshold.
+        v_reset: potential after a spike, or None for a soft reset.
+        surrogate_function: maps h - v_threshold to spikes with a gradient; None means ``Sigmoid(alpha=4)``. Those of
+            ``sadp_fast.surrogate`` and SpikingJelly's of the same names run fused, any other callable in plain torch.
+        detach_reset: leave the reset out of the backward pass.
+        step_mode: 's' (one step a call) or 'm' (all steps in one call).
+        store_v_seq: keep the membrane potential of every step in ``v_seq``.
+        backend: see ``BaseNode.backend``.
+
+    Raises:
+        TypeError, ValueError: an argument is not of the kind above.
+    """
+
+    def __init__(
+        self,
+        tau: float = 2.0,
+        decay_input: bool = True,
+        v_threshold: float = 1.0,
+        v_reset: float | None = 0.0,
+        surrogate_function: Callable[[Tensor], Tensor] | None = None,
+        detach_reset: bool = False,
+        step_mode: str = "s",
+        store_v_seq: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        if not isinstance(tau, float) or not tau > 1.0:
+            raise ValueError(f"tau must be a float > 1.0, got {tau!r}; an IFNode has no leak")
+        super().__init__(
+            tau, decay_input, v_threshold, v_reset, surrogate_function, detach_reset, step_mode, store_v_seq, backend
+        )
+
+    tau = property(lambda self: self.dynamics.tau)
+    decay_input = property(lambda self: self.dynamics.decay_input)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, tau={self.tau}, decay_input={self.decay_input}"
+
+
+class IFNode(BaseNode):
+    """Integrate-and-fire neurons without leak, a drop-in for SpikingJelly's ``IFNode``: ``h = v + x``.
+
+    Arguments, state and errors are those of ``LIFNode``.
+    """
+
+    def __init__(
+        self,
+        v_threshold: float = 1.0,
+        v_reset: float | None = 0.0,
+        surrogate_function: Callable[[Tensor], Tensor] | None = None,
+        detach_reset: bool = False,
+        step_mode: str = "s",
+        store_v_seq: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            None, False, v_threshold, v_reset, surrogate_function, detach_reset, step_mode, store_v_seq, backend
+        )
+
+
+def reset(module: nn.Module) -> None:
+    """Call ``reset()`` of every neuron of this package in ``module``."""
+    for child in module.modules():
+        if isinstance(child, BaseNode):
+            child.reset()
+
+
+def neurons(module: nn.Module) -> dict[str, BaseNode]:
+    """The neurons of this package in ``module``, by name."""
+    return {name: child for name, child in module.named_modules() if isinstance(child, BaseNode)}

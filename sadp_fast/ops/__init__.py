@@ -1,0 +1,1 @@
+"""Fused Triton operators, one file each: kernel, launcher, registered operator, autograd function."""
