@@ -1,0 +1,21 @@
+"""Spike-aware data pruning for spiking neural networks, with fused neuron kernels (arXiv 2510.04098)."""
+
+from . import surrogate
+from .neuron import IFNode, LIFNode, reset
+from .pruner import SADP
+from .sampling import Sample, sample
+from .selection import inclusion_probabilities, prune_ratios
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SADP",
+    "IFNode",
+    "LIFNode",
+    "Sample",
+    "inclusion_probabilities",
+    "prune_ratios",
+    "reset",
+    "sample",
+    "surrogate",
+]

@@ -1,0 +1,276 @@
+"""Which neuron feeds which weight layer: read from the autograd graph of one training step.
+
+The score of a weight layer needs the energy of its input and of the gradient at its output. Where the input is a
+neuron's spikes as they are, the neuron's count is that energy; where the output goes to one neuron alone, directly or
+through a batch normalisation, the neuron's gradient norm is the other. The graph that autograd records anyway says
+where this holds, for any model code: views and casts change neither, a residual sum, a pooling or a dropout does. What
+no neuron knows is measured by a reduction over the tensor itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .neuron import BaseNode
+from .reference.lif import squared_norm_per_example
+from .score import WEIGHT_LAYERS, patch_multiplicity
+
+# Autograd nodes that leave every element as it is; the second group also moves dimensions.
+_VIEWS = {"View", "UnsafeView", "ReshapeAlias", "Alias", "Squeeze", "Unsqueeze", "Clone", "ToCopy"}
+_MOVES = {"Transpose", "Permute"}
+
+_Edge = tuple[Any, int]  # (autograd node, number of its output)
+
+
+@dataclass(frozen=True)
+class WeightLayer:
+    """How one weight layer's two energies are measured.
+
+    Attributes:
+        name: of the layer's module.
+        multiplicity: ``patch_multiplicity``.
+        input_neuron: the neuron whose spikes are the layer's input, or None: reduce the input tensor.
+        norm: the batch normalisation that alone consumes the layer's output, or None. The gradient is then taken
+            behind it and scaled by gamma/sigma: exactly the gradient in front of it for frozen statistics.
+        output_neuron: the neuron that alone consumes that output, or None: reduce the gradient tensor.
+    """
+
+    name: str
+    multiplicity: float
+    input_neuron: str | None
+    norm: str | None
+    output_neuron: str | None
+
+    @property
+    def gradient_site(self) -> str:
+        """Name of the module at whose output the gradient is taken."""
+        return self.norm or self.name
+
+    def describe(self) -> str:
+        """One line for people."""
+        spikes = f"spike count of {self.input_neuron}" if self.input_neuron else "reduction of its input"
+        norm = f", scaled through {self.norm}" if self.norm else ""
+        delta = f"gradient norm of {self.output_neuron}" if self.output_neuron else "reduction of its output's gradient"
+        return f"{self.name}: {spikes} x {delta}{norm}"
+
+
+@dataclass
+class _Call:
+    name: str
+    input: Tensor
+    output: Tensor
+
+
+@dataclass
+class Probe:
+    """Records, by forward hooks, the calls of one forward pass whose graph is then read by ``resolve``."""
+
+    model: nn.Module
+    layers: list[_Call] = field(default_factory=list)
+    norms: list[_Call] = field(default_factory=list)
+    neurons: list[_Call] = field(default_factory=list)
+
+    def hooks(self) -> list[torch.utils.hooks.RemovableHandle]:
+        """Register the recording hooks; the caller removes them."""
+        handles = []
+        for name, module in self.model.named_modules():
+            calls = self._calls_of(module)
+            if calls is not None:
+                handles.append(module.register_forward_hook(self._recorder(name, calls)))
+        return handles
+
+    def forget(self) -> None:
+        """Drop what was recorded."""
+        for calls in (self.layers, self.norms, self.neurons):
+            calls.clear()
+
+    def _calls_of(self, module: nn.Module) -> list[_Call] | None:
+        if isinstance(module, BaseNode):
+            return self.neurons
+        if isinstance(module, WEIGHT_LAYERS):
+            return self.layers if module.weight.requires_grad else None
+        return self.norms if isinstance(module, _BatchNorm) else None
+
+    @staticmethod
+    def _recorder(name: str, calls: list[_Call]):
+        def record(_module, inputs, output):
+            if torch.is_grad_enabled():
+                calls.append(_Call(name, inputs[0], output))
+
+        return record
+
+    def resolve(self, output: Tensor) -> list[WeightLayer]:
+        """Read the graph behind ``output`` (the model's output or the loss); layers in the order of their first call."""
+        graph = _Graph(output)
+        layer_of = {_edge(call.output): call.name for call in self.layers}
+        norm_of = {_edge(call.output): call.name for call in self.norms}
+        spikes_of = {_edge(call.output): call.name for call in self.neurons}
+        modules = dict(self.model.named_modules())
+
+        norm_behind: dict[_Edge, _Call] = {}  # layer output -> the normalisation that alone consumes it
+        for call in self.norms:
+            source = graph.walk_back(call.input, layer_of, alone=True)
+            if source is not None and _scalable(modules[call.name]):
+                norm_behind[source] = call
+        neuron_behind: dict[_Edge, str] = {}  # layer or norm output -> the neuron that alone consumes it
+        for call in self.neurons:
+            source = graph.walk_back(call.input, layer_of | norm_of, alone=True, moves=False)
+            if source is None:
+                continue
+            if source in norm_of:
+                behind = next(n for n in self.norms if _edge(n.output) == source)
+                if not _channels_line_up(behind.output, call.input):
+                    continue
+            neuron_behind[source] = call.name
+
+        found: dict[str, WeightLayer] = {}
+        for call in self.layers:
+            source = graph.walk_back(call.input, spikes_of)
+            norm = norm_behind.get(_edge(call.output))
+            site = _edge(call.output) if norm is None else _edge(norm.output)
+            layer = WeightLayer(
+                call.name,
+                patch_multiplicity(modules[call.name]),
+                None if source is None else spikes_of[source],
+                None if norm is None else norm.name,
+                neuron_behind.get(site),
+            )
+            earlier = found.get(call.name)
+            found[call.name] = layer if earlier is None else _common(earlier, layer)
+        return _with_unique_sites(list(found.values()))
+
+
+def _edge(t: Tensor) -> _Edge:
+    return (t.grad_fn, t.output_nr)
+
+
+def _kind(node: Any) -> str:
+    return re.sub(r"Backward\d*$", "", node.name().rsplit("::", 1)[-1])
+
+
+class _Graph:
+    """The autograd graph behind a tensor, with the number of consumers of each edge."""
+
+    def __init__(self, output: Tensor) -> None:
+        self.consumers: Counter[_Edge] = Counter()
+        seen = {output.grad_fn}
+        stack = [output.grad_fn]
+        while stack:
+            node = stack.pop()
+            for edge in node.next_functions:
+                if edge[0] is not None:
+                    self.consumers[edge] += 1
+                    if edge[0] not in seen:
+                        seen.add(edge[0])
+                        stack.append(edge[0])
+
+    def walk_back(
+        self, t: Tensor, sources: dict[_Edge, str], *, alone: bool = False, moves: bool = True
+    ) -> _Edge | None:
+        """From t back through nodes that change no element to the first edge in ``sources``.
+
+        ``alone``: only if every tensor on the way has no other consumer. ``moves``: whether transpositions may be
+        passed.
+        """
+        passable = _VIEWS | _MOVES if moves else _VIEWS
+        edge = _edge(t)
+        while edge[0] is not None:
+            if alone and self.consumers[edge] != 1:
+                return None
+            if edge in sources:
+                return edge
+            if _kind(edge[0]) not in passable:
+                return None
+            edge = edge[0].next_functions[0]
+        return None
+
+
+def _channels_line_up(norm_output: Tensor, x: Tensor) -> bool:
+    """Whether the normalisation's channel dimension is the neuron's: same shape, or time folded into the batch."""
+    return norm_output.shape == x.shape or norm_output.shape == x.flatten(0, 1).shape
+
+
+def _common(a: WeightLayer, b: WeightLayer) -> WeightLayer:
+    """What holds for two calls of one layer."""
+    same_norm = a.norm == b.norm
+    return WeightLayer(
+        a.name,
+        a.multiplicity,
+        a.input_neuron if a.input_neuron == b.input_neuron else None,
+        a.norm if same_norm else None,
+        a.output_neuron if same_norm and a.output_neuron == b.output_neuron else None,
+    )
+
+
+def _with_unique_sites(layers: list[WeightLayer]) -> list[WeightLayer]:
+    """A neuron or normalisation shared by two layers mixes their gradients: such layers are measured by themselves."""
+    norms = Counter(layer.norm for layer in layers)
+    neurons = Counter(layer.output_neuron for layer in layers)
+    return [
+        WeightLayer(layer.name, layer.multiplicity, layer.input_neuron, None, None)
+        if (layer.norm and norms[layer.norm] > 1) or (layer.output_neuron and neurons[layer.output_neuron] > 1)
+        else layer
+        for layer in layers
+    ]
+
+
+def _scalable(norm: _BatchNorm) -> bool:
+    return norm.training or norm.running_var is not None
+
+
+def batch_norm_scale(norm: _BatchNorm, output: Tensor) -> Tensor:
+    """gamma/sigma of a batch normalisation's last forward pass, float32 [C], from the statistics that it used.
+
+    In training these are the batch's, which autograd has saved with the pass; where they cannot be had (SyncBatchNorm),
+    and in evaluation, the running ones.
+    """
+    inverse_sigma = None
+    if norm.training:
+        node = output.grad_fn
+        while node is not None and _kind(node) in _VIEWS:
+            node = node.next_functions[0][0]
+        inverse_sigma = getattr(node, "_saved_result2", None)
+    if inverse_sigma is None or inverse_sigma.numel() != norm.num_features:
+        if norm.running_var is None:
+            raise RuntimeError(
+                "a batch normalisation without running statistics does not show its batch statistics here; "
+                "use track_running_stats=True"
+            )
+        inverse_sigma = torch.rsqrt(norm.running_var + norm.eps)
+    scale = inverse_sigma.detach().float()
+    return scale if norm.weight is None else scale * norm.weight.detach().float()
+
+
+def fold_batch(t: Tensor, steps: int, batch_size: int) -> Tensor | None:
+    """[T, B, *], [T * B, *] or [B, *] as a view [T or 1, B, *]; None if it is none of these."""
+    if steps > 1 and t.shape[0] == steps * batch_size:
+        return t.unflatten(0, (steps, batch_size))
+    if t.ndim > 1 and t.shape[0] == steps and t.shape[1] == batch_size:
+        return t
+    return t.unsqueeze(0) if t.shape[0] == batch_size else None
+
+
+def energy_per_example(t: Tensor, steps: int, batch_size: int, channel_scale: Tensor | None = None) -> Tensor:
+    """Sum over time of the squared norm of each example's part of t, float [B].
+
+    Args:
+        t: [T, B, *], [T * B, *] or [B, *].
+        channel_scale: [C], multiplies t along the first dimension behind the batch.
+
+    Raises:
+        ValueError: t's shape does not show its examples.
+    """
+    folded = fold_batch(t.detach(), steps, batch_size)
+    if folded is None:
+        raise ValueError(
+            f"cannot tell the {batch_size} examples apart in a tensor of shape {tuple(t.shape)}: expected [T, B, *], "
+            f"[T * B, *] or [B, *] with T = {steps}; use score='loss' or 'el2n' for this model"
+        )
+    return squared_norm_per_example(folded, channel_scale).sum(0)

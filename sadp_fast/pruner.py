@@ -1,0 +1,643 @@
+"""SADP: the one stateful object, from a training step's statistics to the next epoch's batches.
+
+An epoch runs: probabilities from the scores so far -> one draw -> batches of one size; and for each batch: taps on the
+model during the forward pass, the weighted loss, and, once the user's backward pass is over, new scores.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from .batching import Drawn, EpochBatches, pack, shuffled
+from .dataflow import Probe, WeightLayer, batch_norm_scale, energy_per_example
+from .neuron import BaseNode, CallStatistics
+from .sampling import sample
+from .score import el2n_score, spike_aware_score
+from .selection import inclusion_probabilities, prune_ratios
+
+SCORES = ("all", "last", "loss", "el2n", "random")
+_GRADIENT_SCORES = ("all", "last")
+
+# Full-data epochs by default, as fractions of all epochs [ours]: scores need a first pass over the data, and InfoBatch
+# (arXiv 2303.04947) trains its last eighth on everything.
+_WARMUP_FRACTION = 0.05
+_TAIL_FRACTION = 0.125
+
+
+@dataclass
+class _Batch:
+    """What is known of the batch that the user is training on."""
+
+    indices: Tensor
+    weights: Tensor | None  # None: every weight is 1
+    scored: bool  # whether scores are taken from this batch
+    neuron_calls: dict[str, list[CallStatistics]] = field(default_factory=dict)
+    input_energy: dict[str, Tensor] = field(default_factory=dict)
+    delta_energy: dict[str, Tensor] = field(default_factory=dict)
+    forward_done: bool = False
+    loss_gradient: Tensor | None = (
+        None  # d(what backward() was called on) / d(loss): a GradScaler's factor, 1/accumulation
+    )
+    mean_factor: float = 1.0  # 1/B where the loss is a mean
+    direct_score: Tensor | None = None  # "loss" and "el2n" need no backward pass
+
+    @property
+    def size(self) -> int:
+        return self.indices.shape[0]
+
+    def add(self, energies: dict[str, Tensor], name: str, value: Tensor) -> None:
+        energies[name] = energies[name] + value if name in energies else value
+
+
+class SADP:
+    """Spike-aware data pruning around an existing training loop (arXiv 2510.04098).
+
+    Each epoch trains on a Bernoulli-drawn subset; an example's keep probability follows its score, and its loss is
+    weighted by m / (N p_i), so that the gradient stays unbiased (Proposition 1). Four lines of a loop change::
+
+        sadp = SADP(model, len(train_set), epochs=100, prune_ratio=0.5)                  # 1
+        loader = sadp.loader(DataLoader(train_set, batch_size=128, num_workers=4))      # 2
+        for epoch in range(100):
+            for x, y in loader:
+                loss = sadp.loss(criterion, model(x), y)                                # 3
+                optimizer.zero_grad(); loss.backward(); optimizer.step()
+                sadp_fast.reset(model)                                                  # 4, or SpikingJelly's reset_net
+
+    Args:
+        model: the network, with this package's neurons; any module for the scores "loss", "el2n" and "random".
+        num_examples: N, size of the training set; examples are known by their index in it.
+        epochs: how many epochs will be trained: the schedule's length.
+        prune_ratio: r in [0, 1), the mean share of examples left out per epoch, full-data epochs included. 0 is
+            ordinary training: batches, losses and model are left exactly as they are.
+        score: "all": the spike-aware bound over all weight layers [form ours]; "last": over the last weight layer
+            alone; "loss"; "el2n"; "random": every example alike (dynamic random pruning).
+        policy, smoothing: see ``inclusion_probabilities``.
+        schedule, warmup_epochs, tail_epochs: see ``prune_ratios``; None means 5 % of the epochs, at least one
+            (none for "random"), for the warm-up and 12.5 % for the tail [ours].
+        seed: of the draws and the order of the batches; the same on every device.
+        device: where scores and draws live; None means the model's first parameter's device.
+
+    Attributes:
+        epoch: completed epochs.
+        ratios: prune ratio of every epoch.
+        scores: float32 [N]; NaN where an example was never scored.
+        probabilities: float32 [N], inclusion probabilities of the running or last epoch.
+        examples_trained: examples trained on so far (by all ranks together), padding not counted.
+
+    Under torch.distributed every rank builds the same SADP around its own model (DistributedDataParallel or not) and
+    loops alike: all draw the same subset, each trains its share of every batch, and scores are combined once an epoch.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_examples: int,
+        *,
+        epochs: int,
+        prune_ratio: float = 0.5,
+        score: str = "all",
+        policy: str = "mix",
+        smoothing: float = 0.3,
+        schedule: str = "constant",
+        warmup_epochs: int | None = None,
+        tail_epochs: int | None = None,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if score not in SCORES:
+            raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
+        if num_examples < 1:
+            raise ValueError(f"num_examples must be the size of the training set, at least 1, got {num_examples}")
+        if (
+            score in _GRADIENT_SCORES
+            and prune_ratio > 0
+            and isinstance(model, torch._dynamo.eval_frame.OptimizedModule)
+        ):
+            raise ValueError(
+                f"score={score!r} reads the model's autograd graph, which torch.compile hides: pass and train the "
+                "uncompiled model (its neurons are fused all the same), or use score='loss'"
+            )
+        if warmup_epochs is None:
+            warmup_epochs = 0 if score == "random" else max(1, round(_WARMUP_FRACTION * epochs))
+        if tail_epochs is None:
+            tail_epochs = round(_TAIL_FRACTION * epochs)
+        self.ratios = prune_ratios(
+            prune_ratio, epochs, schedule=schedule, warmup_epochs=warmup_epochs, tail_epochs=tail_epochs
+        )
+        if device is None:
+            parameter = next(model.parameters(), None)
+            device = "cpu" if parameter is None else parameter.device
+        self.device = torch.device(device)
+        self.model = model
+        self._config: dict[str, Any] = {
+            "num_examples": num_examples,
+            "epochs": epochs,
+            "prune_ratio": float(prune_ratio),
+            "score": score,
+            "policy": policy,
+            "smoothing": float(smoothing),
+            "schedule": schedule,
+            "warmup_epochs": warmup_epochs,
+            "tail_epochs": tail_epochs,
+            "seed": seed,
+        }
+        # A bad policy or smoothing should be found here, not an epoch later.
+        inclusion_probabilities(torch.ones(2), 1.0, smoothing=smoothing, policy=policy)
+        self.epoch = 0
+        self.examples_trained = 0
+        # One slot more than examples: padding and unusable scores are written there, so that shapes stay constant.
+        self._slots = torch.full((num_examples + 1,), torch.nan, device=self.device)
+        self.probabilities = torch.ones(num_examples, device=self.device)
+        self._carried = self._nothing_drawn()
+        self._batch: _Batch | None = None
+        self._scores_before: Tensor | None = None  # under torch.distributed, the scores that all ranks know
+        # The model's dataflow, read in the first scored batch.
+        self._probe: Probe | None = None
+        self._layers: list[WeightLayer] | None = None  # those that are scored
+        self._multiplicity = torch.empty(0, device=self.device)
+        self._steps = 1  # time steps that one call of the model's neurons covers
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []  # for the running epoch
+
+    def __getattr__(self, name: str) -> Any:
+        # The settings read as attributes: sadp.prune_ratio, sadp.seed, ...
+        config = self.__dict__.get("_config", {})
+        if name in config:
+            return config[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def scores(self) -> Tensor:
+        return self._slots[:-1]
+
+    @property
+    def passive(self) -> bool:
+        """Whether this is ordinary training (prune_ratio = 0)."""
+        return not any(self.ratios)
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{k}={v!r}" for k, v in self._config.items())
+        return f"SADP({settings}, epoch={self.epoch})"
+
+    def describe(self) -> str:
+        """How each weight layer is measured, one line each; known after the first scored batch."""
+        if self._layers is None:
+            return "the model's dataflow is read in the first scored batch"
+        return "\n".join(layer.describe() for layer in self._layers)
+
+    # ----------------------------------------------------------------------------------------- batches of an epoch
+
+    def _nothing_drawn(self) -> Drawn:
+        return Drawn(
+            torch.empty(0, dtype=torch.int64, device=self.device),
+            torch.empty(0, dtype=torch.float32, device=self.device),
+        )
+
+    def _draw(self, batch_size: int, pad: bool) -> EpochBatches:
+        """Draw the running epoch and cut it into batches; under torch.distributed, this rank's share of each."""
+        self._share_scores()
+        rank, world = _rank_and_world()
+        ratio, n = self.ratios[self.epoch], self.num_examples
+        if ratio == 0:
+            self.probabilities = torch.ones(n, device=self.device)
+            drawn = Drawn(torch.arange(n, device=self.device), torch.ones(n, device=self.device))
+        else:
+            keep = (1 - ratio) * n
+            if self.score == "random":
+                self.probabilities = torch.full((n,), keep / n, device=self.device)
+            else:
+                self.probabilities = inclusion_probabilities(
+                    self.scores, keep, smoothing=self.smoothing, policy=self.policy
+                )
+            drawn = Drawn(*sample(self.probabilities, seed=self.seed, epoch=self.epoch)[:2])
+        last = self.epoch == len(self.ratios) - 1  # nothing is carried out of the last epoch
+        everything, self._next_carried = pack(
+            shuffled(drawn, seed=self.seed, epoch=self.epoch), self._carried, batch_size * world, pad=pad or last
+        )
+        return EpochBatches(everything.indices[:, rank::world], everything.weights[:, rank::world], everything.padding)
+
+    def _share_scores(self) -> None:
+        """Let every rank know the scores that the others took since the running epoch began; no-op on one rank."""
+        before, self._scores_before = self._scores_before, None
+        if before is None:
+            return
+        taken = (self.scores != before) & self.scores.isfinite()
+        # Each rank trains on other examples, so a sum of what was taken is what was taken, to the bit, but for an
+        # example drawn twice (carried over and anew): there, the mean.
+        total = torch.stack((torch.where(taken, self.scores, 0.0), taken.float()))
+        torch.distributed.all_reduce(total)
+        self._slots[:-1] = torch.where(total[1] > 0, total[0] / total[1], before)
+
+    def _check_epoch(self) -> None:
+        if self._batch is not None:
+            raise RuntimeError("an epoch of this SADP is still running: finish or close its iterator first")
+        if self.epoch >= len(self.ratios):
+            raise RuntimeError(
+                f"all {len(self.ratios)} planned epochs are trained; build SADP with epochs= the number you train"
+            )
+
+    def _epoch(self, batches: EpochBatches) -> Iterator[Tensor]:
+        """Yield the index rows of one epoch, taking scores in between."""
+        scored = self.score != "random" and any(self.ratios[self.epoch + 1 :])
+        weighted = self.ratios[self.epoch] > 0 or self._carried.indices.shape[0] > 0
+        if scored and self.score in _GRADIENT_SCORES:
+            self._attach()
+        count = batches.indices.shape[0]
+        _, world = _rank_and_world()
+        self._scores_before = self.scores.clone() if scored and world > 1 else None
+        try:
+            for k in range(count):
+                padding = batches.padding if k == count - 1 else 0
+                weights = batches.weights[k] if weighted or padding else None
+                self._begin(_Batch(batches.indices[k], weights, scored))
+                self.examples_trained += batches.indices.shape[1] * world - padding
+                yield batches.indices[k]
+                self._finish()
+            self._share_scores()
+        finally:
+            self._batch = None
+            self._detach()
+            self._carried = self._next_carried
+            self.epoch += 1
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        """One epoch of index batches, for data that lies on the device.
+
+        Yields:
+            int64 [batch_size] on ``self.device``, every one of this size. The remainder of an epoch is carried over to
+            the next one; the last epoch's is filled up with examples of weight 0.
+
+        Raises:
+            RuntimeError: all planned epochs are trained, or an epoch is still running.
+        """
+        self._check_epoch()
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        yield from self._epoch(self._draw(batch_size, pad=False))
+
+    def loader(self, loader: DataLoader) -> PrunedLoader:
+        """The same DataLoader (data set, workers, collation, pinning), whose batches SADP draws.
+
+        Every batch has the loader's batch size. With ``drop_last=True`` an epoch's remainder is carried over to the
+        next epoch, with ``drop_last=False`` it is filled up with examples of weight 0. With prune_ratio = 0 the
+        loader's own sampler is used, and its batches pass unchanged.
+
+        Raises:
+            ValueError: the loader has no batch size or no index, or not ``num_examples`` examples.
+        """
+        return PrunedLoader(self, loader)
+
+    # ------------------------------------------------------------------------------------------- taps on the model
+
+    # Hooks exist only while an epoch runs, and act only between a batch's start and its loss.
+
+    def _attach(self) -> None:
+        if self._layers is None:
+            self._probe = Probe(self.model)
+            self._hooks = self._probe.hooks()
+        else:
+            self._hooks = self._tap_hooks(self._layers)
+
+    def _detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._probe = None
+        self._set_statistics(False)
+
+    def _set_statistics(self, on: bool) -> None:
+        for name in self._tapped_neurons:
+            self.model.get_submodule(name).collect_statistics = on  # type: ignore[assignment]
+
+    @property
+    def _tapped_neurons(self) -> set[str]:
+        pairs = ((layer.input_neuron, layer.output_neuron) for layer in self._layers or [])
+        return {name for pair in pairs for name in pair if name is not None}
+
+    def _tap_hooks(self, layers: list[WeightLayer]) -> list[torch.utils.hooks.RemovableHandle]:
+        modules = dict(self.model.named_modules())
+        hooks = [modules[name].register_forward_hook(self._neuron_hook(name)) for name in self._tapped_neurons]
+        for layer in layers:
+            if layer.input_neuron is None:
+                hooks.append(modules[layer.name].register_forward_pre_hook(self._input_hook(layer.name)))
+            if layer.output_neuron is None or layer.norm is not None:
+                neuron = modules[layer.output_neuron] if layer.output_neuron else None
+                hooks.append(modules[layer.gradient_site].register_forward_hook(self._site_hook(layer, neuron)))
+        return hooks
+
+    def _tapping(self) -> _Batch | None:
+        """The batch whose forward pass is running, if this is it."""
+        batch = self._batch
+        return batch if batch is not None and not batch.forward_done and torch.is_grad_enabled() else None
+
+    def _neuron_hook(self, name: str) -> Callable:
+        def hook(node: BaseNode, _inputs, _output) -> None:
+            if (batch := self._tapping()) is not None:
+                batch.neuron_calls.setdefault(name, []).append(node.calls[-1])
+
+        return hook
+
+    def _input_hook(self, name: str) -> Callable:
+        def hook(_module, inputs) -> None:
+            if (batch := self._tapping()) is not None:
+                batch.add(batch.input_energy, name, self._energy(batch, inputs[0]))
+
+        return hook
+
+    def _site_hook(self, layer: WeightLayer, neuron: BaseNode | None) -> Callable:
+        def hook(module: nn.Module, _inputs, output: Tensor) -> None:
+            if (batch := self._tapping()) is None:
+                return
+            scale = batch_norm_scale(module, output) if layer.norm is not None else None
+            if neuron is not None:
+                neuron.channel_scale = scale
+            else:
+                self._reduce_gradient(batch, layer.name, output, scale)
+
+        return hook
+
+    def _reduce_gradient(self, batch: _Batch, name: str, output: Tensor, scale: Tensor | None) -> None:
+        def reduce(grad: Tensor) -> None:
+            batch.add(batch.delta_energy, name, self._energy(batch, grad, scale))
+
+        output.register_hook(reduce)
+
+    def _energy(self, batch: _Batch, t: Tensor, scale: Tensor | None = None) -> Tensor:
+        return energy_per_example(t, self._steps, batch.size, scale)
+
+    def _read_dataflow(self, batch: _Batch, loss: Tensor) -> None:
+        """First scored batch: read the graph, and measure this batch by reductions over the tensors it has seen."""
+        probe = self._probe
+        assert probe is not None
+        layers = probe.resolve(loss)
+        if not layers:
+            raise ValueError(
+                f"score={self.score!r} found no weight layer (Linear or Conv with a trainable weight) in the model's "
+                "forward pass; use score='loss' or 'el2n'"
+            )
+        if self.score == "last":
+            layers = layers[-1:]
+        modules = dict(self.model.named_modules())
+        multi_step = [call for call in probe.neurons if modules[call.name].step_mode == "m"]
+        self._steps = max((call.input.shape[0] for call in multi_step), default=1)
+        for layer in layers:
+            for call in probe.layers:
+                if call.name == layer.name:
+                    batch.add(batch.input_energy, layer.name, self._energy(batch, call.input))
+            for call in (*probe.layers, *probe.norms):
+                if call.name == layer.gradient_site:
+                    scale = batch_norm_scale(modules[layer.norm], call.output) if layer.norm else None
+                    self._reduce_gradient(batch, layer.name, call.output, scale)
+        self._detach()
+        self._layers = layers
+        self._multiplicity = torch.tensor([layer.multiplicity for layer in layers], device=loss.device)
+        self._attach()
+
+    # ---------------------------------------------------------------------------------------------- loss and scores
+
+    def _begin(self, batch: _Batch) -> None:
+        self._batch = batch
+        if self._probe is not None:
+            self._probe.forget()
+        if batch.scored:
+            self._set_statistics(True)
+
+    def loss(self, criterion: Callable[..., Tensor], output: Tensor, target: Tensor) -> Tensor:
+        """The loss to call ``backward()`` on: the weighted mean of the examples' losses.
+
+        Args:
+            criterion: a loss module or function with PyTorch's ``reduction`` ("mean", "sum" or "none").
+            output: the model's output for the batch at hand, [B, *].
+            target: what the criterion compares it with.
+
+        Returns:
+            scalar: ``criterion(output, target)`` itself where every weight is 1, else ``sum_i w_i loss_i / B`` (without
+            1/B for reduction "sum").
+
+        Raises:
+            RuntimeError: no batch of this SADP is being trained on.
+            TypeError: the criterion has no ``reduction``.
+        """
+        batch = self._batch
+        if batch is None:
+            if self.passive:
+                return criterion(output, target)
+            raise RuntimeError("sadp.loss() belongs inside a loop over sadp.loader(...) or sadp.batches(...)")
+        batch.forward_done = True
+        if self.passive and batch.weights is None:
+            return criterion(output, target)
+        reduction, unreduced = _without_reduction(criterion)
+        batch.mean_factor = 1.0 if reduction == "sum" else 1.0 / batch.size
+        if batch.weights is None:
+            loss = criterion(output, target)
+            loss = loss.mean() if reduction == "none" else loss
+        else:
+            losses = _per_example(unreduced(output, target), batch.size)
+            loss = (losses * batch.weights.to(losses)).sum() * batch.mean_factor
+        if batch.scored:
+            if self.score == "loss":
+                with torch.no_grad():
+                    batch.direct_score = _per_example(unreduced(output, target), batch.size)
+            elif self.score == "el2n":
+                batch.direct_score = el2n_score(output, target)
+            elif loss.requires_grad:
+                if self._layers is None:
+                    self._read_dataflow(batch, loss)
+                loss.register_hook(lambda grad: setattr(batch, "loss_gradient", grad.detach()))
+        return loss
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        """After the user's backward pass: the batch's scores."""
+        batch = self._batch
+        assert batch is not None
+        self._set_statistics(False)
+        if not batch.scored:
+            return
+        if self.score in _GRADIENT_SCORES:
+            if batch.loss_gradient is None:  # the batch was skipped: no loss, or no backward pass
+                return
+            value = self._bound(batch)
+            # Back to the unweighted loss: out go the scaler's factor, 1/B and the example's weight.
+            factor = batch.loss_gradient.abs() * batch.mean_factor
+            value = value / (factor if batch.weights is None else factor * batch.weights.to(value))
+        elif batch.direct_score is None:
+            return
+        else:
+            value = batch.direct_score
+        value = value.to(self.device)
+        usable = torch.isfinite(value)
+        if batch.weights is not None:
+            usable &= batch.weights > 0
+        slot = torch.where(usable, batch.indices, self.num_examples)
+        # amax: independent of the order in which an example that occurs twice is written.
+        self._slots.scatter_reduce_(0, slot, value.float(), "amax", include_self=False)
+        self._slots[-1] = torch.nan
+
+    def _bound(self, batch: _Batch) -> Tensor:
+        calls = batch.neuron_calls
+        counts = {name: [call.spike_count for call in c] for name, c in calls.items()}
+        norms = {name: [call.grad_norm_sq for call in c] for name, c in calls.items()}
+        inputs, deltas = [], []
+        for layer in self._layers or []:
+            inputs.append(_over_time(batch.input_energy.get(layer.name), counts.get(layer.input_neuron)))
+            deltas.append(_over_time(batch.delta_energy.get(layer.name), norms.get(layer.output_neuron)))
+        return spike_aware_score(_sum_steps(inputs), _sum_steps(deltas), self._multiplicity)
+
+    # -------------------------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on after the last completed epoch; tensors are copies.
+
+        An epoch that is running is not part of it: after loading, it starts anew.
+        """
+        return {
+            "config": dict(self._config),
+            "epoch": self.epoch,
+            "scores": self.scores.clone(),
+            "carried_indices": self._carried.indices.clone(),
+            "carried_weights": self._carried.weights.clone(),
+            "examples_trained": self.examples_trained,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state_dict()``.
+
+        Raises:
+            ValueError: the state was saved with other settings; the message names the first that differs.
+        """
+        for name, saved in state["config"].items():
+            if self._config[name] != saved:
+                raise ValueError(
+                    f"this state was saved with {name}={saved!r}, but SADP was built with {self._config[name]!r}"
+                )
+        self.epoch = int(state["epoch"])
+        self._slots[:-1] = state["scores"].to(self.device)
+        self._carried = Drawn(state["carried_indices"].to(self.device), state["carried_weights"].to(self.device))
+        self.examples_trained = int(state["examples_trained"])
+
+
+_LOADER_OPTIONS = (
+    "num_workers",
+    "collate_fn",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "generator",
+    "prefetch_factor",
+    "persistent_workers",
+    "pin_memory_device",
+)
+
+
+class PrunedLoader:
+    """A DataLoader's batches as SADP draws them: one iteration is one epoch. Made by ``SADP.loader``."""
+
+    def __init__(self, sadp: SADP, loader: DataLoader) -> None:
+        if isinstance(loader.dataset, IterableDataset):
+            raise ValueError("loader must have a map-style data set: SADP draws examples by index, a stream has none")
+        if loader.batch_size is None:
+            raise ValueError("loader must have a batch_size: SADP cuts the batches itself, a batch_sampler it cannot")
+        if len(loader.dataset) != sadp.num_examples:
+            raise ValueError(
+                f"loader has {len(loader.dataset)} examples, but SADP was built with num_examples={sadp.num_examples}"
+            )
+        self.sadp = sadp
+        self.loader = loader
+        self._batches: list[list[int]] = []
+        self._pruned = None if sadp.passive else self._with_own_batches()
+
+    def _with_own_batches(self) -> DataLoader:
+        options = {name: getattr(self.loader, name) for name in _LOADER_OPTIONS if hasattr(self.loader, name)}
+        if not options.get("pin_memory_device"):
+            options.pop("pin_memory_device", None)  # its mere presence warns in newer versions of torch
+        return DataLoader(self.loader.dataset, batch_sampler=_Rows(self), **options)
+
+    def __iter__(self) -> Iterator[Any]:
+        sadp = self.sadp
+        sadp._check_epoch()
+        if self._pruned is None:
+            yield from self.loader
+            whole = len(self.loader) * self.loader.batch_size
+            sadp.examples_trained += whole if self.loader.drop_last else len(self.loader.sampler)  # type: ignore[arg-type]
+            sadp.epoch += 1
+            return
+        batches = sadp._draw(self.loader.batch_size, pad=not self.loader.drop_last)
+        self._batches = batches.indices.tolist()
+        for _, batch in zip(sadp._epoch(batches), self._pruned, strict=True):
+            yield batch
+
+
+class _Rows:
+    """The batch sampler behind a PrunedLoader: the drawn batches, as lists of indices."""
+
+    def __init__(self, owner: PrunedLoader) -> None:
+        self._owner = owner
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._owner._batches)
+
+    def __len__(self) -> int:
+        return len(self._owner._batches)
+
+
+def _rank_and_world() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _without_reduction(criterion: Callable[..., Tensor]) -> tuple[str, Callable[..., Tensor]]:
+    """The criterion's own reduction, and the criterion without it."""
+    if isinstance(criterion, nn.Module) and hasattr(criterion, "reduction"):
+        unreduced = copy.copy(criterion)
+        unreduced.reduction = "none"
+        return criterion.reduction, unreduced
+    if not isinstance(criterion, nn.Module):
+        parameters = inspect.signature(criterion).parameters
+        if "reduction" in parameters:
+            return parameters["reduction"].default, lambda output, target: criterion(output, target, reduction="none")
+    raise TypeError(
+        f"criterion {criterion!r} has no `reduction`: SADP needs each example's loss; give it reduction= in the manner "
+        "of torch.nn.functional.cross_entropy"
+    )
+
+
+def _per_example(losses: Tensor, batch_size: int) -> Tensor:
+    """Per-example losses [B], a mean over whatever else the criterion left."""
+    if losses.ndim == 0 or losses.shape[0] != batch_size:
+        raise ValueError(f"criterion with reduction='none' must give [{batch_size}, *], got {tuple(losses.shape)}")
+    return losses if losses.ndim == 1 else losses.flatten(1).mean(1)
+
+
+def _over_time(reduced: Tensor | None, calls: list[Tensor] | None) -> Tensor:
+    """One layer's energies [T, B], from a reduction [B] or from a neuron's calls, each [t, B]."""
+    if reduced is not None:
+        return reduced.unsqueeze(0)
+    if not calls:
+        raise RuntimeError("a neuron that fed a weight layer in the first batch was not called in this one")
+    return calls[0] if len(calls) == 1 else torch.cat(calls)
+
+
+def _sum_steps(energies: list[Tensor]) -> Tensor:
+    """L tensors [T_l, B] -> float [L, B], in few kernels: layers of equal T are summed together."""
+    groups: dict[tuple[int, torch.dtype], list[int]] = {}
+    for i, e in enumerate(energies):
+        groups.setdefault((e.shape[0], e.dtype), []).append(i)
+    rows: list[Tensor | None] = [None] * len(energies)
+    for members in groups.values():
+        summed = torch.stack([energies[i] for i in members]).sum(1).float()
+        for i, row in zip(members, summed.unbind(0), strict=True):
+            rows[i] = row
+    return torch.stack([row for row in rows if row is not None])

@@ -1,0 +1,236 @@
+"""The dataflow read from the autograd graph: which neuron measures which weight layer."""
+
+import pytest
+import torch
+from torch import nn
+
+from sadp_fast import IFNode, LIFNode, reset
+from sadp_fast.dataflow import Probe, batch_norm_scale, energy_per_example, fold_batch
+
+T, N = 3, 4
+
+
+class OverTime(nn.Sequential):
+    """Layers that know no time: [T, N, *] -> [T * N, *] -> [T, N, *]."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+def lif():
+    return LIFNode(step_mode="m")
+
+
+def read(model, x):
+    probe = Probe(model)
+    handles = probe.hooks()
+    output = model(x)
+    layers = probe.resolve(output.sum())
+    for handle in handles:
+        handle.remove()
+    return {layer.name: layer for layer in layers}
+
+
+def found(model, x):
+    """{layer: (neuron of its input, norm, neuron of its output)}"""
+    return {name: (p.input_neuron, p.norm, p.output_neuron) for name, p in read(model, x).items()}
+
+
+def test_sequential_with_normalisation():
+    model = nn.Sequential(
+        OverTime(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)),
+        lif(),
+        OverTime(nn.Conv2d(4, 4, 3, padding=1)),
+        lif(),
+        OverTime(nn.Flatten(), nn.Linear(4 * 36, 8), nn.BatchNorm1d(8)),
+        lif(),
+        nn.Linear(8, 5),
+    )
+    assert found(model, torch.rand(T, N, 2, 6, 6) * 3) == {
+        "0.0": (None, "0.1", "1"),  # analogue input: reduced
+        "2.0": ("1", None, "3"),
+        "4.1": ("3", "4.2", "5"),
+        "6": ("5", None, None),  # no neuron behind it: its gradient is reduced
+    }
+
+
+class Residual(nn.Module):
+    def __init__(self, add_before_neuron):
+        super().__init__()
+        self.stem, self.stem_neuron = OverTime(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)), lif()
+        self.branch, self.neuron = OverTime(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)), lif()
+        self.head = OverTime(nn.Conv2d(4, 3, 1))
+        self.add_before_neuron = add_before_neuron
+
+    def forward(self, x):
+        x = self.stem_neuron(self.stem(x))
+        branch = self.branch(x)
+        x = self.neuron(branch + x) if self.add_before_neuron else self.neuron(branch) + x
+        return self.head(x)
+
+
+def test_residual_sum_behind_the_neuron_is_not_binary():
+    assert found(Residual(add_before_neuron=False), torch.rand(T, N, 2, 6, 6) * 3) == {
+        "stem.0": (None, "stem.1", "stem_neuron"),
+        "branch.0": ("stem_neuron", "branch.1", "neuron"),
+        "head.0": (None, None, None),
+    }
+
+
+def test_residual_sum_before_the_neuron():
+    # The sum hands its gradient on unchanged, but a sum is no view: the gradient is reduced behind the normalisation.
+    assert found(Residual(add_before_neuron=True), torch.rand(T, N, 2, 6, 6) * 3) == {
+        "stem.0": (None, "stem.1", "stem_neuron"),
+        "branch.0": ("stem_neuron", "branch.1", None),
+        "head.0": ("neuron", None, None),
+    }
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Dropout(0.5)])
+def test_what_changes_spikes_is_reduced(pool):
+    model = nn.Sequential(OverTime(nn.Conv2d(2, 4, 3)), lif(), OverTime(pool, nn.Conv2d(4, 3, 1)), lif())
+    assert found(model, torch.rand(T, N, 2, 6, 6) * 3)["2.1"] == (None, None, "3")
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.InstanceNorm2d(4), nn.ReLU(), nn.AvgPool2d(2)])
+def test_what_changes_the_current_is_reduced(norm):
+    model = nn.Sequential(OverTime(nn.Conv2d(2, 4, 3), norm), lif(), OverTime(nn.Conv2d(4, 3, 1)), lif())
+    assert found(model, torch.rand(T, N, 2, 6, 6) * 3)["0.0"] == (None, None, None)
+
+
+def test_two_consumers_of_one_output_are_not_taken_for_one():
+    class Fork(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.neuron = nn.Linear(6, 6), lif()
+
+        def forward(self, x):
+            current = self.layer(x)
+            return self.neuron(current) + current
+
+    assert found(Fork(), torch.rand(T, N, 6))["layer"] == (None, None, None)
+
+
+def test_one_neuron_behind_two_layers_measures_neither():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.neuron, self.c = nn.Linear(6, 6), nn.Linear(6, 6), lif(), nn.Linear(6, 2)
+
+        def forward(self, x):
+            first = self.neuron(self.a(x))
+            reset(self)
+            return self.c(self.neuron(self.b(first)))
+
+    layers = found(Shared(), torch.rand(T, N, 6) * 3)
+    assert layers["a"] == (None, None, None) and layers["b"][1:] == (None, None)
+
+
+def test_one_layer_called_twice_keeps_what_holds_for_both_calls():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.first, self.second = nn.Linear(6, 6), lif(), lif()
+
+        def forward(self, x):
+            return self.second(self.layer(self.first(self.layer(x))))
+
+    assert found(Tied(), torch.rand(T, N, 6) * 3)["layer"] == (None, None, None)
+
+
+def test_static_first_layer_repeated_over_time():
+    class Repeated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.neuron = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), lif()
+
+        def forward(self, x):
+            current = self.norm(self.conv(x))
+            return self.neuron(current.expand(T, *current.shape))
+
+    # The gradient behind the normalisation is the sum over time already: reduced there, [N, *].
+    assert found(Repeated(), torch.rand(N, 2, 6, 6))["conv"] == (None, "norm", None)
+
+
+def test_single_step_mode_calls_every_layer_t_times():
+    class Stepwise(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.neuron, self.b = nn.Linear(6, 6), IFNode(step_mode="s"), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return sum(self.b(self.neuron(self.a(x))) for _ in range(T))
+
+    assert found(Stepwise(), torch.rand(N, 6)) == {"a": (None, None, "neuron"), "b": ("neuron", None, None)}
+
+
+def test_normalisation_over_moved_dimensions_is_reduced_at_the_normalisation():
+    class Tokens(nn.Module):  # as in spiking transformers: BatchNorm1d over [T * N, C, L]
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm, self.neuron = nn.Linear(6, 5), nn.BatchNorm1d(5), lif()
+
+        def forward(self, x):
+            y = self.linear(x.flatten(0, 1))
+            y = self.norm(y.transpose(1, 2)).transpose(1, 2)
+            return self.neuron(y.unflatten(0, (T, N)))
+
+    assert found(Tokens(), torch.rand(T, N, 7, 6))["linear"] == (None, "norm", None)
+
+
+def test_frozen_layers_are_left_out():
+    model = nn.Sequential(nn.Linear(6, 6), lif(), nn.Linear(6, 2))
+    model[0].weight.requires_grad_(False)
+    assert list(found(model, torch.rand(T, N, 6))) == ["2"]
+
+
+def test_spikingjelly_layers():
+    layer = pytest.importorskip("spikingjelly.activation_based.layer", exc_type=ImportError)
+    model = nn.Sequential(
+        layer.Conv2d(2, 4, 3, step_mode="m"),
+        layer.BatchNorm2d(4, step_mode="m"),
+        lif(),
+        layer.Flatten(step_mode="m"),
+        layer.Linear(4 * 16, 3, step_mode="m"),
+        lif(),
+    )
+    assert found(model, torch.rand(T, N, 2, 6, 6) * 3) == {"0": (None, "1", "2"), "4": ("2", None, "5")}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_scale(device, training, affine):
+    norm = nn.BatchNorm2d(5, affine=affine).to(device)
+    norm.running_var.uniform_(0.5, 2)
+    if affine:
+        nn.init.uniform_(norm.weight, -2, 2)
+    variance = norm.running_var.clone()
+    norm.train(training)
+    x = torch.randn(8, 5, 6, 7, device=device, requires_grad=True)
+    if training:
+        variance = x.var((0, 2, 3), unbiased=False)
+    expected = torch.rsqrt(variance + norm.eps) * (norm.weight if affine else 1)
+    torch.testing.assert_close(batch_norm_scale(norm, norm(x)), expected.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_batch_norm_scale_sees_through_views_and_half_types(device):
+    norm = nn.BatchNorm2d(5).to(device)
+    x = torch.randn(8, 5, 6, 7, device=device, requires_grad=True)
+    expected = torch.rsqrt(x.var((0, 2, 3), unbiased=False) + norm.eps)
+    output = norm(x.to(memory_format=torch.channels_last)).unflatten(0, (2, 4)).half()
+    torch.testing.assert_close(batch_norm_scale(norm, output), expected.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_fold_batch_and_energy():
+    x = torch.randn(T, N, 5, 2)
+    energy = x.square().sum((0, 2, 3))
+    torch.testing.assert_close(energy_per_example(x, T, N), energy)
+    torch.testing.assert_close(energy_per_example(x.flatten(0, 1), T, N), energy)
+    torch.testing.assert_close(energy_per_example(x[0], T, N), x[0].square().sum((1, 2)))
+    scale = torch.rand(5)
+    torch.testing.assert_close(
+        energy_per_example(x, T, N, scale), (x * scale[:, None]).square().sum((0, 2, 3))
+    )
+    assert fold_batch(torch.rand(5, 2), T, N) is None
+    with pytest.raises(ValueError, match="cannot tell the 4 examples apart"):
+        energy_per_example(torch.rand(5, 2), T, N)

@@ -1,0 +1,474 @@
+"""SADP around a training loop: what it must leave alone, what it must divide out, and what it must not lose."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import sadp_fast
+from sadp_fast import SADP, LIFNode
+
+N, FEATURES, CLASSES, T = 103, 12, 4, 3
+
+
+class Net(nn.Module):
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body = nn.Sequential(
+            nn.Linear(FEATURES, 16), LIFNode(step_mode="m"), nn.Linear(16, 16), LIFNode(step_mode="m"), nn.Linear(16, CLASSES)
+        )
+
+    def forward(self, x):
+        return self.body(x.expand(T, *x.shape)).mean(0)
+
+
+@pytest.fixture
+def data():
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(N, FEATURES, generator=generator) * 2
+    return TensorDataset(x, torch.randint(CLASSES, (N,), generator=generator))
+
+
+criterion = nn.CrossEntropyLoss()
+
+
+def train(sadp, model, loader, epochs, lr=0.05, step_hook=None):
+    """An ordinary loop; returns the losses."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    losses = []
+    for _ in range(epochs):
+        for x, y in loader:
+            loss = criterion(model(x), y) if sadp is None else sadp.loss(criterion, model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            sadp_fast.reset(model)
+            losses.append(loss.item())
+            if step_hook is not None:
+                step_hook(x, y)
+    return losses
+
+
+# ---------------------------------------------------------------------------------------------------- ordinary training
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_ratio_zero_is_ordinary_training_to_the_bit(data, drop_last):
+    def run(pruned):
+        model = Net()
+        torch.manual_seed(9)  # of the loader's shuffling
+        loader = DataLoader(data, batch_size=16, shuffle=True, drop_last=drop_last)
+        sadp = SADP(model, N, epochs=3, prune_ratio=0.0) if pruned else None
+        losses = train(sadp, model, sadp.loader(loader) if pruned else loader, 3)
+        return losses, [p.detach().clone() for p in model.parameters()], sadp
+
+    ordinary, weights, _ = run(False)
+    losses, pruned_weights, sadp = run(True)
+    assert losses == ordinary
+    assert all(torch.equal(a, b) for a, b in zip(weights, pruned_weights, strict=True))
+    assert sadp.epoch == 3 and sadp.examples_trained == 3 * (96 if drop_last else N)
+    assert sadp.scores.isnan().all()
+
+
+def test_collecting_scores_does_not_change_full_data_training(data):
+    """Warm-up epochs train on everything with weights of 1: the same losses, to the bit, as without SADP."""
+    order = []
+
+    def run(sadp, model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        losses = []
+        rows = sadp.batches(16) if sadp is not None else iter(order)
+        for row in rows:
+            if sadp is not None:
+                order.append(row)
+            x, y = data.tensors[0][row], data.tensors[1][row]
+            loss = sadp.loss(criterion, model(x), y) if sadp is not None else criterion(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            sadp_fast.reset(model)
+            losses.append(loss.item())
+        return losses
+
+    model = Net()
+    sadp = SADP(model, N, epochs=8, prune_ratio=0.5)
+    with_scores = run(sadp, model)
+    assert sadp.scores.isfinite().sum() == len(order) * 16
+    assert with_scores == run(None, Net())
+
+
+def test_passive_batches_cover_every_epoch_and_pad_only_the_last(data):
+    sadp = SADP(Net(), N, epochs=3, prune_ratio=0.0)
+    rows = [list(sadp.batches(16)) for _ in range(3)]
+    assert all(row.shape == (16,) for epoch in rows for row in epoch)
+    everything = torch.cat([row for epoch in rows for row in epoch])
+    padding = everything.numel() - 3 * N
+    assert 0 <= padding < 16
+    counts = torch.bincount(everything[: 3 * N], minlength=N)
+    assert (counts == 3).all()
+    assert sadp.examples_trained == 3 * N
+
+
+# ------------------------------------------------------------------------------------------------------------- scores
+
+
+def exact_scores(model, data, score):
+    """Scores of every example by one batch of its own, unweighted."""
+    probe = SADP(model, N, epochs=8, score=score)
+    for row in probe.batches(1):
+        model.zero_grad()
+        probe.loss(criterion, model(data.tensors[0][row]), data.tensors[1][row]).backward()
+        sadp_fast.reset(model)
+    return probe.scores.clone()
+
+
+@pytest.mark.parametrize("score", ["all", "last", "loss", "el2n"])
+@pytest.mark.parametrize("factor", [1.0, 65536.0, 0.25])
+def test_scores_are_those_of_the_unweighted_loss(data, score, factor):
+    """Neither 1/B, nor the weights of a pruned epoch, nor a GradScaler's or an accumulation's factor shows in them."""
+    model = Net()
+    sadp = SADP(model, N, epochs=4, score=score, warmup_epochs=1, tail_epochs=0, seed=2)
+    for _ in range(3):
+        for row in sadp.batches(16):
+            loss = sadp.loss(criterion, model(data.tensors[0][row]), data.tensors[1][row])
+            model.zero_grad()
+            (loss * factor).backward()
+            sadp_fast.reset(model)
+    assert sadp.ratios[2] > 0 and sadp.scores.isfinite().all()
+    torch.testing.assert_close(sadp.scores, exact_scores(model, data, score), rtol=1e-4, atol=1e-7)
+
+
+def test_a_real_grad_scaler_is_divided_out(data):
+    model = Net()
+    sadp = SADP(model, N, epochs=4, warmup_epochs=1, tail_epochs=0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(2):
+        for row in sadp.batches(16):
+            loss = sadp.loss(criterion, model(data.tensors[0][row]), data.tensors[1][row])
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            sadp_fast.reset(model)
+    torch.testing.assert_close(sadp.scores, exact_scores(model, data, "all"), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_every_reduction_gives_the_same_scores(data, reduction):
+    model = Net()
+    sadp = SADP(model, N, epochs=4, warmup_epochs=1, tail_epochs=0)
+    loss_function = nn.CrossEntropyLoss(reduction=reduction)
+    for _ in range(2):
+        for row in sadp.batches(16):
+            loss = sadp.loss(loss_function, model(data.tensors[0][row]), data.tensors[1][row])
+            assert loss.ndim == 0
+            loss.backward()
+            sadp_fast.reset(model)
+    torch.testing.assert_close(sadp.scores, exact_scores(model, data, "all"), rtol=1e-4, atol=1e-7)
+
+
+def test_statistics_survive_a_reset_before_the_next_batch_and_are_off_outside(data):
+    model = Net()
+    sadp = SADP(model, N, epochs=8, warmup_epochs=2, tail_epochs=0)
+    for _ in range(2):
+        for row in sadp.batches(16):
+            sadp.loss(criterion, model(data.tensors[0][row]), data.tensors[1][row]).backward()
+            sadp_fast.reset(model)
+    assert not any(m.collect_statistics for m in model.modules() if isinstance(m, LIFNode))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_evaluation_between_loss_and_step_is_not_scored(data):
+    def run(evaluate):
+        model = Net()
+        sadp = SADP(model, N, epochs=8, warmup_epochs=2, tail_epochs=0)
+        for _ in range(2):
+            for row in sadp.batches(16):
+                loss = sadp.loss(criterion, model(data.tensors[0][row]), data.tensors[1][row])
+                if evaluate:
+                    model(data.tensors[0])  # with gradients enabled: worse than no_grad
+                loss.backward()
+                sadp_fast.reset(model)
+        return sadp.scores
+
+    torch.testing.assert_close(run(False), run(True), rtol=0, atol=0)
+
+
+def test_unusable_gradients_leave_the_old_score(data):
+    model = Net()
+    sadp = SADP(model, N, epochs=8, warmup_epochs=3, tail_epochs=0)
+    for epoch in range(3):
+        for row in sadp.batches(16):
+            x = data.tensors[0][row].clone()
+            if epoch == 2:
+                x[row == 7] = torch.nan
+            sadp.loss(criterion, model(x), data.tensors[1][row]).backward()
+            sadp_fast.reset(model)
+        if epoch == 1:
+            before = sadp.scores.clone()
+    # The bad example spoils the batch mean it is part of, no other score.
+    assert sadp.scores.isfinite().all()
+    assert sadp.scores[7] == before[7]
+
+
+def test_skipped_batches_are_not_scored(data):
+    sadp = SADP(Net(), N, epochs=4, warmup_epochs=1)
+    for _ in sadp.batches(16):
+        pass
+    assert sadp.scores.isnan().all() and sadp.epoch == 1
+
+
+# -------------------------------------------------------------------------------------------------- drawing and weighting
+
+
+@pytest.mark.parametrize("score", ["all", "loss", "random"])
+def test_mean_ratio_and_shapes(data, score):
+    model = Net()
+    sadp = SADP(model, N, epochs=20, prune_ratio=0.6, score=score, seed=4)
+    shapes = set()
+    for _ in range(20):
+        for row in sadp.batches(8):
+            shapes.add(tuple(row.shape))
+            sadp.loss(criterion, model(data.tensors[0][row]), data.tensors[1][row]).backward()
+            sadp_fast.reset(model)
+    assert shapes == {(8,)}
+    assert sum(sadp.ratios) / 20 == pytest.approx(0.6)
+    # Bernoulli draws: standard deviation at most sqrt(20 N / 4) = 23; six of them fail a right program 2e-9 of the time.
+    assert abs(sadp.examples_trained - 0.4 * 20 * N) < 6 * 23
+
+
+def test_weighted_gradient_is_unbiased(data):
+    """Mean over 400 draws of the epoch's weighted gradient sum, against the full gradient.
+
+    Each coordinate's deviation is held to 6 of its own standard errors: a right program fails with probability below
+    n_coordinates * 2e-9 ~ 2e-6.
+    """
+    model = Net()
+    torch.manual_seed(0)
+    per_example = torch.randn(N, 30)
+    scores = torch.rand(N) ** 3
+    draws = []
+    for seed in range(400):
+        sadp = SADP(model, N, epochs=4, warmup_epochs=0, tail_epochs=0, prune_ratio=0.5, seed=seed)
+        sadp._slots[:-1] = scores
+        total = torch.zeros(30)
+        # One epoch of the four, flushed by padding: the estimator of sum_i g_i / N times the batches' B / m.
+        batches = sadp._draw(16, pad=True)
+        for row, weight in zip(batches.indices, batches.weights, strict=True):
+            total += (weight.unsqueeze(1) * per_example[row]).sum(0)
+        draws.append(total / (0.5 * N))
+    draws = torch.stack(draws)
+    error = draws.mean(0) - per_example.mean(0)
+    assert (error.abs() < 6 * draws.std(0) / 400**0.5).all()
+
+
+def test_weights_reach_the_loss(data):
+    model = Net()
+    sadp = SADP(model, N, epochs=4, warmup_epochs=1, tail_epochs=0, seed=1)
+    for _ in range(2):
+        for row in sadp.batches(16):
+            output, target = model(data.tensors[0][row]), data.tensors[1][row]
+            loss = sadp.loss(criterion, output, target)
+            losses = nn.functional.cross_entropy(output, target, reduction="none")
+            weights = sadp._batch.weights
+            if weights is not None:
+                assert loss.item() == pytest.approx((weights * losses).sum().item() / 16, rel=1e-6)
+            loss.backward()
+            sadp_fast.reset(model)
+    keep = (1 - sadp.ratios[1]) * N
+    assert weights.max() <= keep / N / sadp.probabilities.min() * (1 + 1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------- DataLoader
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_dataloader(data, workers, drop_last):
+    indexed = TensorDataset(torch.arange(N), *data.tensors)
+    model = Net()
+    sadp = SADP(model, N, epochs=6, warmup_epochs=1, tail_epochs=1, seed=3)
+    loader = sadp.loader(DataLoader(indexed, batch_size=16, shuffle=True, num_workers=workers, drop_last=drop_last))
+    seen = []
+    for _ in range(6):
+        epoch = []
+        for i, x, y in loader:
+            assert torch.equal(i, sadp._batch.indices)  # the batch in hand is the batch that SADP scores
+            epoch.append(i)
+            sadp.loss(criterion, model(x), y).backward()
+            sadp_fast.reset(model)
+        seen.append(epoch)
+    assert {tuple(i.shape) for epoch in seen for i in epoch} == {(16,)}
+    assert sadp.scores.isfinite().all()
+    assert sadp.epoch == 6
+    first = torch.cat(seen[0])
+    assert len(first.unique()) == (96 if drop_last else N)  # the first epoch is full; its rest is carried or padded
+    if drop_last:
+        missed = set(range(N)) - set(first.tolist())
+        assert missed <= set(seen[1][0].tolist())  # ... and opens the second
+
+
+@pytest.mark.gpu
+def test_dataloader_with_pinned_memory(data):
+    model = Net().cuda()
+    sadp = SADP(model, N, epochs=4)
+    loader = sadp.loader(DataLoader(data, batch_size=16, shuffle=True, num_workers=2, pin_memory=True))
+    for _ in range(4):
+        for x, y in loader:
+            assert x.is_pinned()
+            sadp.loss(criterion, model(x.cuda(non_blocking=True)), y.cuda(non_blocking=True)).backward()
+            sadp_fast.reset(model)
+    assert sadp.scores.is_cuda and sadp.scores.isfinite().all()
+
+
+def test_loader_and_batches_train_alike(data):
+    def run(through_loader):
+        model = Net()
+        sadp = SADP(model, N, epochs=4, seed=3)
+        loader = sadp.loader(DataLoader(data, batch_size=16, drop_last=True))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for _ in range(4):
+            batches = loader if through_loader else ((t[i] for t in data.tensors) for i in sadp.batches(16))
+            for x, y in batches:
+                optimizer.zero_grad()
+                sadp.loss(criterion, model(x), y).backward()
+                optimizer.step()
+                sadp_fast.reset(model)
+        return sadp.scores
+
+    assert torch.equal(run(True), run(False))
+
+
+def test_breaking_out_of_an_epoch_is_safe(data):
+    model = Net()
+    sadp = SADP(model, N, epochs=4)
+    loader = sadp.loader(DataLoader(data, batch_size=16))
+    for _ in range(2):
+        for x, y in itertools.islice(loader, 2):
+            sadp.loss(criterion, model(x), y).backward()
+            sadp_fast.reset(model)
+    assert sadp.epoch == 2
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+# ------------------------------------------------------------------------------------------------------------- state
+
+
+def test_resuming_gives_the_same_training(data):
+    def run(interrupted):
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        sadp = SADP(model, N, epochs=6, seed=8)
+        losses = []
+        while sadp.epoch < 6:
+            for row in sadp.batches(16):
+                loss = sadp.loss(criterion, model(data.tensors[0][row]), data.tensors[1][row])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                sadp_fast.reset(model)
+                losses.append(loss.item())
+            if interrupted and sadp.epoch == 3:
+                saved = copy.deepcopy(sadp.state_dict())
+                sadp = SADP(model, N, epochs=6, seed=8)
+                sadp.load_state_dict(saved)
+        return losses, sadp.scores, sadp.examples_trained
+
+    straight, resumed = run(False), run(True)
+    assert straight[0] == resumed[0] and straight[2] == resumed[2]
+    assert torch.equal(straight[1], resumed[1])
+
+
+def test_state_of_another_setting_is_refused():
+    state = SADP(Net(), N, epochs=6, seed=8).state_dict()
+    with pytest.raises(ValueError, match="saved with seed=8, but SADP was built with 9"):
+        SADP(Net(), N, epochs=6, seed=9).load_state_dict(state)
+
+
+def test_same_draws_on_every_device(data, device):
+    def rows(device):
+        model = Net().to(device)
+        sadp = SADP(model, N, epochs=4, score="random", seed=11)
+        return torch.cat([row for _ in range(4) for row in sadp.batches(16)]).cpu()
+
+    assert torch.equal(rows("cpu"), rows(device))
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"prune_ratio": 1.0}, "ratio"),
+        ({"prune_ratio": -0.1}, "ratio"),
+        ({"score": "entropy"}, "score must be one of all, last, loss, el2n, random, got 'entropy'"),
+        ({"policy": "best"}, "policy"),
+        ({"smoothing": 2.0}, "smoothing"),
+        ({"schedule": "step"}, "schedule"),
+        ({"epochs": 0}, "epochs"),
+        ({"epochs": 2, "warmup_epochs": 2}, "warmup_epochs"),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        SADP(Net(), N, **{"epochs": 10, **kwargs})
+
+
+def test_use_outside_its_place(data):
+    sadp = SADP(Net(), N, epochs=1, prune_ratio=0.0)
+    list(sadp.batches(16))
+    with pytest.raises(RuntimeError, match="all 1 planned epochs are trained"):
+        list(sadp.batches(16))
+    with pytest.raises(RuntimeError, match="inside a loop"):
+        SADP(Net(), N, epochs=4).loss(criterion, torch.zeros(2, 2), torch.zeros(2, dtype=torch.long))
+    running = SADP(Net(), N, epochs=4)
+    first = running.batches(16)
+    next(first)
+    with pytest.raises(RuntimeError, match="still running"):
+        next(running.batches(16))
+    with pytest.raises(ValueError, match="batch_size"):
+        next(SADP(Net(), N, epochs=4).batches(0))
+
+
+def test_wrong_loaders(data):
+    sadp = SADP(Net(), N, epochs=4)
+    with pytest.raises(ValueError, match="num_examples=103"):
+        sadp.loader(DataLoader(TensorDataset(torch.zeros(5, 1)), batch_size=2))
+    with pytest.raises(ValueError, match="batch_size"):
+        sadp.loader(DataLoader(data, batch_size=None))
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(range(3))
+
+    with pytest.raises(ValueError, match="map-style"):
+        sadp.loader(DataLoader(Stream()))
+
+
+def test_criterion_without_reduction(data):
+    sadp = SADP(Net(), N, epochs=4)
+    next(rows := sadp.batches(16))
+    with pytest.raises(TypeError, match="has no `reduction`"):
+        sadp.loss(lambda a, b: (a - b).mean(), torch.zeros(16, 2), torch.zeros(16))
+    rows.close()
+
+
+def test_compiled_model_is_refused_for_gradient_scores():
+    with pytest.raises(ValueError, match=r"torch.compile hides"):
+        SADP(torch.compile(Net()), N, epochs=4)
+    SADP(torch.compile(Net()), N, epochs=4, score="loss")
+
+
+def test_model_without_weight_layers(data):
+    model = nn.Sequential(nn.Embedding(5, CLASSES), nn.Flatten(0, 1))
+    sadp = SADP(model, N, epochs=4)
+    row = next(rows := sadp.batches(16))
+    with pytest.raises(ValueError, match="found no weight layer"):
+        sadp.loss(criterion, model(row.unsqueeze(1) % 5), data.tensors[1][row])
+    rows.close()
