@@ -1,6 +1,7 @@
 """Spike-aware data pruning for spiking neural networks, with fused neuron kernels (arXiv 2510.04098)."""
 
 from . import surrogate
+from .graphs import GraphedStep
 from .neuron import IFNode, LIFNode, reset
 from .pruner import SADP
 from .sampling import Sample, sample
@@ -10,6 +11,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SADP",
+    "GraphedStep",
     "IFNode",
     "LIFNode",
     "Sample",

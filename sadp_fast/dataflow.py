@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,15 +100,15 @@ class Probe:
         return self.norms if isinstance(module, _BatchNorm) else None
 
     @staticmethod
-    def _recorder(name: str, calls: list[_Call]):
-        def record(_module, inputs, output):
+    def _recorder(name: str, calls: list[_Call]) -> Callable[..., None]:
+        def record(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if torch.is_grad_enabled():
                 calls.append(_Call(name, inputs[0], output))
 
         return record
 
     def resolve(self, output: Tensor) -> list[WeightLayer]:
-        """Read the graph behind ``output`` (the model's output or the loss); layers in the order of their first call."""
+        """Read the graph behind ``output`` (the model's output or the loss); layers in the order of their calls."""
         graph = _Graph(output)
         layer_of = {_edge(call.output): call.name for call in self.layers}
         norm_of = {_edge(call.output): call.name for call in self.norms}
@@ -160,8 +161,8 @@ class _Graph:
 
     def __init__(self, output: Tensor) -> None:
         self.consumers: Counter[_Edge] = Counter()
-        seen = {output.grad_fn}
-        stack = [output.grad_fn]
+        stack: list[Any] = [output.grad_fn]
+        seen = set(stack)
         while stack:
             node = stack.pop()
             for edge in node.next_functions:

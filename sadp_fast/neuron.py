@@ -143,7 +143,7 @@ class BaseNode(nn.Module):
         if self.v_seq is not None:
             self.v_seq = self.v_seq.detach()
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BaseNode:
         if isinstance(self.v, Tensor):
             self.v = fn(self.v)
         if self.v_seq is not None:
@@ -212,8 +212,8 @@ class BaseNode(nn.Module):
         if index is None and not self._said_not_fused:
             self._said_not_fused = True
             warnings.warn(
-                f"the surrogate {type(self.surrogate_function).__name__} is not fused: this neuron runs step by step in "
-                f"plain torch; fused are {', '.join(c.__name__ for c in surrogates.FUSED)}",
+                f"the surrogate {type(self.surrogate_function).__name__} is not fused: this neuron runs step by step "
+                f"in plain torch; fused are {', '.join(c.__name__ for c in surrogates.FUSED)}",
                 stacklevel=3,
             )
         return index
@@ -233,7 +233,7 @@ class BaseNode(nn.Module):
                 v,
                 self.dynamics,
                 fused,
-                float(self.surrogate_function.alpha),  # type: ignore[attr-defined]
+                self.surrogate_function.alpha,  # type: ignore[union-attr]
                 store_v_seq=self.store_v_seq,
                 count_spikes=self.collect_statistics,
                 grad_norm_sq=grad_norm_sq,
@@ -245,15 +245,15 @@ class BaseNode(nn.Module):
             if grad_norm_sq is not None:
                 x_seq = reference.GradientNormTap.apply(x_seq, grad_norm_sq, self.channel_scale)
             spikes, v, v_seq = reference.multi_step(x_seq, v, self.dynamics, self.surrogate_function, self.store_v_seq)
-            if self.collect_statistics:
-                spike_count = reference.spike_count(spikes)
+            spike_count = reference.spike_count(spikes) if self.collect_statistics else None
         self.v = v
-        if self.collect_statistics:
+        if spike_count is not None:
             call = CallStatistics(spike_count, grad_norm_sq)
             self.calls = [call] if self.step_mode == "m" else [*self.calls, call]
-        if self.store_v_seq:
-            keep = self.step_mode == "s" and self.v_seq is not None and self.v_seq.shape[1:] == v_seq.shape[1:]
-            self.v_seq = torch.cat((self.v_seq, v_seq)) if keep else v_seq
+        if v_seq is not None:
+            earlier = self.v_seq if self.step_mode == "s" else None
+            grows = earlier is not None and earlier.shape[1:] == v_seq.shape[1:]
+            self.v_seq = torch.cat((earlier, v_seq)) if grows else v_seq  # type: ignore[arg-type]
         return spikes
 
     def forward(self, x: Tensor) -> Tensor:

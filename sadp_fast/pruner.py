@@ -48,6 +48,7 @@ class _Batch:
     )
     mean_factor: float = 1.0  # 1/B where the loss is a mean
     direct_score: Tensor | None = None  # "loss" and "el2n" need no backward pass
+    collected: bool = False
 
     @property
     def size(self) -> int:
@@ -165,6 +166,7 @@ class SADP:
         # The model's dataflow, read in the first scored batch.
         self._probe: Probe | None = None
         self._layers: list[WeightLayer] | None = None  # those that are scored
+        self._tapped_neurons: dict[str, BaseNode] = {}
         self._multiplicity = torch.empty(0, device=self.device)
         self._steps = 1  # time steps that one call of the model's neurons covers
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []  # for the running epoch
@@ -262,7 +264,7 @@ class SADP:
                 self._begin(_Batch(batches.indices[k], weights, scored))
                 self.examples_trained += batches.indices.shape[1] * world - padding
                 yield batches.indices[k]
-                self._finish()
+                self.collect()
             self._share_scores()
         finally:
             self._batch = None
@@ -316,17 +318,12 @@ class SADP:
         self._set_statistics(False)
 
     def _set_statistics(self, on: bool) -> None:
-        for name in self._tapped_neurons:
-            self.model.get_submodule(name).collect_statistics = on  # type: ignore[assignment]
-
-    @property
-    def _tapped_neurons(self) -> set[str]:
-        pairs = ((layer.input_neuron, layer.output_neuron) for layer in self._layers or [])
-        return {name for pair in pairs for name in pair if name is not None}
+        for node in self._tapped_neurons.values():
+            node.collect_statistics = on
 
     def _tap_hooks(self, layers: list[WeightLayer]) -> list[torch.utils.hooks.RemovableHandle]:
         modules = dict(self.model.named_modules())
-        hooks = [modules[name].register_forward_hook(self._neuron_hook(name)) for name in self._tapped_neurons]
+        hooks = [node.register_forward_hook(self._neuron_hook(name)) for name, node in self._tapped_neurons.items()]
         for layer in layers:
             if layer.input_neuron is None:
                 hooks.append(modules[layer.name].register_forward_pre_hook(self._input_hook(layer.name)))
@@ -341,21 +338,21 @@ class SADP:
         return batch if batch is not None and not batch.forward_done and torch.is_grad_enabled() else None
 
     def _neuron_hook(self, name: str) -> Callable:
-        def hook(node: BaseNode, _inputs, _output) -> None:
+        def hook(node: BaseNode, _inputs: Any, _output: Any) -> None:
             if (batch := self._tapping()) is not None:
                 batch.neuron_calls.setdefault(name, []).append(node.calls[-1])
 
         return hook
 
     def _input_hook(self, name: str) -> Callable:
-        def hook(_module, inputs) -> None:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if (batch := self._tapping()) is not None:
                 batch.add(batch.input_energy, name, self._energy(batch, inputs[0]))
 
         return hook
 
     def _site_hook(self, layer: WeightLayer, neuron: BaseNode | None) -> Callable:
-        def hook(module: nn.Module, _inputs, output: Tensor) -> None:
+        def hook(module: Any, _inputs: Any, output: Tensor) -> None:
             if (batch := self._tapping()) is None:
                 return
             scale = batch_norm_scale(module, output) if layer.norm is not None else None
@@ -400,6 +397,8 @@ class SADP:
                     self._reduce_gradient(batch, layer.name, call.output, scale)
         self._detach()
         self._layers = layers
+        tapped = {name for layer in layers for name in (layer.input_neuron, layer.output_neuron) if name is not None}
+        self._tapped_neurons = {name: modules[name] for name in sorted(tapped)}
         self._multiplicity = torch.tensor([layer.multiplicity for layer in layers], device=loss.device)
         self._attach()
 
@@ -457,11 +456,16 @@ class SADP:
         return loss
 
     @torch.no_grad()
-    def _finish(self) -> None:
-        """After the user's backward pass: the batch's scores."""
+    def collect(self) -> None:
+        """Take the scores of the batch at hand, after its backward pass.
+
+        The loop over ``batches()`` or ``loader()`` does this by itself before the next batch; calling it is only needed
+        where the scores should be part of something, as of a CUDA graph (``GraphedStep``).
+        """
         batch = self._batch
-        assert batch is not None
-        self._set_statistics(False)
+        if batch is None or batch.collected:
+            return
+        self._close(batch)
         if not batch.scored:
             return
         if self.score in _GRADIENT_SCORES:
@@ -485,14 +489,32 @@ class SADP:
         self._slots[-1] = torch.nan
 
     def _bound(self, batch: _Batch) -> Tensor:
-        calls = batch.neuron_calls
-        counts = {name: [call.spike_count for call in c] for name, c in calls.items()}
-        norms = {name: [call.grad_norm_sq for call in c] for name, c in calls.items()}
+        def calls(neuron: str | None) -> list[CallStatistics]:
+            return batch.neuron_calls.get(neuron, []) if neuron is not None else []
+
         inputs, deltas = [], []
         for layer in self._layers or []:
-            inputs.append(_over_time(batch.input_energy.get(layer.name), counts.get(layer.input_neuron)))
-            deltas.append(_over_time(batch.delta_energy.get(layer.name), norms.get(layer.output_neuron)))
+            counts = [call.spike_count for call in calls(layer.input_neuron)]
+            norms = [call.grad_norm_sq for call in calls(layer.output_neuron) if call.grad_norm_sq is not None]
+            inputs.append(_over_time(batch.input_energy.get(layer.name), counts))
+            deltas.append(_over_time(batch.delta_energy.get(layer.name), norms))
         return spike_aware_score(_sum_steps(inputs), _sum_steps(deltas), self._multiplicity)
+
+    def _close(self, batch: _Batch) -> None:
+        """Nothing more is to be measured in this batch."""
+        batch.collected = batch.forward_done = True
+        self._set_statistics(False)
+
+    @property
+    def batch_kind(self) -> tuple[bool, bool] | None:
+        """(weighted, scored) of the batch at hand: batches of one kind run the same operations.
+
+        None where there is no batch, or one that reads the model's dataflow.
+        """
+        batch = self._batch
+        if batch is None or self._probe is not None:
+            return None
+        return batch.weights is not None, batch.scored
 
     # -------------------------------------------------------------------------------------------------------- state
 
@@ -549,12 +571,12 @@ class PrunedLoader:
             raise ValueError("loader must have a map-style data set: SADP draws examples by index, a stream has none")
         if loader.batch_size is None:
             raise ValueError("loader must have a batch_size: SADP cuts the batches itself, a batch_sampler it cannot")
-        if len(loader.dataset) != sadp.num_examples:
-            raise ValueError(
-                f"loader has {len(loader.dataset)} examples, but SADP was built with num_examples={sadp.num_examples}"
-            )
+        size = len(loader.dataset)  # type: ignore[arg-type]
+        if size != sadp.num_examples:
+            raise ValueError(f"loader has {size} examples, but SADP was built with num_examples={sadp.num_examples}")
         self.sadp = sadp
         self.loader = loader
+        self.batch_size: int = loader.batch_size
         self._batches: list[list[int]] = []
         self._pruned = None if sadp.passive else self._with_own_batches()
 
@@ -569,14 +591,20 @@ class PrunedLoader:
         sadp._check_epoch()
         if self._pruned is None:
             yield from self.loader
-            whole = len(self.loader) * self.loader.batch_size
-            sadp.examples_trained += whole if self.loader.drop_last else len(self.loader.sampler)  # type: ignore[arg-type]
+            whole, examples = len(self.loader) * self.batch_size, len(self.loader.sampler)  # type: ignore[arg-type]
+            sadp.examples_trained += whole if self.loader.drop_last else examples
             sadp.epoch += 1
             return
-        batches = sadp._draw(self.loader.batch_size, pad=not self.loader.drop_last)
+        batches = sadp._draw(self.batch_size, pad=not self.loader.drop_last)
         self._batches = batches.indices.tolist()
         for _, batch in zip(sadp._epoch(batches), self._pruned, strict=True):
             yield batch
+
+    def __len__(self) -> int:
+        """Batches of the running or last epoch; before the first, those to be expected. The number varies by epoch."""
+        if self._pruned is None:
+            return len(self.loader)
+        return len(self._batches) or round((1 - self.sadp.ratios[0]) * self.sadp.num_examples / self.batch_size)
 
 
 class _Rows:
@@ -601,9 +629,9 @@ def _rank_and_world() -> tuple[int, int]:
 def _without_reduction(criterion: Callable[..., Tensor]) -> tuple[str, Callable[..., Tensor]]:
     """The criterion's own reduction, and the criterion without it."""
     if isinstance(criterion, nn.Module) and hasattr(criterion, "reduction"):
-        unreduced = copy.copy(criterion)
+        unreduced: Any = copy.copy(criterion)
         unreduced.reduction = "none"
-        return criterion.reduction, unreduced
+        return str(criterion.reduction), unreduced
     if not isinstance(criterion, nn.Module):
         parameters = inspect.signature(criterion).parameters
         if "reduction" in parameters:
@@ -621,7 +649,7 @@ def _per_example(losses: Tensor, batch_size: int) -> Tensor:
     return losses if losses.ndim == 1 else losses.flatten(1).mean(1)
 
 
-def _over_time(reduced: Tensor | None, calls: list[Tensor] | None) -> Tensor:
+def _over_time(reduced: Tensor | None, calls: list[Tensor]) -> Tensor:
     """One layer's energies [T, B], from a reduction [B] or from a neuron's calls, each [t, B]."""
     if reduced is not None:
         return reduced.unsqueeze(0)

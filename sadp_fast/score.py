@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 WEIGHT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+WeightLayerModule = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-def patch_multiplicity(layer: nn.Module) -> float:
+def patch_multiplicity(layer: WeightLayerModule) -> float:
     """In how many patches one input element of this layer appears at most; 1 if linear.
 
     Along one axis of kernel K, stride s and dilation d these are the k < K with k d = const (mod s): every

@@ -201,5 +201,4 @@ def prune_ratios(
     else:
         shape = [-math.cos(math.pi * x) for x in centre]
     rise = min(mean, (MAX_RATIO - mean) / shape[-1]) if shape[-1] > 0 else 0.0
-    ramp = [min(mean + rise * s, MAX_RATIO) for s in shape]
-    return [0.0] * warmup_epochs + ramp + [0.0] * tail_epochs
+    return [0.0] * warmup_epochs + [mean + rise * s for s in shape] + [0.0] * tail_epochs

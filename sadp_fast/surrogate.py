@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,13 @@ class _Spike(torch.autograd.Function):
     """Heaviside step forward, ``gradient(x, alpha)`` backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, alpha: float, gradient: Callable[[Tensor, float], Tensor]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, alpha: float, gradient: Callable[[Tensor, float], Tensor]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.alpha, ctx.gradient = alpha, gradient
         return (x >= 0).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor):
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         return grad_output * ctx.gradient(x, ctx.alpha), None, None
 
@@ -33,7 +34,7 @@ class Surrogate(nn.Module):
 
     Args:
         alpha: steepness; larger is closer to the true step.
-        spiking: ``True`` gives spikes in {0, 1}; ``False`` gives the smooth ``primitive`` whose derivative is ``gradient``.
+        spiking: ``True`` gives spikes in {0, 1}, ``False`` the smooth ``primitive``, whose derivative is ``gradient``.
     """
 
     def __init__(self, alpha: float, spiking: bool = True) -> None:
@@ -187,7 +188,7 @@ class Rect(Surrogate):
 
 # The position in this table is the kernels' SURROGATE constant (sadp_fast/ops/lif.py).
 FUSED = (Sigmoid, ATan, PiecewiseQuadratic, PiecewiseExp, SoftSign, SuperSpike, Erf, Rect)
-_FUSED_INDEX = {cls: i for i, cls in enumerate(FUSED)}
+_FUSED_INDEX: dict[type, int] = {cls: i for i, cls in enumerate(FUSED)}
 _FUSED_BY_NAME = {cls.__name__: i for i, cls in enumerate(FUSED)}
 _SPIKINGJELLY = "spikingjelly.activation_based.surrogate"
 

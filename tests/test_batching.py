@@ -29,9 +29,7 @@ def test_every_drawn_example_is_trained_once(sizes, batch_size, pad, seed):
         start += size
         expected += [(i, i + 0.5) for i in epoch_draw.indices.tolist()]
         last = epoch == len(sizes) - 1
-        batches, carried = pack(
-            shuffled(epoch_draw, seed=seed, epoch=epoch), carried, batch_size, pad=pad or last
-        )
+        batches, carried = pack(shuffled(epoch_draw, seed=seed, epoch=epoch), carried, batch_size, pad=pad or last)
         assert batches.indices.shape == batches.weights.shape
         assert batches.indices.shape[1] == batch_size
         assert batches.indices.shape[0] >= 1

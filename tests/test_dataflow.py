@@ -228,9 +228,7 @@ def test_fold_batch_and_energy():
     torch.testing.assert_close(energy_per_example(x.flatten(0, 1), T, N), energy)
     torch.testing.assert_close(energy_per_example(x[0], T, N), x[0].square().sum((1, 2)))
     scale = torch.rand(5)
-    torch.testing.assert_close(
-        energy_per_example(x, T, N, scale), (x * scale[:, None]).square().sum((0, 2, 3))
-    )
+    torch.testing.assert_close(energy_per_example(x, T, N, scale), (x * scale[:, None]).square().sum((0, 2, 3)))
     assert fold_batch(torch.rand(5, 2), T, N) is None
     with pytest.raises(ValueError, match="cannot tell the 4 examples apart"):
         energy_per_example(torch.rand(5, 2), T, N)

@@ -19,7 +19,11 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.body = nn.Sequential(
-            nn.Linear(FEATURES, 16), LIFNode(step_mode="m"), nn.Linear(16, 16), LIFNode(step_mode="m"), nn.Linear(16, CLASSES)
+            nn.Linear(FEATURES, 16),
+            LIFNode(step_mode="m"),
+            nn.Linear(16, 16),
+            LIFNode(step_mode="m"),
+            nn.Linear(16, CLASSES),
         )
 
     def forward(self, x):
@@ -223,7 +227,7 @@ def test_skipped_batches_are_not_scored(data):
     assert sadp.scores.isnan().all() and sadp.epoch == 1
 
 
-# -------------------------------------------------------------------------------------------------- drawing and weighting
+# ------------------------------------------------------------------------------------------------ drawing and weighting
 
 
 @pytest.mark.parametrize("score", ["all", "loss", "random"])
@@ -238,7 +242,7 @@ def test_mean_ratio_and_shapes(data, score):
             sadp_fast.reset(model)
     assert shapes == {(8,)}
     assert sum(sadp.ratios) / 20 == pytest.approx(0.6)
-    # Bernoulli draws: standard deviation at most sqrt(20 N / 4) = 23; six of them fail a right program 2e-9 of the time.
+    # Bernoulli draws: standard deviation at most sqrt(20 N / 4) = 23; a right program fails 2e-9 of the time.
     assert abs(sadp.examples_trained - 0.4 * 20 * N) < 6 * 23
 
 

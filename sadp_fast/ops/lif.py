@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from ..dynamics import Dynamics
 
 # Steps held in registers by the backward kernel; the spacing of saved potentials for longer sequences.
-CHUNK = 16
+CHUNK = 8
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -215,7 +215,7 @@ def _lif_forward_kernel(
             STORE_V_SEQ,
             COUNT_SPIKES,
         )
-        if STORE_CHECKPOINTS:  # noqa: SIM102 (the outer test is at compile time, the inner one at run time)
+        if STORE_CHECKPOINTS:
             if chunk * CHUNK + CHUNK < T:
                 tl.store(checkpoint_ptr + chunk * state_size + offsets, v, mask=mask)
     if REST > 0:
@@ -493,12 +493,13 @@ class _Grid(NamedTuple):
     blocks: int
 
     @classmethod
-    def of(cls, x: Tensor) -> _Grid:
+    def of(cls, x: Tensor, values_per_element: int) -> _Grid:
+        """``values_per_element``: how many of a chunk's values the kernel holds for each element of a step."""
         steps, examples = x.shape[0], x.shape[1]
         size = math.prod(x.shape[2:])
-        # One warp a program: its reductions are shuffles, without barriers. A thread's elements times the chunk's steps
-        # are what must fit in registers (two values each); 16-byte accesses where they do.
-        widest = 32 * (8 if min(steps, CHUNK) <= 4 else 4)
+        # One warp a program: its reductions are shuffles, without barriers. Eight elements a thread (two 16-byte
+        # accesses for float32, one for half types) where they fit in the registers, else four.
+        widest = 32 * (8 if values_per_element <= 4 else 4)
         block = max(32, min(widest, triton.next_power_of_2(size)))
         return cls(steps, examples, size, block, triton.cdiv(size, block))
 
@@ -559,7 +560,7 @@ def _launch_forward(
     store_checkpoints: bool,
     count_spikes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grid = _Grid.of(x)
+    grid = _Grid.of(x, values_per_element=1)
     spikes = _sequence_like(x, x.dtype)
     v = _v_like(x)
     v_seq = _sequence_like(x, torch.float32) if store_v_seq else _nothing(x)
@@ -624,7 +625,7 @@ def _launch_backward(
     want_grad_v_init: bool,
     want_grad_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grid = _Grid.of(x)
+    grid = _Grid.of(x, values_per_element=min(x.shape[0], CHUNK))
     grad_x = _sequence_like(x, x.dtype)
     grad_v_init = _v_like(x) if want_grad_v_init else _nothing(x)
     norm_shape = (grid.steps, grid.examples, grid.blocks) if want_grad_norm else (0,)

@@ -8,6 +8,7 @@ potential (our choice: half-precision state flips spikes), float64 stays float64
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,11 +88,11 @@ class GradientNormTap(torch.autograd.Function):
     """Identity whose backward writes ``squared_norm_per_example`` of the gradient into ``buffer`` [T, N]."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, buffer: Tensor, channel_scale: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, buffer: Tensor, channel_scale: Tensor | None) -> Tensor:
         ctx.buffer, ctx.channel_scale = buffer, channel_scale
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         ctx.buffer.copy_(squared_norm_per_example(grad, ctx.channel_scale))
         return grad, None, None

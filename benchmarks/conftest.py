@@ -1,0 +1,40 @@
+"""One bench for the whole session; at its end the table, and with ``--results FILE.json`` all figures."""
+
+from pathlib import Path
+
+import pytest
+from bench_report import Bench, table, write_json
+
+BENCH = pytest.StashKey[Bench]()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--results", metavar="FILE.json", type=Path, help="write all figures and the environment to a file"
+    )
+
+
+def pytest_configure(config):
+    path = config.getoption("--results")
+    if path and (path.is_dir() or path.suffix != ".json"):
+        raise pytest.UsageError(f"--results must name a .json file, got {path}")
+
+
+@pytest.fixture(scope="session")
+def bench(pytestconfig) -> Bench:
+    bench = Bench()
+    pytestconfig.stash[BENCH] = bench
+    return bench
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter, config):
+    bench = config.stash.get(BENCH, None)
+    if bench is None or not bench.rows:
+        return
+    terminalreporter.section("sadp_fast against its floors and peers")
+    for line in table(bench):
+        terminalreporter.write_line(line)
+    if path := config.getoption("--results"):
+        write_json(bench.report(), path)
+        terminalreporter.write_line(f"\nAll figures: {path}")

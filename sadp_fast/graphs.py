@@ -1,0 +1,103 @@
+"""A whole training step as one CUDA graph: one launch instead of a thousand.
+
+SADP's batches have one shape, and nothing in a step waits for the host, so the forward pass, the loss, the backward
+pass, the optimizer and the scores of the batch can be recorded once and replayed. A small network's step is bound by
+the host's launches otherwise, and the scores' many small kernels cost more there than on the GPU.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .pruner import SADP
+
+# Eager steps of each kind before it is recorded: kernels compile, cuDNN chooses, the optimizer creates its state.
+_WARMUP_STEPS = 3
+
+
+class _Recorded:
+    """One recorded kind of step, with the tensors that a replay reads and writes."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, index: Tensor, weights: Tensor | None, loss: Tensor) -> None:
+        self.graph, self.index, self.weights, self.loss = graph, index, weights, loss
+
+
+class GraphedStep:
+    """``step(index) -> loss`` of a loop over ``sadp.batches(...)``, recorded as a CUDA graph and replayed::
+
+        step = GraphedStep(step, sadp)
+        for index in sadp.batches(128):
+            loss = step(index)
+
+    The first steps run eagerly, as do kinds of batches that are rare (the padded one at the end). What changes from
+    step to step must be a tensor on the device that is updated in place: learning rates too (``lr=torch.tensor(...)``,
+    and ``capturable=True`` where the optimizer has it).
+
+    Args:
+        step: one training step on the examples ``index`` (int64 [B], CUDA): forward, ``sadp.loss``, ``zero_grad(
+            set_to_none=True)``, backward, optimizer; returns the loss, detached. No host synchronisation.
+        sadp: whose batches are trained on.
+        generators: CUDA random generators that the step draws from, other than torch's default one.
+    """
+
+    def __init__(
+        self, step: Callable[[Tensor], Tensor], sadp: SADP, generators: Sequence[torch.Generator] = ()
+    ) -> None:
+        self._step, self._sadp, self._generators = step, sadp, generators
+        self._eager_steps: Counter[tuple[bool, bool] | None] = Counter()
+        self._recorded: dict[tuple[bool, bool], _Recorded] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._side_stream = torch.cuda.Stream()
+
+    def __call__(self, index: Tensor) -> Tensor:
+        """The step's loss, 0-dim; the next call overwrites it."""
+        kind = self._sadp.batch_kind
+        recorded = None if kind is None else self._recorded.get(kind)
+        if recorded is not None:
+            self._replay(recorded, index)
+            return recorded.loss
+        if kind is None or self._eager_steps[kind] < _WARMUP_STEPS:
+            self._eager_steps[kind] += 1
+            return self._run_eagerly(index)
+        self._recorded[kind] = recorded = self._record(index)
+        self._replay(recorded, index)
+        return recorded.loss
+
+    def _run_eagerly(self, index: Tensor) -> Tensor:
+        # On a side stream, as recording does it: autograd remembers the stream that a parameter was first used on.
+        current = torch.cuda.current_stream()
+        self._side_stream.wait_stream(current)
+        with torch.cuda.stream(self._side_stream):
+            loss = self._step(index)
+            self._sadp.collect()
+        current.wait_stream(self._side_stream)
+        return loss
+
+    def _record(self, index: Tensor) -> _Recorded:
+        """Record the step on the batch at hand; recording runs nothing."""
+        batch = self._sadp._batch
+        assert batch is not None
+        static_index = index.clone()
+        static_weights = None if batch.weights is None else batch.weights.clone()
+        batch.indices, batch.weights = static_index, static_weights
+        graph = torch.cuda.CUDAGraph()
+        for generator in self._generators:
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._side_stream):
+            loss = self._step(static_index)
+            self._sadp.collect()
+        return _Recorded(graph, static_index, static_weights, loss)
+
+    def _replay(self, recorded: _Recorded, index: Tensor) -> None:
+        batch = self._sadp._batch
+        assert batch is not None
+        if batch.indices is not recorded.index:  # else this batch was just recorded
+            recorded.index.copy_(index)
+            if recorded.weights is not None and batch.weights is not None:
+                recorded.weights.copy_(batch.weights)
+        recorded.graph.replay()
+        self._sadp._close(batch)
