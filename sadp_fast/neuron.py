@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,18 @@ from .reference import lif as reference
 
 BACKENDS = (None, "triton", "torch", "cupy")
 STEP_MODES = ("s", "m")
+
+
+def _constant(name: str) -> Any:
+    """A constant of the dynamics as an attribute that reads and writes, as SpikingJelly's do."""
+
+    def get(node: BaseNode) -> Any:
+        return getattr(node.dynamics, name)
+
+    def set(node: BaseNode, value: Any) -> None:
+        node.dynamics = replace(node.dynamics, **{name: value})
+
+    return property(get, set)
 
 
 class CallStatistics(NamedTuple):
@@ -54,6 +67,9 @@ class BaseNode(nn.Module):
     """
 
     v: Tensor | float
+    v_threshold = _constant("v_threshold")
+    v_reset = _constant("v_reset")
+    detach_reset = _constant("detach_reset")
 
     def __init__(
         self,
@@ -84,11 +100,6 @@ class BaseNode(nn.Module):
         self._said_not_fused = False
         self._last_gradient_buffer: Tensor | None = None
         self.reset()
-
-    # The constants, under SpikingJelly's names.
-    v_threshold = property(lambda self: self.dynamics.v_threshold)
-    v_reset = property(lambda self: self.dynamics.v_reset)
-    detach_reset = property(lambda self: self.dynamics.detach_reset)
 
     @property
     def step_mode(self) -> str:
@@ -206,7 +217,7 @@ class BaseNode(nn.Module):
             raise RuntimeError(
                 "backend='triton' needs a CUDA tensor, got one on the CPU; use backend=None for the plain torch path"
             )
-        if not runs_kernels or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        if not runs_kernels or x.ndim < 2 or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return None
         index = surrogates.fused_index(self.surrogate_function)
         if index is None and not self._said_not_fused:
@@ -252,7 +263,11 @@ class BaseNode(nn.Module):
             self.calls = [call] if self.step_mode == "m" else [*self.calls, call]
         if v_seq is not None:
             earlier = self.v_seq if self.step_mode == "s" else None
-            grows = earlier is not None and earlier.shape[1:] == v_seq.shape[1:]
+            grows = earlier is not None and (earlier.shape[1:], earlier.dtype, earlier.device) == (
+                v_seq.shape[1:],
+                v_seq.dtype,
+                v_seq.device,
+            )
             self.v_seq = torch.cat((earlier, v_seq)) if grows else v_seq  # type: ignore[arg-type]
         return spikes
 
@@ -316,8 +331,8 @@ class LIFNode(BaseNode):
             tau, decay_input, v_threshold, v_reset, surrogate_function, detach_reset, step_mode, store_v_seq, backend
         )
 
-    tau = property(lambda self: self.dynamics.tau)
-    decay_input = property(lambda self: self.dynamics.decay_input)
+    tau = _constant("tau")
+    decay_input = _constant("decay_input")
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, tau={self.tau}, decay_input={self.decay_input}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -81,8 +81,8 @@ class SADP:
         score: "all": the spike-aware bound over all weight layers [form ours]; "last": over the last weight layer
             alone; "loss"; "el2n"; "random": every example alike (dynamic random pruning).
         policy, smoothing: see ``inclusion_probabilities``.
-        schedule, warmup_epochs, tail_epochs: see ``prune_ratios``; None means 5 % of the epochs, at least one
-            (none for "random"), for the warm-up and 12.5 % for the tail [ours].
+        schedule, warmup_epochs, tail_epochs: see ``prune_ratios``; None means 5 % of the epochs, at least one, for the
+            warm-up and 12.5 % for the tail [ours].
         seed: of the draws and the order of the batches; the same on every device.
         device: where scores and draws live; None means the model's first parameter's device.
 
@@ -130,7 +130,7 @@ class SADP:
                 "uncompiled model (its neurons are fused all the same), or use score='loss'"
             )
         if warmup_epochs is None:
-            warmup_epochs = 0 if score == "random" else max(1, round(_WARMUP_FRACTION * epochs))
+            warmup_epochs = max(1, round(_WARMUP_FRACTION * epochs))
         if tail_epochs is None:
             tail_epochs = round(_TAIL_FRACTION * epochs)
         self.ratios = prune_ratios(
@@ -396,11 +396,15 @@ class SADP:
                     scale = batch_norm_scale(modules[layer.norm], call.output) if layer.norm else None
                     self._reduce_gradient(batch, layer.name, call.output, scale)
         self._detach()
-        self._layers = layers
-        tapped = {name for layer in layers for name in (layer.input_neuron, layer.output_neuron) if name is not None}
-        self._tapped_neurons = {name: modules[name] for name in sorted(tapped)}
-        self._multiplicity = torch.tensor([layer.multiplicity for layer in layers], device=loss.device)
+        self._tap(layers)
         self._attach()
+
+    def _tap(self, layers: list[WeightLayer]) -> None:
+        """From here on, the neurons measure these layers."""
+        self._layers = layers
+        names = {name for layer in layers for name in (layer.input_neuron, layer.output_neuron) if name is not None}
+        self._tapped_neurons = {name: self.model.get_submodule(name) for name in sorted(names)}  # type: ignore[misc]
+        self._multiplicity = torch.tensor([layer.multiplicity for layer in layers], device=self.device)
 
     # ---------------------------------------------------------------------------------------------- loss and scores
 
@@ -486,7 +490,7 @@ class SADP:
         slot = torch.where(usable, batch.indices, self.num_examples)
         # amax: independent of the order in which an example that occurs twice is written.
         self._slots.scatter_reduce_(0, slot, value.float(), "amax", include_self=False)
-        self._slots[-1] = torch.nan
+        self._slots[-1:].fill_(torch.nan)
 
     def _bound(self, batch: _Batch) -> Tensor:
         def calls(neuron: str | None) -> list[CallStatistics]:
@@ -530,6 +534,8 @@ class SADP:
             "carried_indices": self._carried.indices.clone(),
             "carried_weights": self._carried.weights.clone(),
             "examples_trained": self.examples_trained,
+            "layers": None if self._layers is None else [asdict(layer) for layer in self._layers],
+            "steps": self._steps,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -547,6 +553,10 @@ class SADP:
         self._slots[:-1] = state["scores"].to(self.device)
         self._carried = Drawn(state["carried_indices"].to(self.device), state["carried_weights"].to(self.device))
         self.examples_trained = int(state["examples_trained"])
+        # A first batch is measured in another way, equal up to rounding: resumed, there is no first batch.
+        self._steps = state["steps"]
+        if state["layers"] is not None:
+            self._tap([WeightLayer(**layer) for layer in state["layers"]])
 
 
 _LOADER_OPTIONS = (

@@ -4,7 +4,12 @@ Triton kernels run on the CPU in Triton's interpreter, which has to be chosen be
 with a GPU they run for real, and the CPU cases of kernel tests are skipped.
 """
 
+import json
 import os
+import platform
+from collections import Counter, defaultdict
+from datetime import datetime, timezone
+from pathlib import Path
 
 import torch
 
@@ -14,6 +19,35 @@ if not torch.cuda.is_available():
 import pytest
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--outcomes", metavar="FILE.json", help="write what ran, where, and how it ended")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("--outcomes"):
+        return
+    outcomes = defaultdict(Counter)
+    failed = []
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            outcomes[report.nodeid.split("::")[0]][outcome] += 1
+            if outcome in ("failed", "error"):
+                failed.append(report.nodeid)
+    cuda = torch.cuda.is_available()
+    result = {
+        "environment": {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "device": torch.cuda.get_device_name() if cuda else "CPU (Triton kernels in the interpreter)",
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        "outcomes": {file: dict(counts) for file, counts in sorted(outcomes.items())},
+        "total": dict(sum(outcomes.values(), Counter())),
+        "failed": sorted(failed),
+    }
+    Path(config.getoption("--outcomes")).write_text(json.dumps(result, indent=1) + "\n")
 
 
 def pytest_collection_modifyitems(items):

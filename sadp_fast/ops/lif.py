@@ -25,7 +25,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..dynamics import Dynamics
 
@@ -273,10 +272,12 @@ def _backward_from(
     HAS_GRAD_V_SEQ: tl.constexpr,
     GRAD_NORM: tl.constexpr,
     SURROGATE: tl.constexpr,
+    RECURSE: tl.constexpr,
 ):
     """Backward through STEPS steps whose first starts from potential v; carry is dL/dv after the last.
 
-    Returns dL/dv before the first. The recursion is over time and unrolled by the compiler.
+    Returns dL/dv before the first. The recursion is over time and unrolled by the compiler. RECURSE is this function:
+    Triton before 3.5 hashes a function with all that it names, without end for one that names itself.
     """
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     # Loaded before the recursion, so that every load of the chunk is in flight before its first store.
@@ -284,7 +285,7 @@ def _backward_from(
     h = _charge(x, v, tau, v_rest, DYNAMICS, EXACT_RECIPROCAL)
     fired = h - v_threshold >= 0
     if STEPS > 1:
-        carry = _backward_from(
+        carry = RECURSE(
             x_ptr + x_stride_t,
             grad_spikes_ptr + gs_stride_t,
             grad_v_seq_ptr + dense_stride_t,
@@ -311,6 +312,7 @@ def _backward_from(
             HAS_GRAD_V_SEQ,
             GRAD_NORM,
             SURROGATE,
+            RECURSE,
         )
     if HAS_GRAD_V_SEQ:
         carry += tl.load(grad_v_seq_ptr + offsets, mask=mask, other=0.0)
@@ -438,6 +440,7 @@ def _lif_backward_kernel(
             HAS_GRAD_V_SEQ,
             GRAD_NORM,
             SURROGATE,
+            _backward_from,
         )
     for i in range(FULL):
         chunk = one * (FULL - 1 - i)
@@ -475,6 +478,7 @@ def _lif_backward_kernel(
             HAS_GRAD_V_SEQ,
             GRAD_NORM,
             SURROGATE,
+            _backward_from,
         )
     if STORE_GRAD_V_INIT:
         tl.store(grad_v_init_ptr + state_offset + offsets, carry, mask=mask)
@@ -538,6 +542,41 @@ def _sequence_like(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.new_empty_strided(x.shape, (x.shape[1] * size, size, *x.stride()[2:]), dtype=dtype)
 
 
+def _inner_is_dense(x: Tensor) -> bool:
+    """Whether the elements of each x[t, n] fill one block of memory, in any order of dimensions."""
+    if x.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(x.stride()[2:], x.shape[2:], strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _with_dense_inner(x: Tensor) -> Tensor:
+    return x if _inner_is_dense(x) else x.contiguous()
+
+
+def _same_strides(a: Tensor, b: Tensor, first: int) -> bool:
+    return all(
+        s == t or size == 1 for s, t, size in zip(a.stride()[first:], b.stride()[first:], a.shape[first:], strict=True)
+    )
+
+
+def _with_inner_order_of(x: Tensor, grad: Tensor) -> Tensor:
+    """grad with x's inner strides; its first two strides stay free (an expanded gradient is read as it is)."""
+    return grad if _same_strides(grad, x, 2) else _sequence_like(x, grad.dtype).copy_(grad)
+
+
+def _written_like(template: Tensor, t: Tensor | None) -> Tensor | None:
+    """t in the very memory order and dtype of template, which the kernels assume for states and their gradients."""
+    if t is None or (t.dtype == template.dtype and _same_strides(t, template, 0)):
+        return t
+    return template.copy_(t)
+
+
 def _checkpoints_like(x: Tensor) -> Tensor:
     return x.new_empty((max(0, triton.cdiv(x.shape[0], CHUNK) - 1), *x.shape[1:]), dtype=torch.float32)
 
@@ -560,6 +599,8 @@ def _launch_forward(
     store_checkpoints: bool,
     count_spikes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x = _with_dense_inner(x)
+    v_init = _written_like(_v_like(x), v_init)
     grid = _Grid.of(x, values_per_element=1)
     spikes = _sequence_like(x, x.dtype)
     v = _v_like(x)
@@ -568,7 +609,7 @@ def _launch_forward(
     count_shape = (grid.steps, grid.examples, grid.blocks) if count_spikes else (0,)
     count = x.new_empty(count_shape, dtype=torch.int32)
     if x.numel() == 0:
-        return spikes, v, v_seq, checkpoints, count.sum(-1, dtype=torch.int32)
+        return spikes, v, v_seq, checkpoints, _add_partials(count)
     with torch.cuda.device_of(x):
         _lif_forward_kernel[grid.programs](
             x,
@@ -608,7 +649,7 @@ def _launch_backward(
     x: Tensor,
     v_init: Tensor | None,
     checkpoints: Tensor,
-    grad_spikes: Tensor,
+    grad_spikes: Tensor | None,
     grad_v: Tensor | None,
     grad_v_seq: Tensor | None,
     channel_scale: Tensor | None,
@@ -625,13 +666,20 @@ def _launch_backward(
     want_grad_v_init: bool,
     want_grad_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    x = _with_dense_inner(x)
+    v_init = _written_like(_v_like(x), v_init)
+    grad_v = _written_like(_v_like(x), grad_v)
+    grad_v_seq = _written_like(_sequence_like(x, torch.float32), grad_v_seq)
+    if grad_spikes is None:
+        grad_spikes = x.new_zeros((1,) * x.ndim).expand(x.shape)
+    grad_spikes = _with_inner_order_of(x, grad_spikes)
     grid = _Grid.of(x, values_per_element=min(x.shape[0], CHUNK))
     grad_x = _sequence_like(x, x.dtype)
     grad_v_init = _v_like(x) if want_grad_v_init else _nothing(x)
     norm_shape = (grid.steps, grid.examples, grid.blocks) if want_grad_norm else (0,)
     grad_norm_sq = x.new_empty(norm_shape, dtype=torch.float32)
     if x.numel() == 0:
-        return grad_x, grad_v_init, grad_norm_sq.sum(-1)
+        return grad_x, grad_v_init, _add_partials(grad_norm_sq)
     with torch.cuda.device_of(x):
         _lif_backward_kernel[grid.programs](
             x,
@@ -684,7 +732,7 @@ torch.library.define(
 )
 torch.library.define(
     "sadp_fast::lif_backward",
-    "(Tensor x, Tensor? v_init, Tensor checkpoints, Tensor grad_spikes, Tensor? grad_v, Tensor? grad_v_seq,"
+    "(Tensor x, Tensor? v_init, Tensor checkpoints, Tensor? grad_spikes, Tensor? grad_v, Tensor? grad_v_seq,"
     f" Tensor? channel_scale, {_DYNAMICS_SCHEMA}, bool detach_reset, int surrogate, float alpha,"
     " bool want_grad_v_init, bool want_grad_norm) -> (Tensor grad_x, Tensor grad_v_init, Tensor grad_norm_sq)",
 )
@@ -697,6 +745,7 @@ for _device in ("cuda", "cpu"):
 @torch.library.register_fake("sadp_fast::lif_forward")
 def _(x, v_init, *constants_and_flags):
     store_v_seq, store_checkpoints, count_spikes = constants_and_flags[-3:]
+    x = _with_dense_inner(x)
     return (
         _sequence_like(x, x.dtype),
         _v_like(x),
@@ -709,6 +758,7 @@ def _(x, v_init, *constants_and_flags):
 @torch.library.register_fake("sadp_fast::lif_backward")
 def _(x, *rest):
     want_grad_v_init, want_grad_norm = rest[-2:]
+    x = _with_dense_inner(x)
     return (
         _sequence_like(x, x.dtype),
         _v_like(x) if want_grad_v_init else _nothing(x),
@@ -733,6 +783,7 @@ class _LIF(torch.autograd.Function):
         count_spikes: bool,
         grad_norm_sq: Tensor | None,
         channel_scale: Tensor | None,
+        will_backward: bool,
     ):
         constants = (
             v_init_value,
@@ -743,13 +794,12 @@ class _LIF(torch.autograd.Function):
             dynamics.v_rest,
             dynamics.v_reset is None,
         )
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         spikes, v, v_seq, checkpoints, spike_count = torch.ops.sadp_fast.lif_forward(
-            x, v_init, *constants, store_v_seq, needs_grad and x.shape[0] > CHUNK, count_spikes
+            x, v_init, *constants, store_v_seq, will_backward and x.shape[0] > CHUNK, count_spikes
         )
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(spike_count)
-        if needs_grad:
+        if will_backward:
             ctx.save_for_backward(x, v_init, checkpoints, channel_scale)
             ctx.constants = constants
             ctx.options = (dynamics.detach_reset, surrogate, alpha)
@@ -757,8 +807,12 @@ class _LIF(torch.autograd.Function):
         return spikes, v, v_seq, spike_count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_spikes: Tensor | None, grad_v: Tensor | None, grad_v_seq: Tensor | None, _):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "the fused neuron has no second derivative: call backward() without create_graph=True, or set the "
+                "node's backend='torch'"
+            )
         x, v_init, checkpoints, channel_scale = ctx.saved_tensors
         if grad_v_seq is not None and grad_v_seq.numel() == 0:
             grad_v_seq = None
@@ -766,9 +820,9 @@ class _LIF(torch.autograd.Function):
             x,
             v_init,
             checkpoints,
-            _sequence_like(x, x.dtype).zero_() if grad_spikes is None else _with_inner_order_of(x, grad_spikes),
-            _written_like(_v_like(x), grad_v),
-            _written_like(_sequence_like(x, torch.float32), grad_v_seq),
+            grad_spikes,
+            grad_v,
+            grad_v_seq,
             channel_scale,
             *ctx.constants,
             *ctx.options,
@@ -777,36 +831,7 @@ class _LIF(torch.autograd.Function):
         )
         if ctx.grad_norm_sq is not None:
             ctx.grad_norm_sq.copy_(grad_norm_sq)
-        return grad_x, grad_v_init if ctx.needs_input_grad[1] else None, *([None] * 8)
-
-
-def _inner_is_dense(x: Tensor) -> bool:
-    """Whether the elements of each x[t, n] fill one block of memory, in any order of dimensions."""
-    expected = 1
-    for stride, size in sorted(zip(x.stride()[2:], x.shape[2:], strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
-
-
-def _same_strides(a: Tensor, b: Tensor, first: int) -> bool:
-    return all(
-        s == t or size == 1 for s, t, size in zip(a.stride()[first:], b.stride()[first:], a.shape[first:], strict=True)
-    )
-
-
-def _with_inner_order_of(x: Tensor, grad: Tensor) -> Tensor:
-    """grad with x's inner strides; its first two strides stay free (an expanded gradient is read as it is)."""
-    return grad if _same_strides(grad, x, 2) else _sequence_like(x, grad.dtype).copy_(grad)
-
-
-def _written_like(template: Tensor, t: Tensor | None) -> Tensor | None:
-    """t in the very memory order and dtype of template, which the kernels assume for states and their gradients."""
-    if t is None or (t.dtype == template.dtype and _same_strides(t, template, 0)):
-        return t
-    return template.copy_(t)
+        return grad_x, grad_v_init if ctx.needs_input_grad[1] else None, *([None] * 9)
 
 
 # ------------------------------------------------------------------------------------------------------ entry point
@@ -848,18 +873,27 @@ def lif(
         raise ValueError(f"x must be float32, float16 or bfloat16, got {x.dtype}; cast it or use the reference")
     if x.ndim < 2 or x.shape[0] == 0:
         raise ValueError(f"x must be [T, N, *] with at least one step, got shape {tuple(x.shape)}")
-    if not _inner_is_dense(x):
-        x = x.contiguous()
     v_init, v_init_value = (v, 0.0) if isinstance(v, Tensor) else (None, float(v))
-    if v_init is not None:
-        if v_init.shape != x.shape[1:]:
-            raise ValueError(f"v must have the shape of one step, {tuple(x.shape[1:])}, got {tuple(v_init.shape)}")
-        v_init = _written_like(_v_like(x), v_init)
+    if v_init is not None and v_init.shape != x.shape[1:]:
+        raise ValueError(f"v must have the shape of one step, {tuple(x.shape[1:])}, got {tuple(v_init.shape)}")
+    if math.prod(x.shape[2:]) >= 2**31:
+        raise ValueError(f"one example of x must have fewer than 2^31 elements, got {math.prod(x.shape[2:])}; split it")
     if channel_scale is not None and channel_scale.shape != x.shape[2:3]:
         raise ValueError(
             f"channel_scale must have shape {tuple(x.shape[2:3])} (dimension 2 of x), got {tuple(channel_scale.shape)}"
         )
+    will_backward = torch.is_grad_enabled() and (x.requires_grad or (v_init is not None and v_init.requires_grad))
     spikes, v_final, v_seq, spike_count = _LIF.apply(
-        x, v_init, v_init_value, dynamics, surrogate, alpha, store_v_seq, count_spikes, grad_norm_sq, channel_scale
+        x,
+        v_init,
+        v_init_value,
+        dynamics,
+        surrogate,
+        alpha,
+        store_v_seq,
+        count_spikes,
+        grad_norm_sq,
+        channel_scale,
+        will_backward,
     )
     return spikes, v_final, v_seq if store_v_seq else None, spike_count if count_spikes else None

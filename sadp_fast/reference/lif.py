@@ -37,7 +37,8 @@ def reset(h: Tensor, spike: Tensor, dynamics: Dynamics) -> Tensor:
         spike = spike.detach()
     if dynamics.v_reset is None:
         return h - spike * dynamics.v_threshold
-    return (1.0 - spike) * h + spike * dynamics.v_reset
+    kept = (1.0 - spike) * h
+    return kept if dynamics.v_reset == 0.0 else kept + spike * dynamics.v_reset
 
 
 def multi_step(

@@ -1,0 +1,363 @@
+"""The command `sadp-fast`: options, one line for every error, live progress, and the order in which things happen."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from . import data, models, report, train
+from .pruner import SCORES
+from .selection import POLICIES, SCHEDULES
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+COMPARED = ("full", "random")
+# What a data set is trained with where no option says otherwise.
+RECIPES: dict[str, dict[str, Any]] = {
+    "digits": {"model": "conv", "epochs": 30, "batch_size": 32},
+    "mnist": {"model": "conv", "epochs": 10, "batch_size": 128},
+    "cifar10": {"model": "sew_resnet18", "epochs": 60, "batch_size": 128},
+    "npz": {"model": "conv", "epochs": 30, "batch_size": 32},
+    "imagefolder": {"model": "sew_resnet18", "epochs": 60, "batch_size": 32},
+}
+LEARNING_RATES = {"mlp": 2e-3, "conv": 2e-3, "sew_resnet18": 0.1}
+
+
+class CommandError(RuntimeError):
+    """A wrong command; the message is one sentence that says why and the remedy."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0, 2 for an error (one line on standard error), 130 after Ctrl-C."""
+    try:
+        given = vars(_parser().parse_args(arguments))
+        return given.pop("command")(given)
+    except (CommandError, data.DataError, train.TrainError) as error:
+        message = str(error)
+    except torch.OutOfMemoryError:
+        message = "the GPU's memory is too small for this: lower --batch-size"
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("sadp_fast"):
+            raise
+        message = f"the package {error.name!r} is missing: pip install '.[train]' brings all that training needs"
+    except KeyboardInterrupt:
+        print("sadp-fast: interrupted before training began; nothing was written", file=sys.stderr)
+        return 130
+    print(f"sadp-fast: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"{message} (see {self.prog} --help)")
+
+
+def _number(kind: type, condition: Callable[[Any], bool], requirement: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not condition(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {requirement}")
+        return value
+
+    return parse
+
+
+def _methods(text: str) -> list[str]:
+    names = [] if text == "none" else text.split(",")
+    if len(set(names)) != len(names) or not set(names) <= set(COMPARED):
+        raise argparse.ArgumentTypeError(f"{text!r} is not 'none' or a list out of {','.join(COMPARED)}")
+    return names
+
+
+POSITIVE = _number(int, lambda value: value >= 1, "a whole number of at least 1")
+NOT_NEGATIVE = _number(int, lambda value: value >= 0, "a whole number of at least 0")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="sadp-fast", description="Train spiking networks on the examples that matter.")
+    version = report.package_version("sadp_fast") or "(not installed)"
+    parser.add_argument("--version", action="version", version=f"sadp-fast {version}")
+    command = parser.add_subparsers(required=True, metavar="train").add_parser(
+        "train",
+        help="train a spiking network with spike-aware data pruning, beside full-data training",
+        description="Train a spiking network with spike-aware data pruning (SADP) and, under the same conditions, with "
+        "full data or random pruning; then compare accuracy and time in a table, a plot and a JSON file.",
+        epilog="Without options: handwritten digits, no files needed, about a minute on two CPU cores. "
+        "Ctrl-C is safe: the checkpoint of the last whole epoch stays, and --resume continues from it.",
+        # Options that are not given stay out, so that --resume knows which were asked for.
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    positive = _number(int, lambda value: value >= 1, "a whole number of at least 1")
+    natural = _number(int, lambda value: 0 <= value < 2**63, "a whole number of at least 0")
+    share = _number(float, lambda value: 0 <= value <= 1, "between 0 and 1")
+    below_one = _number(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
+    above_zero = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
+
+    option = command.add_argument_group("data and network").add_argument
+    option("--dataset", choices=data.NAMES, help="data set (default: digits, which needs no files)")
+    option("--data-dir", metavar="PATH", help="the data set's folder or file (default: $SADP_DATA)")
+    option("--image-size", type=positive, metavar="PIXELS", help="side of an imagefolder's images (default: 32)")
+    option("--model", choices=models.NAMES, help="network (default: conv; sew_resnet18 for cifar10, imagefolder)")
+    option("--time-steps", type=positive, metavar="T", help="time steps (default: 4, or those of event frames)")
+
+    option = command.add_argument_group("pruning").add_argument
+    option("--prune-ratio", type=below_one, metavar="R", help="mean share of examples left out, [0, 1) (default: 0.5)")
+    option("--score", choices=SCORES, help="importance of an example (default: all, from every layer's spikes)")
+    option("--policy", choices=POLICIES, help="how small probabilities are raised (default: mix)")
+    option("--smoothing", type=share, metavar="C", help="how far they are raised, 0 to 1 (default: 0.3)")
+    option("--schedule", choices=SCHEDULES, help="the ratio's course over the epochs (default: constant)")
+    option("--warmup-epochs", type=natural, metavar="N", help="full-data epochs at the start (default: by --epochs)")
+    option("--tail-epochs", type=natural, metavar="N", help="full-data epochs at the end (default: by --epochs)")
+    option(
+        "--compare", type=_methods, metavar="LIST", help="also run full, random, full,random or none (default: full)"
+    )
+
+    option = command.add_argument_group("training").add_argument
+    option("--epochs", type=positive, metavar="N", help="epochs (default: 30; mnist 10; cifar10, imagefolder 60)")
+    option("--batch-size", type=positive, metavar="B", help="examples a step (default: 32; mnist, cifar10 128)")
+    option("--lr", type=above_zero, metavar="RATE", help="peak learning rate (default: 0.002; sew_resnet18 0.1)")
+    option("--label-smoothing", type=share, metavar="S", help="label smoothing, 0 to 1 (default: 0)")
+    option("--amp", choices=tuple(train.AMP), help="mixed precision (default: bf16 on a GPU, off on the CPU)")
+    option("--seed", type=natural, metavar="N", help="seed of weights, draws and augmentation (default: 0)")
+    option("--device", help="cpu, cuda or cuda:N (default: cuda where there is a GPU)")
+
+    option = command.add_argument_group("output").add_argument
+    option("--out", metavar="DIR", help="folder of the run, new or empty (default: runs/NAME)")
+    option("--name", help="name of the run under runs/ (default: data set, model, date and time)")
+    option("--resume", nargs="?", const="", metavar="DIR", help="continue the run in DIR, or in --out, as it began")
+    option("--quiet", action="store_true", help="no progress, only the table at the end")
+    command.set_defaults(command=_train)
+    return parser
+
+
+def _train(given: dict[str, Any]) -> int:
+    import matplotlib  # noqa: F401  (a missing package is found now, not after hours of training)
+    from rich.console import Console
+
+    quiet = given.pop("quiet", False)
+    plan = _resumed(given) if "resume" in given else _planned(given)
+    _check_device(plan.config.device)
+    dataset = data.load(plan.config.dataset, plan.data_dir, image_size=plan.config.image_size)
+    if len(dataset.shape) == 4 and not plan.resume and "time_steps" not in given:
+        plan = replace(plan, config=replace(plan.config, time_steps=dataset.shape[0]))
+    dataset = dataset.to(plan.config.device)
+    try:
+        for method in plan.methods:
+            train.prepare(plan.config.of(method), dataset)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    if not plan.resume:
+        _begin(plan)
+
+    console, config, folder = Console(highlight=False), plan.config, plan.folder
+    if not quiet:
+        console.print(
+            f"{dataset.name}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test examples; "
+            f"{config.model}, T = {config.time_steps}, {config.epochs} epochs; {report.device_name(config.device)}",
+            soft_wrap=True,
+        )
+    try:
+        summary = report.summary(_run(plan, dataset, None if quiet else console), dataset)
+        report.write_json(summary, folder / "results.json")
+        report.write_plot(summary, folder / "results.png")
+    except KeyboardInterrupt:
+        print(f"sadp-fast: interrupted; to go on: sadp-fast train --resume {shlex.quote(str(folder))}", file=sys.stderr)
+        return 130
+    console.print(report.table(summary))
+    console.print(f"{folder / 'results.png'}\n{folder / 'results.json'}", soft_wrap=True)
+    return 0
+
+
+def _run(plan: Plan, dataset: data.Dataset, console: Console | None) -> list[train.Result]:
+    """Every method in turn, each in a folder of its own."""
+    results = []
+    with ExitStack() as stack:
+        bars = stack.enter_context(_bars(console)) if console and console.is_terminal else None
+        for method in plan.methods:
+            config = plan.config.of(method)
+            viewers: list[train.Progress] = []
+            if bars:
+                viewers.append(_Bar(bars, config))
+            elif console:
+                viewers.append(_Lines(console, config))
+            if board := report.tensorboard(plan.folder / "tb" / method):
+                viewers.append(board)
+            results.append(train.run(config, dataset, plan.folder / method, viewers, plan.resume))
+    return results
+
+
+# ------------------------------------------------------------------------------------------- what the options decide
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be run, the methods in their order, and where."""
+
+    config: train.TrainConfig
+    methods: list[str]
+    data_dir: str | None
+    folder: Path
+    resume: bool
+
+
+def _planned(given: dict[str, Any]) -> Plan:
+    """A new run, in a folder where nothing lies yet."""
+    options = dict(given)
+    folder = _asked_folder(options)
+    methods, data_dir = [*options.pop("compare", ["full"]), "sadp"], options.pop("data_dir", None)
+    dataset = options.setdefault("dataset", "digits")
+    if dataset == "digits" and data_dir is not None:
+        raise CommandError("--data-dir is given, but digits needs no files: leave it out or choose another --dataset")
+    if dataset != "imagefolder" and "image_size" in options:
+        raise CommandError("--image-size is for --dataset imagefolder only: leave it out")
+    options = {**RECIPES[dataset], "device": "cuda" if torch.cuda.is_available() else "cpu", **options}
+    options.setdefault("lr", LEARNING_RATES[options["model"]])
+    options.setdefault("amp", "bf16" if options["device"].startswith("cuda") else "off")
+    folder = folder or Path("runs") / f"{dataset}-{options['model']}-{datetime.now():%Y%m%d-%H%M%S}"
+    if folder.exists() and not folder.is_dir():
+        raise CommandError(f"{folder} is a file: name a new folder with --out")
+    if folder.exists() and any(folder.iterdir()):
+        raise CommandError(f"{folder} is not empty: name a new folder, or continue its run with --resume {folder}")
+    return Plan(train.TrainConfig(**options), methods, data_dir, folder, resume=False)
+
+
+def _resumed(given: dict[str, Any]) -> Plan:
+    """The run in a folder as it began; only --data-dir may have changed."""
+    options = dict(given)
+    folder = _asked_folder(options)
+    if folder is None:
+        raise CommandError("--resume needs the run's folder: sadp-fast train --resume DIR")
+    try:
+        began = json.loads((folder / "run.json").read_text())
+        plan = Plan(
+            train.TrainConfig(**began["config"]),
+            began["methods"],
+            options.get("data_dir", began["data_dir"]),
+            folder,
+            resume=True,
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CommandError(f"{folder} holds no run to resume ({error}): check the folder") from error
+    settings = {**asdict(plan.config), "compare": plan.methods[:-1], "data_dir": plan.data_dir}
+    for option, value in options.items():
+        if option in settings and settings[option] != value:
+            raise CommandError(
+                f"--{option.replace('_', '-')} is {value}, but the run in {folder} began with {settings[option]}: "
+                "leave the option out, or start a new run"
+            )
+    return plan
+
+
+def _asked_folder(options: dict[str, Any]) -> Path | None:
+    """Take the options that name the run's folder."""
+    name, out, resume = (options.pop(option, None) for option in ("name", "out", "resume"))
+    if name and (Path(name).name != name or name == ".."):
+        raise CommandError(f"--name {name!r} is not a plain name: for a folder elsewhere use --out")
+    places = [place for place in (out, name and f"runs/{name}", resume) if place]
+    if len(places) > 1:
+        raise CommandError(f"{places[0]} and {places[1]} both name the run's folder: give one of them")
+    return Path(places[0]).expanduser() if places else None
+
+
+def _begin(plan: Plan) -> None:
+    """Make the run's folder and write down what is run there."""
+    run = {
+        "config": asdict(plan.config),
+        "methods": plan.methods,
+        "data_dir": plan.data_dir and os.path.abspath(os.path.expanduser(plan.data_dir)),
+    }
+    try:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        (plan.folder / "run.json").write_text(json.dumps(run) + "\n")
+    except OSError as error:
+        raise CommandError(
+            f"the run's folder {plan.folder} cannot be made ({error}): name another with --out"
+        ) from error
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise CommandError(f"--device {name!r} is no device: use cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise CommandError(f"--device {name!r} is not supported: use cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CommandError(f"--device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA GPUs; use cpu")
+
+
+# -------------------------------------------------------------------------------------------------------- progress
+
+
+def _bars(console: Console) -> Bars:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.fields[status]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        expand=True,
+    )
+
+
+class _Bar(train.Progress):
+    """A live line for one method."""
+
+    def __init__(self, bars: Bars, config: train.TrainConfig) -> None:
+        self.bars, self.epochs = bars, config.epochs
+        self.loss = self.accuracy = math.nan
+        self.task = bars.add_task(report.label(config), total=config.epochs, status="")
+
+    def step(self, epoch: int, share: float, step: int, loss: float | None, kept: float) -> None:
+        self.loss = self.loss if loss is None else loss
+        self._show(epoch - 1 + share, epoch, step, kept)
+
+    def epoch(self, entry: dict[str, Any]) -> None:
+        self.loss, self.accuracy = entry["loss"], entry["test_accuracy"]
+        self._show(entry["epoch"], entry["epoch"], entry["steps"], 1 - entry["ratio"])
+
+    def _show(self, done: float, epoch: int, step: int, kept: float) -> None:
+        # Of constant width, or the bar would jump about.
+        where = f"epoch {epoch:>{len(str(self.epochs))}}/{self.epochs} step {step:4}"
+        status = f"{where} kept {kept:4.0%} loss {self.loss:6.3f} accuracy {self.accuracy:6.1%}"
+        self.bars.update(self.task, completed=done, status=status.replace("nan", "  -"))
+
+
+class _Lines(train.Progress):
+    """A plain line after each epoch, where the output is no terminal."""
+
+    def __init__(self, console: Console, config: train.TrainConfig) -> None:
+        self.console, self.config = console, config
+
+    def epoch(self, entry: dict[str, Any]) -> None:
+        self.console.print(
+            f"{report.label(self.config)}: epoch {entry['epoch']}/{self.config.epochs}, loss {entry['loss']:.3f}, "
+            f"accuracy {entry['test_accuracy']:.1%}, kept {1 - entry['ratio']:.0%}, {entry['seconds']:.2f} s",
+            soft_wrap=True,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

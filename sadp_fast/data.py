@@ -1,0 +1,379 @@
+"""Data sets as uint8 tensors in memory, ready to live on the training device, and augmentation there."""
+
+import codecs
+import gzip
+import hashlib
+import io
+import itertools
+import os
+import pickle
+import struct
+import tempfile
+import warnings
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NAMES = ("digits", "mnist", "cifar10", "npz", "imagefolder")
+CIFAR10_JPEG_NAME = "CIFAR-10 (JPEG q75 copy)"
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm"}
+# What the readers of NumPy, gzip, pickle and Pillow raise on a file that is cut off, damaged or of another kind.
+UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    IndexError,
+    TypeError,
+    SyntaxError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+    pickle.UnpicklingError,
+)
+
+
+class DataError(RuntimeError):
+    """A data set cannot be read; the message is one sentence that says what, where and the remedy."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A labelled data set in memory.
+
+    Images are uint8 [N, C, H, W], or event frames uint8 [N, T, C, H, W]; labels are int64 [N]. `mean` and `std`
+    (float32 [C], in units of the raw uint8 values) normalise an image; event frames are only scaled, so that an
+    empty pixel stays 0. `augmented` says whether training images are to be cropped and flipped at random.
+    """
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    num_classes: int
+    mean: Tensor
+    std: Tensor
+    augmented: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one example: (C, H, W), or (T, C, H, W) for event frames."""
+        return tuple(self.train_images.shape[1:])
+
+    def to(self, device: torch.device | str) -> "Dataset":
+        """The same data set with every tensor on `device`."""
+        tensors = {key: value.to(device) for key, value in vars(self).items() if isinstance(value, Tensor)}
+        return Dataset(**{**vars(self), **tensors})
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 images [N, ..., C, H, W] as float32 of the same shape: (x - mean) / std in each channel."""
+        return (images - self.mean[:, None, None]) / self.std[:, None, None]
+
+
+def augment(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
+    """Random crop (padding mirrored at the border) and horizontal flip of uint8 images [N, C, H, W], on their device.
+
+    One draw and one gather of constant shapes, without waiting for the host; `generator` lives on the same device.
+    """
+    count, channels, height, width = images.shape
+    device = images.device
+    draw = torch.rand(3, count, 1, device=device, generator=generator)
+    top, left = (draw[:2] * (2 * padding + 1)).long() - padding
+    rows = _mirror(top + torch.arange(height, device=device), height)
+    columns = _mirror(left + torch.arange(width, device=device), width)
+    columns = torch.where(draw[2] < 0.5, columns, columns.flip(1))
+    example = torch.arange(count, device=device)[:, None, None, None]
+    channel = torch.arange(channels, device=device)[None, :, None, None]
+    return images[example, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def load(name: str, data_dir: str | os.PathLike[str] | None = None, *, image_size: int = 32) -> Dataset:
+    """Read a data set by name into memory.
+
+    name: "digits" (scikit-learn's embedded 8x8 digits, no files, a fixed stratified 80/20 split), "mnist" (mnist.npz
+    or the four idx files as distributed, gzipped or not), "cifar10" (cifar10_jpeg.npz or the folder
+    cifar-10-batches-py), "npz" (arrays train_x, train_y, test_x, test_y; x is uint8 NHW, NHWC or, for event frames,
+    NTCHW; y holds integer classes from 0), "imagefolder" (folders train/<class>/ and val/<class>/ or test/<class>/;
+    images become RGB and are resized and centre-cropped to `image_size` pixels a side). data_dir: the folder or the
+    file; where None, the environment variable SADP_DATA. Raises DataError.
+    """
+    if name == "digits":
+        return _digits()
+    if name not in NAMES:
+        raise DataError(f"unknown data set {name!r}: choose one of {', '.join(NAMES)}")
+    where = data_dir or os.environ.get("SADP_DATA")
+    if not where:
+        raise DataError(f"the data set {name!r} is read from files: give --data-dir or set SADP_DATA")
+    path = Path(where).expanduser()
+    if not path.exists():
+        raise DataError(f"no file or folder {path} for the data set {name!r}: check --data-dir or SADP_DATA")
+    if name == "mnist":
+        return _mnist(path)
+    if name == "cifar10":
+        return _cifar10(path)
+    if name == "npz":
+        return _npz(path)
+    return _image_folder(path, image_size)
+
+
+def _digits() -> Dataset:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    images = images.reshape(-1, 8, 8).astype(np.uint8)
+    # One split for every seed of a run, so that seeds are compared on the same test set.
+    train_x, test_x, train_y, test_y = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
+    return _dataset("digits", (train_x, train_y, test_x, test_y), 10, Path("scikit-learn's digits"))
+
+
+def _mnist(path: Path) -> Dataset:
+    archive = path / "mnist.npz" if path.is_dir() else path
+    if archive.suffix == ".npz" and archive.exists():
+        return _dataset("MNIST", _read_npz(archive, ("train_x", "train_y", "test_x", "test_y")), 10, archive)
+    folder = path if path.is_dir() else path.parent
+    parts = (("train", "images", 3), ("train", "labels", 1), ("t10k", "images", 3), ("t10k", "labels", 1))
+    files = [
+        _first(
+            [
+                folder / inside / f"{split}-{kind}{dot}idx{rank}-ubyte{suffix}"
+                for inside in (".", "MNIST/raw")
+                for dot in "-."
+                for suffix in ("", ".gz")
+            ],
+            "MNIST",
+        )
+        for split, kind, rank in parts
+    ]
+    arrays = [_read_idx(file, rank) for file, (_, _, rank) in zip(files, parts, strict=True)]
+    return _dataset("MNIST", tuple(arrays), 10, folder)
+
+
+def _cifar10(path: Path) -> Dataset:
+    if path.is_file():
+        archive = path
+    else:
+        batches = _first([path / "cifar10_jpeg.npz", path / "data_batch_1", path / "cifar-10-batches-py"], "CIFAR-10")
+        if batches.suffix != ".npz":
+            return _cifar10_batches(batches if batches.is_dir() else path)
+        archive = batches
+    return _dataset(CIFAR10_JPEG_NAME, _cached(archive), 10, archive)
+
+
+def _npz(path: Path) -> Dataset:
+    if path.is_dir():
+        archives = sorted(path.glob("*.npz"))
+        if len(archives) != 1:
+            raise DataError(f"{path} holds {len(archives)} .npz files: give the file itself as --data-dir")
+        path = archives[0]
+    arrays = _read_npz(path, ("train_x", "train_y", "test_x", "test_y"))
+    labels = arrays[1]
+    if labels.dtype.kind in "iu" and labels.size and labels.max() >= labels.size:
+        raise DataError(
+            f"{path}: train_y holds the label {labels.max()} in {labels.size} examples: number classes from 0"
+        )
+    return _dataset(path.stem, arrays, int(labels.max()) + 1 if labels.dtype.kind in "iu" and labels.size else 0, path)
+
+
+def _image_folder(path: Path, size: int) -> Dataset:
+    from PIL import Image, ImageOps
+
+    test = _first([path / "val", path / "test"], "images")
+    train = _first([path / "train"], "images")
+    classes = sorted(folder.name for folder in train.iterdir() if folder.is_dir())
+    unknown = sorted({folder.name for folder in test.iterdir() if folder.is_dir()} - set(classes))
+    if unknown:
+        raise DataError(f"{test / unknown[0]} is a class that {train} lacks: the folders' names are the classes")
+    arrays = []
+    for split in (train, test):
+        files = [
+            (file, label)
+            for label, name in enumerate(classes)
+            for file in sorted((split / name).rglob("*"))
+            if file.suffix.lower() in IMAGE_SUFFIXES
+        ]
+        if not files:
+            raise DataError(
+                f"no images in {split}: put them into {split}/<class>/ as {', '.join(sorted(IMAGE_SUFFIXES))}"
+            )
+        images = np.empty((len(files), size, size, 3), np.uint8)
+        for row, (file, _) in enumerate(files):
+            try:
+                with Image.open(file) as image:
+                    images[row] = np.asarray(ImageOps.fit(image.convert("RGB"), (size, size)))
+            except UNREADABLE as error:
+                raise DataError(f"{file} cannot be read as an image ({error}): replace or remove it") from error
+        arrays += [images, np.array([label for _, label in files])]
+    return _dataset(path.name, tuple(arrays), len(classes), path)
+
+
+def _dataset(name: str, arrays: tuple[np.ndarray, ...], num_classes: int, where: Path) -> Dataset:
+    """The checks that every source shares, then NHW, NHWC or NTCHW arrays as tensors, channels before pixels."""
+    train_x, train_y, test_x, test_y = arrays
+    for split, images, labels in (("train", train_x, train_y), ("test", test_x, test_y)):
+        if images.dtype != np.uint8 or images.ndim not in (3, 4, 5):
+            raise DataError(
+                f"{where}: {split} images are {images.dtype} of shape {images.shape}: "
+                "they must be uint8 of shape NHW, NHWC or NTCHW"
+            )
+        if not images.size or images.shape[1:] != train_x.shape[1:]:
+            raise DataError(
+                f"{where}: {split} images of shape {images.shape} beside train images of shape {train_x.shape}: "
+                "both need examples of one common shape"
+            )
+        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+            raise DataError(
+                f"{where}: {split} labels are {labels.dtype} of shape {labels.shape} for {len(images)} images: "
+                "they must be one integer an image"
+            )
+        if labels.min() < 0 or labels.max() >= num_classes:
+            wrong = labels.min() if labels.min() < 0 else labels.max()
+            raise DataError(f"{where}: {split} labels hold {wrong}, out of range: classes are 0 to {num_classes - 1}")
+    train_images, test_images = (_channels_first(images) for images in (train_x, test_x))
+    # Drawn at random, since files are often ordered by class in a way that a stride would follow.
+    drawn = torch.randperm(len(train_images), generator=torch.Generator().manual_seed(0))[:10_000]
+    sample = train_images[drawn].double()
+    std, mean = torch.std_mean(sample, dim=[axis for axis in range(sample.ndim) if axis != sample.ndim - 3])
+    return Dataset(
+        name=name,
+        train_images=train_images,
+        train_labels=torch.from_numpy(train_y.astype(np.int64)),
+        test_images=test_images,
+        test_labels=torch.from_numpy(test_y.astype(np.int64)),
+        num_classes=num_classes,
+        mean=mean.float() if sample.ndim == 4 else torch.zeros(len(mean)),
+        std=std.float().clamp_min(1e-3),
+        augmented=sample.ndim == 4 and sample.shape[1] == 3,
+    )
+
+
+def _channels_first(images: np.ndarray) -> Tensor:
+    if images.ndim == 3:
+        images = images[:, None]
+    elif images.ndim == 4:
+        images = images.transpose(0, 3, 1, 2)
+    return torch.from_numpy(np.require(images, requirements=["C", "W"]))
+
+
+def _mirror(position: Tensor, size: int) -> Tensor:
+    """Positions beyond [0, size) mirrored at the border pixel."""
+    return (size - 1 - (size - 1 - position.abs()).abs()).clamp_(0, size - 1)
+
+
+def _first(candidates: list[Path], what: str) -> Path:
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    raise DataError(f"no {what} data at {candidates[0]}: check --data-dir or SADP_DATA")
+
+
+def _damaged(path: Path, error: BaseException) -> DataError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return DataError(f"{path} is damaged or of another format ({reason}): get the file again")
+
+
+def _read_npz(path: Path, keys: tuple[str, ...]) -> tuple[np.ndarray, ...]:
+    try:
+        with np.load(path) as archive:
+            missing = [key for key in keys if key not in archive.files]
+            arrays = () if missing else tuple(archive[key] for key in keys)
+    # An .npy file loads as an array, which is no context manager and has no `files`.
+    except (*UNREADABLE, AttributeError) as error:
+        raise _damaged(path, error) from error
+    if missing:
+        raise DataError(f"{path} has no array {missing[0]!r}: it must hold {', '.join(keys)}")
+    return arrays
+
+
+def _read_idx(path: Path, rank: int) -> np.ndarray:
+    """The idx format as MNIST is distributed: magic number, `rank` sizes as big-endian int32, then uint8 values."""
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        magic, *shape = struct.unpack_from(f">{1 + rank}I", raw)
+        if magic != 0x0800 + rank:
+            raise ValueError(f"magic number {magic:#010x} where {0x0800 + rank:#010x} belongs")
+        return np.frombuffer(raw, np.uint8, offset=4 * (1 + rank)).reshape(shape)
+    except UNREADABLE as error:
+        raise _damaged(path, error) from error
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles NumPy arrays, bytes and plain containers, and refuses anything that could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        match module.split(".")[0], name:
+            case "numpy", "_reconstruct":
+                return np.empty(0).__reduce__()[0]
+            case "numpy", "ndarray" | "dtype":
+                return getattr(np, name)
+            case "_codecs", "encode":
+                return codecs.encode
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of the CIFAR-10 format")
+
+
+def _cifar10_batches(folder: Path) -> Dataset:
+    arrays: list[np.ndarray] = []
+    for files in ([f"data_batch_{index}" for index in range(1, 6)], ["test_batch"]):
+        images, labels = [], []
+        for file in files:
+            path = _first([folder / file], "CIFAR-10")
+            try:
+                with path.open("rb") as stream:
+                    batch = _ArrayUnpickler(stream, encoding="latin1").load()
+                images.append(batch["data"].reshape(-1, 3, 32, 32))
+                labels.append(np.asarray(batch["labels"]))
+            except (*UNREADABLE, KeyError, AttributeError) as error:
+                raise _damaged(path, error) from error
+        arrays += [np.concatenate(images).transpose(0, 2, 3, 1), np.concatenate(labels)]
+    return _dataset("CIFAR-10", tuple(arrays), 10, folder)
+
+
+def _cached(archive: Path) -> tuple[np.ndarray, ...]:
+    """The decoded images of a packed JPEG file, kept in the user's cache folder under the file's checksum."""
+    keys = ("train_x", "train_y", "test_x", "test_y")
+    try:
+        checksum = hashlib.sha256(archive.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise _damaged(archive, error) from error
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sadp_fast"
+    cache = folder / f"{archive.stem}-{checksum}.npz"
+    if cache.exists():
+        try:
+            return _read_npz(cache, keys)
+        except DataError:
+            pass  # A damaged cache is made anew.
+    arrays = _decode(archive)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
+            train_x, train_y, test_x, test_y = arrays
+            np.savez(file, train_x=train_x, train_y=train_y, test_x=test_x, test_y=test_y)
+        os.replace(file.name, cache)
+    except OSError as error:
+        warnings.warn(f"the decoded images were not cached in {folder}: {error}", stacklevel=2)
+    return arrays
+
+
+def _decode(archive: Path) -> tuple[np.ndarray, ...]:
+    """Packed JPEG file: image i is header + payload[offsets[i]:offsets[i + 1]]; all images are of one size."""
+    from PIL import Image
+
+    header, payload, offsets, labels, is_test = _read_npz(
+        archive, ("header", "payload", "offsets", "labels", "is_test")
+    )
+    try:
+        if len(offsets) != len(labels) + 1 or len(is_test) != len(labels) or offsets[-1] != len(payload):
+            raise ValueError("its offsets, labels and payload do not fit together")
+        head, body = header.tobytes(), payload.tobytes()
+        streams = [head + body[start:end] for start, end in itertools.pairwise(offsets)]
+        images = np.stack([np.asarray(Image.open(io.BytesIO(s), formats=("JPEG",)).convert("RGB")) for s in streams])
+        train, test = ~is_test.astype(bool), is_test.astype(bool)
+        return images[train], labels[train], images[test], labels[test]
+    except UNREADABLE as error:
+        raise _damaged(archive, error) from error

@@ -1,0 +1,194 @@
+"""What a run leaves behind: a table, a JSON file and a plot that compare the methods, and TensorBoard scalars."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .data import Dataset
+from .train import Progress, Result, TrainConfig
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+NOTES = (
+    "seconds: everything that training and pruning do, measured at epoch borders with the device synchronised; "
+    "neither evaluation nor checkpoints. Before the first clock started, every method took two throw-away training "
+    "steps and an evaluation, so that no method pays for compilation.",
+    "time_ratio: training seconds over those of the method 'full'; theoretical_ratio: 1 - r, the mean share of "
+    "examples kept, over all epochs.",
+    "relative_variance: an estimate, from the scores in place of the gradient norms, of the variance of the pruned "
+    "epoch's gradient over that of uniform random pruning; mean over the pruned epochs.",
+)
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLOURS = {"full": "#555555", "random": "#E69F00", "sadp": "#0072B2"}
+
+
+def label(config: TrainConfig) -> str:
+    """A method's name as the progress, the table and the plot show it."""
+    return {"full": "full data", "random": "random", "sadp": f"SADP ({config.score})"}[config.method]
+
+
+def summary(results: list[Result], data: Dataset) -> dict[str, Any]:
+    """Everything about a comparison, ready for JSON: where it ran, what was asked for, and each method's figures."""
+    config = results[-1].config
+    seconds = {result.config.method: sum(entry["seconds"] for entry in result.history) for result in results}
+    return {
+        "data_set": {
+            "name": data.name,
+            "train_examples": len(data.train_labels),
+            "test_examples": len(data.test_labels),
+            "shape": data.shape,
+            "classes": data.num_classes,
+        },
+        "versions": {
+            "sadp_fast": package_version("sadp_fast"),
+            "torch": torch.__version__,
+            "triton": package_version("triton"),
+            "python": platform.python_version(),
+        },
+        "device": device_name(config.device),
+        "config": asdict(config),
+        "notes": NOTES,
+        "methods": {
+            result.config.method: _figures(result, seconds[result.config.method], seconds.get("full"))
+            for result in results
+        },
+    }
+
+
+def _figures(result: Result, seconds: float, full_seconds: float | None) -> dict[str, Any]:
+    history = result.history
+    variances = [entry["relative_variance"] for entry in history if entry["ratio"] > 0]
+    return {
+        "label": label(result.config),
+        "test_accuracy": history[-1]["test_accuracy"],
+        "best_test_accuracy": max(entry["test_accuracy"] for entry in history),
+        "examples_trained": history[-1]["examples_trained"],
+        "training_seconds": seconds,
+        "first_epoch_seconds": history[0]["seconds"],
+        "time_ratio": seconds / full_seconds if full_seconds else None,
+        "theoretical_ratio": sum(1 - entry["ratio"] for entry in history) / len(history),
+        "relative_variance": sum(variances) / len(variances) if variances else None,
+        "epochs": history,
+    }
+
+
+def title(report: dict[str, Any]) -> str:
+    """What was compared: data set, model, T, r and device."""
+    config = report["config"]
+    run = f"{report['data_set']['name']}, {config['model']}, T = {config['time_steps']}, r = {config['prune_ratio']:g}"
+    return f"{run} ({report['device']})"
+
+
+def table(report: dict[str, Any]) -> Table:
+    """The methods side by side, for a terminal."""
+    from rich.table import Table
+
+    result = Table(title=title(report), caption="Gradient variance: estimated from the scores; uniform pruning = 1.")
+    result.add_column("Method")
+    for heading in (
+        "Test\naccuracy",
+        "Examples\ntrained",
+        "Training\nseconds",
+        "Time\nratio",
+        "Theory\n1 - r",
+        "Gradient\nvariance",
+    ):
+        result.add_column(heading, justify="right")
+    for figures in report["methods"].values():
+        result.add_row(
+            figures["label"],
+            f"{100 * figures['test_accuracy']:.2f} %",
+            f"{figures['examples_trained']:,}",
+            f"{figures['training_seconds']:.1f}",
+            _optional(figures["time_ratio"]),
+            _optional(figures["theoretical_ratio"]),
+            _optional(figures["relative_variance"]),
+        )
+    return result
+
+
+def write_json(report: dict[str, Any], path: Path) -> None:
+    """Write the report whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(report, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def write_plot(report: dict[str, Any], path: Path) -> None:
+    """Test accuracy against training seconds and against examples trained, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    methods = report["methods"]
+    figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    by_time, by_examples = figure.subplots(1, 2, sharey=True)
+    for method, figures in methods.items():
+        epochs = figures["epochs"]
+        seconds = torch.tensor([entry["seconds"] for entry in epochs]).cumsum(0).tolist()
+        accuracy = [100 * entry["test_accuracy"] for entry in epochs]
+        style = {"color": COLOURS[method], "linewidth": 1.8, "label": f"{figures['label']}: {accuracy[-1]:.1f} %"}
+        for axes, x in ((by_time, seconds), (by_examples, [entry["examples_trained"] for entry in epochs])):
+            axes.plot(x, accuracy, **style)
+            axes.plot(x[-1], accuracy[-1], "o", color=COLOURS[method], markersize=5)
+    by_time.set(xlabel="Training time (s)", ylabel="Test accuracy (%)", xlim=(0, None))
+    by_examples.set(xlabel="Examples trained", xlim=(0, None))
+    by_examples.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    # The first tenth of the epochs, where accuracy leaps, would squeeze the rest.
+    settled = [
+        100 * entry["test_accuracy"] for f in methods.values() for entry in f["epochs"][len(f["epochs"]) // 10 :]
+    ]
+    by_time.set_ylim(max(0.0, min(settled) - 8), min(100.5, max(settled) + 2))
+    for axes in (by_time, by_examples):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    by_examples.legend(loc="lower right", frameon=False, title="final accuracy")
+    figure.suptitle(title(report))
+    figure.savefig(path, metadata={"Software": None})
+
+
+def tensorboard(folder: Path) -> Progress | None:
+    """A viewer that writes each epoch's scalars to `folder`, or None where tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    writer = SummaryWriter(str(folder))
+
+    class Scalars(Progress):
+        def epoch(self, entry: dict[str, Any]) -> None:
+            for name, value in entry.items():
+                if name != "epoch" and value is not None:
+                    writer.add_scalar(name, value, entry["epoch"])
+            writer.flush()
+
+    return Scalars()
+
+
+def device_name(device: str) -> str:
+    """The device as a reader would name it."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} {'thread' if threads == 1 else 'threads'}"
+
+
+def package_version(package: str) -> str | None:
+    """The installed version, or None for what runs from its source folder."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _optional(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

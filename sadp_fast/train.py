@@ -1,0 +1,328 @@
+"""Training of one network by one method: the data set lives on the device, and so does all that an epoch computes."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import models
+from .data import Dataset, augment
+from .graphs import GraphedStep
+from .neuron import reset
+from .pruner import SADP
+from .selection import relative_variance
+
+METHODS = ("sadp", "full", "random")
+AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+RISE = 0.05  # share of training in which the learning rate rises to its peak
+REPORT_EVERY = 10  # steps between two reports of progress
+EVALUATION_BATCH = 500
+
+
+class TrainError(RuntimeError):
+    """Training cannot resume or go on; the message is one sentence that says why and the remedy."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All that decides a run's result, named as the options of `sadp-fast train`.
+
+    `method` is "sadp", "full" (nothing pruned) or "random" (uniform scores).
+    """
+
+    dataset: str = "digits"
+    image_size: int = 32
+    model: str = "conv"
+    time_steps: int = 4
+    epochs: int = 30
+    batch_size: int = 32
+    lr: float = 2e-3
+    label_smoothing: float = 0.0
+    amp: str = "off"
+    method: str = "sadp"
+    prune_ratio: float = 0.5
+    score: str = "all"
+    policy: str = "mix"
+    smoothing: float = 0.3
+    schedule: str = "constant"
+    warmup_epochs: int | None = None
+    tail_epochs: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+
+    def of(self, method: str) -> TrainConfig:
+        """The same conditions for another method."""
+        changes: dict[str, dict[str, Any]] = {"full": {"prune_ratio": 0.0}, "random": {"score": "random"}}
+        return replace(self, method=method, **changes.get(method, {}))
+
+
+@dataclass(frozen=True)
+class Result:
+    """One method's run: what it ran with, and an entry an epoch (see `run`)."""
+
+    config: TrainConfig
+    history: list[dict[str, Any]]
+
+
+class Progress:
+    """What `run` tells a viewer while it trains; this one shows nothing."""
+
+    def step(self, epoch: int, share: float, step: int, loss: float | None, kept: float) -> None:
+        """Every few steps: the running epoch, counted from 1, the share of it that is done, the step in it, the mean
+        loss so far in it, and the share of the examples that it keeps."""
+
+    def epoch(self, entry: dict[str, Any]) -> None:
+        """After each epoch: its entry of the history."""
+
+
+def run(
+    config: TrainConfig, data: Dataset, out: Path, viewers: Sequence[Progress] = (), resume: bool = False
+) -> Result:
+    """Train one network on `data`, with a checkpoint in the folder `out` before the first and after every epoch.
+
+    An entry of the history holds epoch, ratio (pruned share), steps, examples_trained (so far), lr (of the last step),
+    loss, test_accuracy (0 to 1), seconds, and relative_variance (None without pruning). Seconds hold everything that
+    training and pruning do, but neither evaluation nor checkpoints. With `resume`, the checkpoint in `out`, if there
+    is one, is continued. Raises TrainError.
+    """
+    trainer = Trainer(config, data)
+    sadp, history, checkpoint = trainer.sadp, trainer.history, out / "checkpoint.pt"
+    if resume and checkpoint.exists():
+        trainer.load(checkpoint)
+    else:
+        trainer.save(checkpoint)
+    for epoch in range(sadp.epoch, config.epochs):
+        kept = 1 - sadp.ratios[epoch]
+        planned_steps = max(1.0, kept * len(data.train_labels) / config.batch_size)
+        loss = RunningMean(trainer.device)
+        trainer.model.train()
+        start = trainer.clock()
+        for step, index in enumerate(sadp.batches(config.batch_size)):
+            # The learning rate follows the share of the epoch that is done, so a pruned run sees the same curve.
+            share = min((step + 0.5) / planned_steps, 1.0)
+            loss.add(trainer.step(index, learning_rate(config.lr, (epoch + share) / config.epochs)))
+            if step % REPORT_EVERY == 0:
+                shown = loss.peek()
+                for viewer in viewers:
+                    viewer.step(epoch + 1, share, step, shown, kept)
+        seconds = trainer.clock() - start
+        entry: dict[str, Any] = {
+            "epoch": epoch + 1,
+            "ratio": sadp.ratios[epoch],
+            "steps": loss.steps,
+            "examples_trained": int(sadp.examples_trained),
+            "lr": trainer.lr,
+            "loss": loss.read(),
+            "test_accuracy": trainer.evaluate(),
+            "seconds": seconds,
+            "relative_variance": float(relative_variance(sadp.scores, sadp.probabilities)) if kept < 1 else None,
+        }
+        if not math.isfinite(entry["loss"]):
+            raise TrainError(f"the loss became {entry['loss']} in epoch {epoch + 1}: lower --lr or change --amp")
+        history.append(entry)
+        trainer.save(checkpoint)
+        for viewer in viewers:
+            viewer.epoch(entry)
+    return Result(config, history)
+
+
+def prepare(config: TrainConfig, data: Dataset) -> None:
+    """Take two throw-away training steps and evaluate, so that kernels are compiled before any method's clock starts.
+
+    Writes nothing; raises ValueError for a configuration that cannot run on this data set.
+    """
+    if config.batch_size > len(data.train_labels):
+        count = len(data.train_labels)
+        raise ValueError(
+            f"the batch size {config.batch_size} is above the number of training examples, {count}: lower it"
+        )
+    trainer = Trainer(config, data)
+    trainer.throw_away_steps()
+    trainer.evaluate(batches=1)
+    trainer.clock()
+
+
+def learning_rate(peak: float, done: float) -> float:
+    """Linear rise to the peak, then half a cosine down to 0; `done` is the share of training that lies behind."""
+    if done < RISE:
+        return peak * done / RISE
+    return peak * 0.5 * (1 + math.cos(math.pi * (done - RISE) / (1 - RISE)))
+
+
+class RunningMean:
+    """Mean of an epoch's losses, summed on the device; only `read` waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.total, self.steps = torch.zeros((), device=device), 0
+        self.shown: float | None = None
+        self.copy: tuple[Tensor, int, torch.cuda.Event | None] | None = None
+
+    def add(self, loss: Tensor) -> None:
+        self.total += loss
+        self.steps += 1
+
+    def peek(self) -> float | None:
+        """The newest mean that has reached the host (on a GPU that of an earlier call), without waiting."""
+        if self.copy and (self.copy[2] is None or self.copy[2].query()):
+            self.shown, self.copy = self.copy[0].item() / self.copy[1], None
+        if self.copy is None:
+            event = torch.cuda.Event() if self.total.is_cuda else None
+            self.copy = self.total.to("cpu", non_blocking=True, copy=True), self.steps, event
+            if event:
+                event.record()
+        return self.shown
+
+    def read(self) -> float:
+        return self.total.item() / max(1, self.steps)
+
+
+class Trainer:
+    """A network with everything that its training carries from step to step."""
+
+    def __init__(self, config: TrainConfig, data: Dataset) -> None:
+        self.config, self.device = config, torch.device(config.device)
+        self.data = data.to(self.device)
+        torch.manual_seed(config.seed)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+        self.layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
+        self.model = models.build(config.model, data.shape, data.num_classes, config.time_steps)
+        self.model.to(device=self.device, memory_format=self.layout)  # type: ignore[call-overload]
+        self.sadp = SADP(
+            self.model,
+            len(data.train_labels),
+            epochs=config.epochs,
+            prune_ratio=config.prune_ratio,
+            score=config.score,
+            policy=config.policy,
+            smoothing=config.smoothing,
+            schedule=config.schedule,
+            warmup_epochs=config.warmup_epochs,
+            tail_epochs=config.tail_epochs,
+            seed=config.seed,
+        )
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        # Fused on the GPU: a few kernels a step, and no wait for the host with a gradient scaler. Without one, the
+        # whole step is a CUDA graph there, which reads the learning rate from a tensor.
+        fused = self.device.type == "cuda"
+        graphed = fused and config.amp != "fp16"
+        self.lr, self.rate = config.lr, torch.tensor(config.lr, device=self.device) if graphed else None
+        lr = config.lr if self.rate is None else self.rate
+        weights = self.model.parameters()
+        self.optimizer: torch.optim.Optimizer
+        if config.model == "sew_resnet18":
+            self.optimizer = torch.optim.SGD(weights, lr, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=fused)
+        else:
+            self.optimizer = torch.optim.AdamW(weights, lr, fused=fused, capturable=graphed)
+        self.run_step = GraphedStep(self._step, self.sadp, [self.generator]) if graphed else self._step
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.history: list[dict[str, Any]] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = self.data.normalise(images)
+        if images.ndim == 4:
+            images = images.contiguous(memory_format=self.layout)
+        with torch.autocast(self.device.type, AMP[self.config.amp], enabled=self.config.amp != "off"):
+            return self.model(images)
+
+    def step(self, index: Tensor, lr: float) -> Tensor:
+        """One optimizer step on the training examples `index` [B]; the loss stays on the device."""
+        self.lr = lr
+        if self.rate is not None:
+            self.rate.fill_(lr)
+        else:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+        return self.run_step(index)
+
+    def _step(self, index: Tensor) -> Tensor:
+        images = self.data.train_images[index]
+        if self.data.augmented:
+            images = augment(images, self.generator)
+        loss = self.sadp.loss(self.criterion, self.forward(images), self.data.train_labels[index])
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        reset(self.model)
+        return loss.detach()
+
+    def throw_away_steps(self) -> None:
+        """Two steps whose results nobody wants: SADP reads the dataflow in the first one, and taps it in the second."""
+        for _, index in zip(range(2), self.sadp.batches(self.config.batch_size), strict=False):
+            self.step(index, self.config.lr)
+
+    @torch.no_grad()
+    def evaluate(self, batches: int | None = None) -> float:
+        """Share of the test examples (of all, or of the first batches) that are classified correctly."""
+        self.model.eval()
+        labels, size = self.data.test_labels, min(EVALUATION_BATCH, len(self.data.test_labels))
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        starts = range(0, len(labels), size)[:batches]
+        for start in starts:
+            # The last batch starts earlier rather than being smaller, and counts its new examples only.
+            first = min(start, len(labels) - size)
+            output = self.forward(self.data.test_images[first : first + size])
+            correct += (output.argmax(1) == labels[first : first + size])[start - first :].sum()
+            reset(self.model)
+        return correct.item() / min(len(labels), size * len(starts))
+
+    def clock(self) -> float:
+        """Seconds on a monotonic clock, once the device has finished its work."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint whole or not at all."""
+        state = {
+            "config": asdict(self.config),
+            "history": self.history,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "sadp": self.sadp.state_dict(),
+            "generator": self.generator.get_state(),
+            "cpu_generator": torch.get_rng_state(),
+            "device_generator": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, path)
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint of the same configuration; raises TrainError."""
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            saved = state["config"]
+        except (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+            raise TrainError(f"the checkpoint {path} is damaged ({error}): start a new run") from error
+        for field, value in asdict(self.config).items():
+            if saved.get(field) != value:
+                raise TrainError(
+                    f"{field} is {value!r}, but the run in {path.parent} has {saved.get(field)!r}: "
+                    "resume with that value, or start a new run"
+                )
+        self.history[:] = state["history"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.rate is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate  # loading has put a copy there
+        self.scaler.load_state_dict(state["scaler"])
+        self.sadp.load_state_dict(state["sadp"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["cpu_generator"])
+        if state["device_generator"] is not None:
+            torch.cuda.set_rng_state(state["device_generator"], self.device)

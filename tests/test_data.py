@@ -1,0 +1,341 @@
+"""Readers of data sets on small files made here, every way in which a file can be wrong, and augmentation."""
+
+import gzip
+import io
+import os
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sadp_fast import data
+
+PIL_Image = pytest.importorskip("PIL.Image")
+REAL_DATA = Path(os.environ.get("SADP_DATA") or "no folder")
+RNG = np.random.default_rng(0)
+
+
+def arrays(shape=(28, 28), train=20, test=10, classes=10):
+    return {
+        "train_x": RNG.integers(0, 256, (train, *shape), dtype=np.uint8),
+        "train_y": np.arange(train, dtype=np.uint8) % classes,
+        "test_x": RNG.integers(0, 256, (test, *shape), dtype=np.uint8),
+        "test_y": np.arange(test, dtype=np.uint8) % classes,
+    }
+
+
+def packed(path: Path, count: int = 12) -> np.ndarray:
+    """A packed JPEG file as cifar10_jpeg.npz is laid out; returns the images as they decode."""
+    streams, images = [], []
+    for _ in range(count):
+        buffer = io.BytesIO()
+        PIL_Image.fromarray(RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(buffer, "JPEG", quality=75)
+        streams.append(buffer.getvalue())
+        images.append(np.asarray(PIL_Image.open(io.BytesIO(streams[-1]))))
+    size = next(size for size in range(len(streams[0])) if len({stream[: size + 1] for stream in streams}) > 1)
+    common, bodies = streams[0][:size], [stream[size:] for stream in streams]
+    np.savez(
+        path,
+        header=np.frombuffer(common, np.uint8),
+        payload=np.frombuffer(b"".join(bodies), np.uint8),
+        offsets=np.cumsum([0, *map(len, bodies)]).astype(np.uint32),
+        labels=(np.arange(count) % 10).astype(np.uint8),
+        is_test=np.arange(count) >= count - 4,
+    )
+    return np.stack(images)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("SADP_DATA", raising=False)
+    return tmp_path / "cache" / "sadp_fast"
+
+
+def test_digits_are_embedded_and_split_evenly():
+    pytest.importorskip("sklearn")
+    digits = data.load("digits")
+    assert digits.shape == (1, 8, 8) and len(digits.train_labels) == 1437 and len(digits.test_labels) == 360
+    assert digits.train_images.dtype == torch.uint8 and digits.train_labels.dtype == torch.int64
+    assert digits.train_images.max() == 16 and not digits.augmented
+    assert digits.test_labels.bincount().min() >= 34 and digits.num_classes == 10
+    assert torch.equal(digits.train_images, data.load("digits").train_images)
+    normalised = digits.normalise(digits.train_images)
+    assert abs(normalised.mean()) < 1e-4 and abs(normalised.std() - 1) < 1e-4
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_mnist_npz(tmp_path, as_file):
+    source = arrays()
+    np.savez(tmp_path / "mnist.npz", **source)
+    mnist = data.load("mnist", tmp_path / "mnist.npz" if as_file else tmp_path)
+    assert mnist.name == "MNIST" and mnist.shape == (1, 28, 28) and mnist.num_classes == 10
+    assert torch.equal(mnist.test_images[:, 0], torch.from_numpy(source["test_x"]))
+    assert mnist.train_labels.tolist() == source["train_y"].tolist()
+
+
+def write_idx(folder: Path, source: dict, compress: bool) -> None:
+    for split, key in (("train", "train"), ("t10k", "test")):
+        for kind, name in (("images-idx3", "x"), ("labels-idx1", "y")):
+            array = source[f"{key}_{name}"]
+            raw = struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape) + array.tobytes()
+            file = folder / f"{split}-{kind}-ubyte"
+            if compress:
+                file.with_name(file.name + ".gz").write_bytes(gzip.compress(raw))
+            else:
+                file.write_bytes(raw)
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_mnist_idx(tmp_path, compress):
+    source = arrays()
+    write_idx(tmp_path, source, compress)
+    mnist = data.load("mnist", tmp_path)
+    assert torch.equal(mnist.train_images[:, 0], torch.from_numpy(source["train_x"]))
+    assert mnist.test_labels.tolist() == source["test_y"].tolist()
+
+
+def test_packed_cifar10_is_decoded_once_and_cached(tmp_path, cache, monkeypatch):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    images = packed(folder / "cifar10_jpeg.npz")
+    cifar = data.load("cifar10", folder)
+    assert cifar.name == "CIFAR-10 (JPEG q75 copy)" and cifar.shape == (3, 32, 32) and cifar.augmented
+    assert np.array_equal(cifar.train_images.numpy().transpose(0, 2, 3, 1), images[:8])
+    assert np.array_equal(cifar.test_images.numpy().transpose(0, 2, 3, 1), images[8:])
+    assert cifar.test_labels.tolist() == [8, 9, 0, 1]
+    assert [file.name for file in folder.iterdir()] == ["cifar10_jpeg.npz"]
+    assert len(list(cache.iterdir())) == 1
+
+    monkeypatch.setattr(data, "_decode", lambda archive: pytest.fail("decoded a second time"))
+    monkeypatch.setenv("SADP_DATA", str(folder))
+    assert torch.equal(data.load("cifar10").train_images, cifar.train_images)
+
+
+def test_damaged_cache_is_made_anew(tmp_path, cache):
+    packed(tmp_path / "cifar10_jpeg.npz")
+    first = data.load("cifar10", tmp_path)
+    (file,) = cache.iterdir()
+    file.write_bytes(file.read_bytes()[:1000])
+    assert torch.equal(data.load("cifar10", tmp_path).train_images, first.train_images)
+
+
+def test_unwritable_cache_only_warns(tmp_path, cache):
+    packed(tmp_path / "cifar10_jpeg.npz")
+    cache.parent.write_text("a file where the folder belongs")
+    with pytest.warns(UserWarning, match="not cached"):
+        assert len(data.load("cifar10", tmp_path).train_labels) == 8
+
+
+def test_first_images_of_the_real_cifar10(tmp_path, cache):
+    """Where SADP_DATA (as it was before this test) names the packed file's folder: its first 20 images."""
+    if not (REAL_DATA / "cifar10_jpeg.npz").is_file():
+        pytest.skip("SADP_DATA does not name a folder with cifar10_jpeg.npz")
+    real = np.load(REAL_DATA / "cifar10_jpeg.npz")
+    offsets = real["offsets"][:21]
+    np.savez(
+        tmp_path / "cifar10_jpeg.npz",
+        header=real["header"],
+        payload=real["payload"][: offsets[-1]],
+        offsets=offsets,
+        labels=real["labels"][:20],
+        is_test=np.arange(20) >= 16,
+    )
+    cifar = data.load("cifar10", tmp_path)
+    assert cifar.train_images.shape == (16, 3, 32, 32)
+    assert sorted(cifar.train_labels[:10].tolist()) == list(range(10))  # the file's order is class-interleaved
+    assert 60 < cifar.mean.mean() < 180 and cifar.std.min() > 20
+
+
+def write_batches(folder: Path) -> np.ndarray:
+    folder.mkdir(exist_ok=True)
+    images = RNG.integers(0, 256, (6, 2, 3, 32, 32), dtype=np.uint8)
+    for index, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        batch = {"data": images[index].reshape(2, -1), "labels": [index, 9]}
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    return images
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_cifar10_batches(tmp_path, inside):
+    folder = tmp_path / "cifar-10-batches-py"
+    images = write_batches(folder)
+    cifar = data.load("cifar10", folder if inside else tmp_path)
+    assert cifar.name == "CIFAR-10"
+    assert np.array_equal(cifar.train_images.numpy(), images[:5].reshape(-1, 3, 32, 32))
+    assert cifar.test_labels.tolist() == [5, 9]
+
+
+def test_cifar10_batches_run_no_code(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    write_batches(folder)
+
+    class Harmful:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    (folder / "data_batch_3").write_bytes(pickle.dumps({"data": Harmful(), "labels": []}))
+    with pytest.raises(data.DataError, match="data_batch_3"):
+        data.load("cifar10", tmp_path)
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize(
+    ("stored", "shape"),
+    [((9, 7), (1, 9, 7)), ((9, 7, 3), (3, 9, 7)), ((9, 7, 1), (1, 9, 7)), ((5, 2, 9, 7), (5, 2, 9, 7))],
+)
+def test_npz_shapes(tmp_path, stored, shape):
+    source = arrays(stored, classes=3)
+    np.savez(tmp_path / "some.npz", **source)
+    some = data.load("npz", tmp_path)
+    assert some.name == "some" and some.shape == shape and some.num_classes == 3
+    assert some.augmented == (shape[0] == 3 and len(shape) == 3)
+    if len(shape) == 4:
+        assert some.mean.tolist() == [0, 0]  # an empty pixel of an event frame stays 0
+    assert some.normalise(some.train_images).shape == some.train_images.shape
+
+
+def test_image_folder(tmp_path):
+    for split, count in (("train", 3), ("val", 1)):
+        for name, colour in (("cat", 200), ("dog", 40)):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                PIL_Image.new("RGB", (30 + index, 20), (colour, 0, 0)).save(folder / f"{index}.png")
+            (folder / "notes.txt").write_text("not an image")
+    images = data.load("imagefolder", tmp_path, image_size=16)
+    assert images.shape == (3, 16, 16) and images.num_classes == 2
+    assert images.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert images.test_images[:, 0].amax((1, 2)).tolist() == [200, 40]
+
+    (tmp_path / "train/dog/0.png").write_bytes((tmp_path / "train/dog/0.png").read_bytes()[:40])
+    with pytest.raises(data.DataError, match=r"dog/0\.png"):
+        data.load("imagefolder", tmp_path)
+    (tmp_path / "val/fox").mkdir()
+    with pytest.raises(data.DataError, match="fox"):
+        data.load("imagefolder", tmp_path)
+
+
+def spoil(**changes):
+    """Arrays of which some are replaced (by a function of the old one) or left out."""
+
+    def make(path: Path) -> None:
+        source = arrays()
+        for key, change in changes.items():
+            source[key] = change(source[key]) if change else None
+        np.savez(path, **{key: value for key, value in source.items() if value is not None})
+
+    return make
+
+
+def truncate(path: Path) -> None:
+    np.savez(path, **arrays())
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+def flip_bytes(path: Path) -> None:
+    np.savez_compressed(path, **arrays())
+    raw = bytearray(path.read_bytes())
+    raw[300:400] = bytes(100)
+    path.write_bytes(raw)
+
+
+WRONG_FILES = {
+    "missing": (lambda path: None, "no file or folder"),
+    "empty": (lambda path: path.write_bytes(b""), "damaged"),
+    "text": (lambda path: path.write_text("hello"), "damaged"),
+    "an array alone": (lambda path: np.save(path.open("wb"), np.zeros(3)), "damaged"),
+    "pickled objects": (spoil(train_y=lambda y: np.array([None] * len(y))), "damaged"),
+    "truncated": (truncate, "damaged"),
+    "bytes flipped": (flip_bytes, "damaged"),
+    "key missing": (spoil(test_y=None), "no array 'test_y'"),
+    "float images": (spoil(train_x=lambda x: x / 255), "float64"),
+    "images of two sizes": (spoil(test_x=lambda x: x[:, 1:]), "one common shape"),
+    "no test images": (spoil(test_x=lambda x: x[:0], test_y=lambda y: y[:0]), "one common shape"),
+    "too few labels": (spoil(train_y=lambda y: y[1:]), r"\(19,\) for 20 images"),
+    "float labels": (spoil(train_y=lambda y: y / 2), "float64"),
+    "label too large": (spoil(test_y=lambda y: y + 1), "hold 10, out of range: classes are 0 to 9"),
+    "label negative": (spoil(train_y=lambda y: y.astype(np.int8) - 1), "hold -1, out of range"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FILES)
+@pytest.mark.parametrize("name", ["mnist", "npz"])
+def test_wrong_file_is_one_clear_error(tmp_path, name, case):
+    make, message = WRONG_FILES[case]
+    path = tmp_path / "mnist.npz"
+    make(path)
+    with pytest.raises(data.DataError, match=message) as caught:
+        data.load(name, path)
+    assert "\n" not in str(caught.value) and "mnist.npz" in str(caught.value)
+
+
+def test_label_beyond_every_count_is_an_error(tmp_path):
+    spoil(train_y=lambda y: y.astype(np.int64) * 1_000_000)(tmp_path / "a.npz")
+    with pytest.raises(data.DataError, match="9000000"):
+        data.load("npz", tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "magic", "size", "missing"])
+def test_wrong_idx_is_one_clear_error(tmp_path, damage):
+    write_idx(tmp_path, arrays(), compress=False)
+    file = tmp_path / "t10k-images-idx3-ubyte"
+    raw = bytearray(file.read_bytes())
+    if damage == "missing":
+        file.unlink()
+    else:
+        raw[3 if damage == "magic" else 7] += 1
+        file.write_bytes(raw[:9] if damage == "cut" else raw)
+    with pytest.raises(data.DataError, match="t10k-images"):
+        data.load("mnist", tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["payload", "offsets", "labels", "key"])
+def test_wrong_packed_file_is_one_clear_error(tmp_path, cache, damage):
+    path = tmp_path / "cifar10_jpeg.npz"
+    packed(path)
+    content = dict(np.load(path))
+    if damage == "payload":
+        content["payload"][: len(content["payload"]) // 3] = 0xFF
+    elif damage == "key":
+        del content["payload"]
+    else:
+        content[damage] = content[damage][:-1]
+    np.savez(path, **content)
+    with pytest.raises(data.DataError, match=r"cifar10_jpeg\.npz"):
+        data.load("cifar10", path)
+    assert not cache.exists()
+
+
+def test_data_folder_is_asked_for(monkeypatch, tmp_path):
+    monkeypatch.delenv("SADP_DATA", raising=False)
+    with pytest.raises(data.DataError, match="--data-dir or set SADP_DATA"):
+        data.load("mnist")
+    with pytest.raises(data.DataError, match="no CIFAR-10 data"):
+        data.load("cifar10", tmp_path)
+    with pytest.raises(data.DataError, match=r"0 \.npz files"):
+        data.load("npz", tmp_path)
+    with pytest.raises(data.DataError, match="unknown data set"):
+        data.load("imagenet", tmp_path)
+
+
+def test_augmented_image_is_a_window_of_the_padded_image(device):
+    images = torch.randint(0, 256, (200, 3, 12, 10), dtype=torch.uint8, device=device)
+    generator = torch.Generator(device).manual_seed(3)
+    augmented = data.augment(images, generator)
+    assert augmented.shape == images.shape and augmented.dtype == torch.uint8
+    padded = torch.nn.functional.pad(images.float(), (4, 4, 4, 4), mode="reflect").byte()
+    windows = padded.unfold(2, 12, 1).unfold(3, 10, 1)  # [N, C, 9, 9, 12, 10]
+    plain = (windows == augmented[:, :, None, None]).all(dim=(5, 4)).all(dim=1)
+    flipped = (windows == augmented.flip(3)[:, :, None, None]).all(dim=(5, 4)).all(dim=1)
+    found = plain | flipped
+    assert found.sum(dim=(1, 2)).eq(1).all()
+    # Each of 9 offsets a row is missed by 200 draws with probability 9 (8/9)^200 < 1e-9; fewer than 60 or more than 140
+    # flips come with probability < 1e-7.
+    assert found.any(0).any(0).all() and found.any(0).any(1).all()
+    assert 60 <= int(flipped.sum()) <= 140
+    again = data.augment(images, torch.Generator(device).manual_seed(3))
+    assert torch.equal(augmented, again)

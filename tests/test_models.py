@@ -1,0 +1,137 @@
+"""The networks: shapes, gradients everywhere, direct coding, and the published size of SEW-ResNet18."""
+
+import pytest
+import torch
+from torch import nn
+
+from sadp_fast import models
+from sadp_fast.neuron import LIFNode, reset
+
+SHAPES = {"image": (1, 8, 8), "colour": (3, 16, 12), "events": (3, 2, 9, 8)}
+
+
+def make(name, shape, classes=5, steps=3, seed=0):
+    torch.manual_seed(seed)
+    return models.build(name, shape, classes, steps)
+
+
+def calibrated(model, images):
+    """In evaluation, with the running statistics of these images: a fresh network would be silent there."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model(images)
+    reset(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("name", models.NAMES)
+def test_forward_and_backward(name, shape, device):
+    model = make(name, shape).to(device)
+    output = model(torch.randn(6, *shape, device=device))
+    assert output.shape == (6, 5)
+    nn.functional.cross_entropy(output, torch.arange(6, device=device) % 5).backward()
+    for parameter in model.parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all()
+    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    assert all(weight.grad.abs().sum() > 0 for weight in weights)
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_direct_coding_is_the_same_frame_at_every_step(name):
+    """An image, whose stem runs once, gives what event frames that repeat it give."""
+    shape = (2, 9, 8)
+    images = torch.randn(4, *shape, dtype=torch.float64)
+    image_model = calibrated(make(name, shape).double(), images)
+    event_model = make(name, (3, *shape)).double().eval()
+    event_model.load_state_dict(image_model.state_dict())
+    calls = []
+    image_model.stem.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[0].shape[0]))
+    output = image_model(images)
+    torch.testing.assert_close(output, event_model(images[:, None].expand(-1, 3, -1, -1, -1)))
+    assert output.std(dim=0).min() > 0
+    assert calls == [4]
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_output_is_the_mean_over_time_and_forgets_after_reset(name):
+    images = torch.randn(3, 1, 8, 8)
+    model = calibrated(make(name, (1, 8, 8), steps=4), images)
+    steps = []
+    model.body[-1].register_forward_hook(lambda module, inputs, output: steps.append(output))
+    first = model(images)
+    reset(model)
+    second = model(images)
+    assert steps[0].shape == (4, 3, 5) and torch.equal(first, steps[0].mean(0)) and torch.equal(first, second)
+    assert not torch.equal(first, model(images))  # without a reset the potential is still there
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_neurons_fire(name):
+    """Freshly made networks neither stay silent nor fire without end, so gradients flow through every layer."""
+    model = make(name, (3, 16, 16), steps=4)
+    rates = []
+    for module in model.modules():
+        if isinstance(module, LIFNode):
+            module.register_forward_hook(lambda module, inputs, output: rates.append(output.mean().item()))
+    model(torch.randn(16, 3, 16, 16))
+    assert rates and min(rates) > 0.005 and max(rates) < 0.5, rates
+
+
+def test_sew_resnet18_is_the_published_network():
+    """ResNet18 with the 3x3 stem for small images has 11,173,962 parameters at 10 classes, with the 7x7 stem for
+    ImageNet 11,689,512 at 1,000 classes; 17 convolutions, 3 of shortcuts, and as many neurons."""
+    small = make("sew_resnet18", (3, 32, 32), classes=10)
+    assert sum(parameter.numel() for parameter in small.parameters()) == 11_173_962
+    assert sum(isinstance(module, nn.Conv2d) for module in small.modules()) == 20
+    assert sum(isinstance(module, LIFNode) for module in small.modules()) == 20
+    large = make("sew_resnet18", (3, 96, 96), classes=1000)
+    assert sum(parameter.numel() for parameter in large.parameters()) == 11_689_512
+    sizes = []
+    for block in large.body[-9:-1]:
+        block.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[-1]))
+    with torch.no_grad():
+        large(torch.randn(1, 3, 96, 96))
+    assert sizes == [24, 24, 12, 12, 6, 6, 3, 3]
+
+
+def test_neurons_are_set_as_the_reference_code_sets_them():
+    for module in make("conv", (1, 8, 8)).modules():
+        if isinstance(module, LIFNode):
+            assert module.tau == 2.0 and module.decay_input and module.detach_reset and module.step_mode == "m"
+            assert type(module.surrogate_function).__name__ == "ATan"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("vgg", (1, 8, 8), 10, 4), "unknown model 'vgg'"),
+        (("mlp", (1, 8, 8), 10, 0), "time_steps is 0"),
+        (("mlp", (5, 2, 8, 8), 10, 4), "time_steps is 4 but the event frames have 5"),
+        (("conv", (1, 3, 8), 10, 4), "at least 4x4 pixels, not 3x8"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        models.build(*arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["conv", "sew_resnet18"])
+def test_channels_last_is_kept_through_the_network(name):
+    model = make(name, (3, 32, 32)).to("cuda", memory_format=torch.channels_last)
+    layouts = []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(
+                lambda module, inputs, output: layouts.append(
+                    inputs[0].is_contiguous(memory_format=torch.channels_last)
+                    and output.is_contiguous(memory_format=torch.channels_last)
+                )
+            )
+    images = torch.randn(4, 3, 32, 32, device="cuda").contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cuda", torch.bfloat16):
+        model(images).sum().backward()
+    assert layouts and all(layouts)

@@ -1,0 +1,264 @@
+"""Training: what it computes, what an interruption leaves, and that a resumed run is the uninterrupted one."""
+
+import json
+import math
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from sadp_fast import train
+from sadp_fast.data import Dataset
+from sadp_fast.train import TrainConfig, Trainer, TrainError
+
+CONFIG = TrainConfig(model="mlp", epochs=4, batch_size=16, time_steps=2)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Networks this small gain nothing from threads, and lose a lot on a machine that others use as well."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def colour_data(count: int = 90, seed: int = 0) -> Dataset:
+    """Small colour images of three classes that a network can tell apart; they are augmented in training."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    images = torch.randint(0, 120, (count, 3, 8, 8), generator=generator)
+    images[torch.arange(count), labels] += 100
+    images = images.to(torch.uint8)
+    return Dataset(
+        name="colours",
+        train_images=images[:70],
+        train_labels=labels[:70],
+        test_images=images[70:],
+        test_labels=labels[70:],
+        num_classes=3,
+        mean=torch.full((3,), 90.0),
+        std=torch.full((3,), 50.0),
+        augmented=True,
+    )
+
+
+class StopAfter(train.Progress):
+    """Ctrl-C in the middle of the epoch that follows `epochs` whole ones."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def step(self, epoch: int, share: float, step: int, loss: float | None, kept: float) -> None:
+        if epoch > self.epochs:
+            raise KeyboardInterrupt
+
+
+def without_seconds(history: list[dict]) -> list[dict]:
+    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in history]
+
+
+def checkpoint(folder) -> dict:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def assert_same(a, b, where="") -> None:
+    """Bit-identical nested containers of tensors and numbers."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num()), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            if key != "seconds":
+                assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}/{index}")
+    else:
+        assert a == b or (a != a and b != b), where
+
+
+def test_a_run_learns_and_tells_what_it_did(tmp_path):
+    data = colour_data()
+    entries = []
+
+    class Viewer(train.Progress):
+        def epoch(self, entry):
+            entries.append(entry)
+
+    config = replace(CONFIG, epochs=12, prune_ratio=0.4, lr=5e-3)
+    result = train.run(config, data, tmp_path / "run", [Viewer()])
+    assert result.config == config and entries == result.history and len(entries) == 12
+    assert [entry["epoch"] for entry in entries] == list(range(1, 13))
+    assert entries[-1]["test_accuracy"] > 0.8 > 0.5 > entries[-1]["loss"]
+    assert sum(entry["ratio"] for entry in entries) / 12 == pytest.approx(0.4)
+    for entry in entries:
+        assert entry["seconds"] > 0 and (entry["relative_variance"] is None) == (entry["ratio"] == 0)
+    # 12 x 70 x 0.6 = 504 expected; the draws' standard deviation is below sqrt(9 x 70 / 4) = 12.6: 6 of them.
+    assert abs(entries[-1]["examples_trained"] - 504) < 76
+    assert json.loads(json.dumps(entries)) == entries
+
+
+def test_full_data_trains_every_example_once_an_epoch(tmp_path):
+    result = train.run(CONFIG.of("full"), colour_data(), tmp_path)
+    assert result.history[-1]["examples_trained"] == 4 * 70
+    assert all(entry["ratio"] == 0 for entry in result.history)
+
+
+def test_methods_differ_only_in_what_they_prune():
+    changed = {
+        method: {key for key, value in asdict(CONFIG.of(method)).items() if value != asdict(CONFIG)[key]}
+        for method in train.METHODS
+    }
+    assert changed == {"sadp": set(), "full": {"method", "prune_ratio"}, "random": {"method", "score"}}
+
+
+def test_learning_rate_follows_the_share_of_training_done(tmp_path):
+    assert train.learning_rate(2.0, 0.0) == 0 and train.learning_rate(2.0, train.RISE) == 2.0
+    assert train.learning_rate(2.0, train.RISE / 2) == pytest.approx(1.0)
+    assert train.learning_rate(2.0, 1.0) == pytest.approx(0.0)
+    full = train.run(CONFIG.of("full"), colour_data(), tmp_path / "full").history
+    pruned = train.run(CONFIG, colour_data(), tmp_path / "sadp").history
+    assert sum(entry["steps"] for entry in pruned) < sum(entry["steps"] for entry in full)
+    for a, b in zip(full, pruned, strict=True):
+        # The last step of an epoch lies at most one and a half steps, of 2 or more an epoch, before its end.
+        assert abs(a["lr"] - b["lr"]) < CONFIG.lr * math.pi / 2 * 0.75 / CONFIG.epochs
+
+
+def test_two_runs_are_bit_identical(tmp_path):
+    for name in ("a", "b"):
+        torch.rand(3)  # the state of the global generator makes no difference
+        train.run(CONFIG, colour_data(), tmp_path / name)
+    assert_same(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"))
+    train.run(replace(CONFIG, seed=1), colour_data(), tmp_path / "c")
+    weight = "stem.1.weight"
+    assert not torch.equal(checkpoint(tmp_path / "a")["model"][weight], checkpoint(tmp_path / "c")["model"][weight])
+
+
+@pytest.mark.parametrize("epochs_done", [0, 1, 2, 3])
+@pytest.mark.parametrize("method", ["sadp", "full"])
+def test_resumed_run_is_bit_identical(tmp_path, method, epochs_done):
+    data, config = colour_data(), CONFIG.of(method)
+    whole = train.run(config, data, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config, data, tmp_path / "cut", [StopAfter(epochs_done)])
+    assert len(checkpoint(tmp_path / "cut")["history"]) == epochs_done
+    resumed = train.run(config, data, tmp_path / "cut", resume=True)
+    assert without_seconds(resumed.history) == without_seconds(whole.history)
+    assert_same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut"))
+    assert [file.name for file in (tmp_path / "cut").iterdir()] == ["checkpoint.pt"]
+
+
+def test_resuming_a_finished_run_returns_it(tmp_path):
+    first = train.run(CONFIG, colour_data(), tmp_path)
+    written = (tmp_path / "checkpoint.pt").stat().st_mtime_ns
+    assert train.run(CONFIG, colour_data(), tmp_path, resume=True) == first
+    assert (tmp_path / "checkpoint.pt").stat().st_mtime_ns == written
+
+
+def test_resuming_another_configuration_names_the_field(tmp_path):
+    train.run(CONFIG, colour_data(), tmp_path)
+    with pytest.raises(TrainError, match=r"lr is 0\.1, but the run in .* has 0\.002"):
+        train.run(replace(CONFIG, lr=0.1), colour_data(), tmp_path, resume=True)
+
+
+def test_damaged_checkpoint_is_one_clear_error(tmp_path):
+    train.run(CONFIG, colour_data(), tmp_path)
+    file = tmp_path / "checkpoint.pt"
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(TrainError, match="is damaged"):
+        train.run(CONFIG, colour_data(), tmp_path, resume=True)
+
+
+def test_interrupted_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    trainer = Trainer(CONFIG, colour_data())
+    trainer.save(tmp_path / "checkpoint.pt")
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def fail(state, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save(tmp_path / "checkpoint.pt")
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_diverged_training_stops_with_a_clear_error(tmp_path):
+    with pytest.raises(TrainError, match=r"the loss became (nan|inf) in epoch 1: lower --lr"):
+        train.run(replace(CONFIG, model="conv", lr=1e36), colour_data(), tmp_path)
+    assert checkpoint(tmp_path)["history"] == []
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_scores_and_learns(tmp_path, amp):
+    config = replace(CONFIG, model="conv", amp=amp, label_smoothing=0.1, epochs=3, prune_ratio=0.3)
+    result = train.run(config, colour_data(), tmp_path)
+    assert all(math.isfinite(entry["loss"]) for entry in result.history)
+    scores = checkpoint(tmp_path)["sadp"]
+    assert any(isinstance(value, torch.Tensor) and value.nan_to_num().max() > 0 for value in scores.values())
+
+
+def test_prepare_checks_the_batch_size_and_leaves_nothing():
+    state = torch.get_rng_state()
+    train.prepare(CONFIG, colour_data())
+    with pytest.raises(ValueError, match="the batch size 71 is above the number of training examples, 70"):
+        train.prepare(replace(CONFIG, batch_size=71), colour_data())
+    with pytest.raises(ValueError, match="2 epochs"):
+        train.prepare(replace(CONFIG, epochs=2, prune_ratio=0.9), colour_data())
+    torch.set_rng_state(state)
+
+
+@pytest.mark.parametrize("size", [1, 7, 10, 20, 500])
+def test_evaluation_counts_every_test_example_once(monkeypatch, size):
+    monkeypatch.setattr(train, "EVALUATION_BATCH", size)
+    trainer = Trainer(CONFIG, colour_data())
+    trainer.model.train()
+    scores = trainer.sadp.scores.clone()
+    accuracy = trainer.evaluate()
+    with torch.no_grad():
+        trainer.model.eval()
+        expected = (trainer.forward(trainer.data.test_images).argmax(1) == trainer.data.test_labels).double().mean()
+    assert accuracy == pytest.approx(expected.item())
+    assert torch.equal(trainer.sadp.scores.nan_to_num(), scores.nan_to_num())
+
+
+def test_running_mean():
+    mean = train.RunningMean(torch.device("cpu"))
+    assert mean.read() == 0
+    for value in (1.0, 2.0, 6.0):
+        mean.add(torch.tensor(value))
+    assert mean.read() == 3.0 and mean.peek() is None and mean.peek() == 3.0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+@pytest.mark.parametrize("method", train.METHODS)
+def test_nothing_waits_for_the_host_inside_an_epoch(method, amp):
+    config = replace(CONFIG, device="cuda", model="conv", amp=amp, epochs=6, batch_size=4)
+    trainer = Trainer(config.of(method), colour_data())
+    loss = train.RunningMean(trainer.device)
+    for _ in range(3):
+        batches = trainer.sadp.batches(4)
+        for _ in range(2):  # the first steps read the model's dataflow and compile
+            loss.add(trainer.step(next(batches), 1e-3))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss.add(trainer.step(next(batches), 1e-3))
+            loss.peek()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        batches.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_a_run_on_the_gpu_learns_and_resumes(tmp_path, amp):
+    config = replace(CONFIG, device="cuda", model="conv", amp=amp, epochs=12, lr=5e-3)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config, colour_data(), tmp_path, [StopAfter(4)])
+    history = train.run(config, colour_data(), tmp_path, resume=True).history
+    assert len(history) == 12 and history[-1]["test_accuracy"] > 0.8
