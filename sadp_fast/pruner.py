@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -120,11 +121,7 @@ class SADP:
             raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
         if num_examples < 1:
             raise ValueError(f"num_examples must be the size of the training set, at least 1, got {num_examples}")
-        if (
-            score in _GRADIENT_SCORES
-            and prune_ratio > 0
-            and isinstance(model, torch._dynamo.eval_frame.OptimizedModule)
-        ):
+        if score in _GRADIENT_SCORES and prune_ratio > 0 and hasattr(model, "_orig_mod"):  # torch.compile's wrapper
             raise ValueError(
                 f"score={score!r} reads the model's autograd graph, which torch.compile hides: pass and train the "
                 "uncompiled model (its neurons are fused all the same), or use score='loss'"
@@ -316,6 +313,8 @@ class SADP:
         self._hooks = []
         self._probe = None
         self._set_statistics(False)
+        for node in self._tapped_neurons.values():
+            node.channel_scale = None
 
     def _set_statistics(self, on: bool) -> None:
         for node in self._tapped_neurons.values():
@@ -384,6 +383,8 @@ class SADP:
             )
         if self.score == "last":
             layers = layers[-1:]
+        else:
+            self._warn_of_uncovered(layers)
         modules = dict(self.model.named_modules())
         multi_step = [call for call in probe.neurons if modules[call.name].step_mode == "m"]
         self._steps = max((call.input.shape[0] for call in multi_step), default=1)
@@ -398,6 +399,17 @@ class SADP:
         self._detach()
         self._tap(layers)
         self._attach()
+
+    def _warn_of_uncovered(self, layers: list[WeightLayer]) -> None:
+        covered = {id(self.model.get_submodule(layer.name).weight) for layer in layers}
+        weights = ((n, p) for n, p in self.model.named_parameters() if p.requires_grad and p.ndim > 1)
+        missed = [name for name, parameter in weights if id(parameter) not in covered]
+        if missed:
+            warnings.warn(
+                f"score='all' leaves out {', '.join(missed)}: only weights of Linear and Conv modules that are called "
+                "as modules are measured",
+                stacklevel=4,
+            )
 
     def _tap(self, layers: list[WeightLayer]) -> None:
         """From here on, the neurons measure these layers."""

@@ -476,3 +476,36 @@ def test_model_without_weight_layers(data):
     with pytest.raises(ValueError, match="found no weight layer"):
         sadp.loss(criterion, model(row.unsqueeze(1) % 5), data.tensors[1][row])
     rows.close()
+
+
+def test_weights_that_no_module_call_shows_are_named(data):
+    class Raw(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.raw, self.head = nn.Parameter(torch.randn(FEATURES, 8)), nn.Linear(8, CLASSES)
+
+        def forward(self, x):
+            return self.head(x @ self.raw)
+
+    model = Raw()
+    sadp = SADP(model, N, epochs=4)
+    rows = sadp.batches(16)
+    row = next(rows)
+    with pytest.warns(UserWarning, match="score='all' leaves out raw:"):
+        sadp.loss(criterion, model(data.tensors[0][row]), data.tensors[1][row])
+    rows.close()
+
+
+def test_neurons_are_left_as_they_were(data):
+    model = nn.Sequential(nn.Linear(FEATURES, 16), nn.BatchNorm1d(16), nn.Unflatten(0, (1, -1)), LIFNode(step_mode="m"))
+    model = nn.Sequential(model, nn.Linear(16, CLASSES), nn.Flatten(0, 1))
+    sadp = SADP(model, N, epochs=8, warmup_epochs=2)
+    node = model[0][3]
+    scales = []
+    for _ in range(2):
+        for row in sadp.batches(16):
+            sadp.loss(criterion, model(data.tensors[0][row]), data.tensors[1][row]).backward()
+            scales.append(node.channel_scale)
+            sadp_fast.reset(model)
+    assert scales[-1].shape == (16,)  # the normalisation's scale is lent to the neuron for the forward pass ...
+    assert node.channel_scale is None and not node.collect_statistics and not node._forward_hooks  # ... and taken back
