@@ -532,14 +532,21 @@ class _Grid(NamedTuple):
 # (so a channels_last input gives channels_last spikes).
 
 
-def _v_like(x: Tensor) -> Tensor:
+def _v_strides(x: Tensor) -> tuple[int, ...]:
+    return (math.prod(x.shape[2:]), *x.stride()[2:])
+
+
+def _sequence_strides(x: Tensor) -> tuple[int, ...]:
     size = math.prod(x.shape[2:])
-    return x.new_empty_strided(x.shape[1:], (size, *x.stride()[2:]), dtype=torch.float32)
+    return (x.shape[1] * size, size, *x.stride()[2:])
+
+
+def _v_like(x: Tensor) -> Tensor:
+    return x.new_empty_strided(x.shape[1:], _v_strides(x), dtype=torch.float32)
 
 
 def _sequence_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    size = math.prod(x.shape[2:])
-    return x.new_empty_strided(x.shape, (x.shape[1] * size, size, *x.stride()[2:]), dtype=dtype)
+    return x.new_empty_strided(x.shape, _sequence_strides(x), dtype=dtype)
 
 
 def _inner_is_dense(x: Tensor) -> bool:
@@ -559,22 +566,23 @@ def _with_dense_inner(x: Tensor) -> Tensor:
     return x if _inner_is_dense(x) else x.contiguous()
 
 
-def _same_strides(a: Tensor, b: Tensor, first: int) -> bool:
+def _has_strides(t: Tensor, strides: tuple[int, ...], first: int = 0) -> bool:
+    """Whether these are t's strides from dimension ``first`` on, where they matter."""
     return all(
-        s == t or size == 1 for s, t, size in zip(a.stride()[first:], b.stride()[first:], a.shape[first:], strict=True)
+        a == b or size == 1 for a, b, size in zip(t.stride()[first:], strides[first:], t.shape[first:], strict=True)
     )
 
 
 def _with_inner_order_of(x: Tensor, grad: Tensor) -> Tensor:
     """grad with x's inner strides; its first two strides stay free (an expanded gradient is read as it is)."""
-    return grad if _same_strides(grad, x, 2) else _sequence_like(x, grad.dtype).copy_(grad)
+    return grad if _has_strides(grad, x.stride(), 2) else _sequence_like(x, grad.dtype).copy_(grad)
 
 
-def _written_like(template: Tensor, t: Tensor | None) -> Tensor | None:
-    """t in the very memory order and dtype of template, which the kernels assume for states and their gradients."""
-    if t is None or (t.dtype == template.dtype and _same_strides(t, template, 0)):
+def _laid_out(t: Tensor | None, strides: tuple[int, ...]) -> Tensor | None:
+    """t as float32 with these strides, which the kernels assume for states and their gradients."""
+    if t is None or (t.dtype == torch.float32 and _has_strides(t, strides)):
         return t
-    return template.copy_(t)
+    return t.new_empty_strided(t.shape, strides, dtype=torch.float32).copy_(t)
 
 
 def _checkpoints_like(x: Tensor) -> Tensor:
@@ -600,7 +608,7 @@ def _launch_forward(
     count_spikes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x = _with_dense_inner(x)
-    v_init = _written_like(_v_like(x), v_init)
+    v_init = _laid_out(v_init, _v_strides(x))
     grid = _Grid.of(x, values_per_element=1)
     spikes = _sequence_like(x, x.dtype)
     v = _v_like(x)
@@ -667,9 +675,9 @@ def _launch_backward(
     want_grad_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = _with_dense_inner(x)
-    v_init = _written_like(_v_like(x), v_init)
-    grad_v = _written_like(_v_like(x), grad_v)
-    grad_v_seq = _written_like(_sequence_like(x, torch.float32), grad_v_seq)
+    v_init = _laid_out(v_init, _v_strides(x))
+    grad_v = _laid_out(grad_v, _v_strides(x))
+    grad_v_seq = _laid_out(grad_v_seq, _sequence_strides(x))
     if grad_spikes is None:
         grad_spikes = x.new_zeros((1,) * x.ndim).expand(x.shape)
     grad_spikes = _with_inner_order_of(x, grad_spikes)
