@@ -207,7 +207,7 @@ def test_no_kernel_calls_itself_by_name():
     from sadp_fast.ops import lif as ops
 
     kernels = {name: value.fn for name, value in vars(ops).items() if isinstance(value, type(ops._lif_forward_kernel))}
-    assert {"_lif_forward_kernel", "_lif_backward_kernel", "_charge"} <= set(kernels)
+    assert {"_lif_forward_kernel", "_lif_backward_kernel", "charge"} <= set(kernels)
     for name, function in kernels.items():
         assert name not in function.__code__.co_names, name
 

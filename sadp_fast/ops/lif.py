@@ -1,6 +1,6 @@
 """Multi-step integrate-and-fire, forward and backward, each one pass over memory.
 
-Reading order: surrogate and membrane equations, forward kernel, backward kernel, launchers, registered operators,
+Reading order: forward kernel, backward kernel, launchers, registered operators,
 autograd function, ``lif`` (what the rest of the package calls).
 
 How the kernels work. A program owns one example and BLOCK of its elements and walks the T steps with the membrane
@@ -27,76 +27,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dynamics import Dynamics
+from .equations import LEAK, LEAK_WITH_INPUT_DECAY, NO_LEAK, charge, reset, surrogate_gradient
+from .layout import laid_out, sequence_like, sequence_strides, v_like, v_strides, with_dense_inner, with_inner_order_of
 
 # Steps held in registers by the backward kernel; the spacing of saved potentials for longer sequences.
 CHUNK = 8
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-NO_LEAK = tl.constexpr(0)
-LEAK = tl.constexpr(1)
-LEAK_WITH_INPUT_DECAY = tl.constexpr(2)
-
-PI = tl.constexpr(math.pi)
-SQRT_PI = tl.constexpr(math.sqrt(math.pi))
-
-
-# ------------------------------------------------------------------------------------------ equations of one step
-
-
-@triton.jit
-def _surrogate_gradient(x, alpha, SURROGATE: tl.constexpr):
-    """Gradients of surrogate.FUSED, in the order of that table."""
-    if SURROGATE == 0:  # Sigmoid
-        q = tl.sigmoid(alpha * x)
-        return alpha * q * (1 - q)
-    elif SURROGATE == 1:  # ATan
-        y = (PI / 2) * alpha * x
-        return (alpha / 2) / (1 + y * y)
-    elif SURROGATE == 2:  # PiecewiseQuadratic
-        return tl.maximum(alpha - alpha * alpha * tl.abs(x), 0.0)
-    elif SURROGATE == 3:  # PiecewiseExp
-        return (alpha / 2) * tl.exp(-alpha * tl.abs(x))
-    elif SURROGATE == 4:  # SoftSign
-        y = 1 / alpha + tl.abs(x)
-        return 1 / (2 * alpha * y * y)
-    elif SURROGATE == 5:  # SuperSpike
-        y = 1 + tl.abs(x)
-        return alpha / (y * y)
-    elif SURROGATE == 6:  # Erf
-        y = alpha * x
-        return (alpha / SQRT_PI) * tl.exp(-y * y)
-    else:  # Rect
-        tl.static_assert(SURROGATE == 7, "unknown surrogate")
-        return tl.where(tl.abs(x) < 0.5 / alpha, alpha, 0.0)
-
-
-@triton.jit
-def _divide(a, b, EXACT_RECIPROCAL: tl.constexpr):
-    """a / b, correctly rounded; for b a power of two the reciprocal is exact and a product does it."""
-    if EXACT_RECIPROCAL:
-        return a * (1.0 / b)
-    else:
-        return tl.div_rn(a, tl.zeros_like(a) + b)
-
-
-@triton.jit
-def _charge(x, v, tau, v_rest, DYNAMICS: tl.constexpr, EXACT_RECIPROCAL: tl.constexpr):
-    if DYNAMICS == NO_LEAK:
-        return v + x
-    elif DYNAMICS == LEAK_WITH_INPUT_DECAY:
-        return v + _divide(x - (v - v_rest), tau, EXACT_RECIPROCAL)
-    else:
-        return v - _divide(v - v_rest, tau, EXACT_RECIPROCAL) + x
-
-
-@triton.jit
-def _reset(h, fired, v_threshold, v_rest, SOFT_RESET: tl.constexpr):
-    if SOFT_RESET:
-        return tl.where(fired, h - v_threshold, h)
-    else:
-        return tl.where(fired, v_rest, h)
-
 
 # ---------------------------------------------------------------------------------------------------- the kernels
 
@@ -126,9 +63,9 @@ def _forward_chunk(
     """Forward through STEPS steps from potential v; returns the potential after the last."""
     for _ in tl.static_range(STEPS):
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        h = _charge(x, v, tau, v_rest, DYNAMICS, EXACT_RECIPROCAL)
+        h = charge(x, v, tau, v_rest, DYNAMICS, EXACT_RECIPROCAL)
         fired = h - v_threshold >= 0
-        v = _reset(h, fired, v_threshold, v_rest, SOFT_RESET)
+        v = reset(h, fired, v_threshold, v_rest, SOFT_RESET)
         tl.store(spikes_ptr + offsets, tl.where(fired, 1.0, 0.0).to(spikes_ptr.dtype.element_ty), mask=mask)
         if STORE_V_SEQ:
             tl.store(v_seq_ptr + offsets, v, mask=mask)
@@ -282,7 +219,7 @@ def _backward_from(
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     # Loaded before the recursion, so that every load of the chunk is in flight before its first store.
     grad_spike = tl.load(grad_spikes_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    h = _charge(x, v, tau, v_rest, DYNAMICS, EXACT_RECIPROCAL)
+    h = charge(x, v, tau, v_rest, DYNAMICS, EXACT_RECIPROCAL)
     fired = h - v_threshold >= 0
     if STEPS > 1:
         carry = RECURSE(
@@ -298,7 +235,7 @@ def _backward_from(
             gs_stride_t,
             dense_stride_t,
             norm_stride_t,
-            _reset(h, fired, v_threshold, v_rest, SOFT_RESET),
+            reset(h, fired, v_threshold, v_rest, SOFT_RESET),
             carry,
             tau,
             v_threshold,
@@ -316,7 +253,7 @@ def _backward_from(
         )
     if HAS_GRAD_V_SEQ:
         carry += tl.load(grad_v_seq_ptr + offsets, mask=mask, other=0.0)
-    surrogate = _surrogate_gradient(h - v_threshold, alpha, SURROGATE)
+    surrogate = surrogate_gradient(h - v_threshold, alpha, SURROGATE)
     if SOFT_RESET:
         grad_h = carry
         if not DETACH_RESET:
@@ -528,63 +465,6 @@ class _Grid(NamedTuple):
         }
 
 
-# Every tensor that the kernels write is dense, time first, then example, then x's own order of inner dimensions
-# (so a channels_last input gives channels_last spikes).
-
-
-def _v_strides(x: Tensor) -> tuple[int, ...]:
-    return (math.prod(x.shape[2:]), *x.stride()[2:])
-
-
-def _sequence_strides(x: Tensor) -> tuple[int, ...]:
-    size = math.prod(x.shape[2:])
-    return (x.shape[1] * size, size, *x.stride()[2:])
-
-
-def _v_like(x: Tensor) -> Tensor:
-    return x.new_empty_strided(x.shape[1:], _v_strides(x), dtype=torch.float32)
-
-
-def _sequence_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.new_empty_strided(x.shape, _sequence_strides(x), dtype=dtype)
-
-
-def _inner_is_dense(x: Tensor) -> bool:
-    """Whether the elements of each x[t, n] fill one block of memory, in any order of dimensions."""
-    if x.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(x.stride()[2:], x.shape[2:], strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
-
-
-def _with_dense_inner(x: Tensor) -> Tensor:
-    return x if _inner_is_dense(x) else x.contiguous()
-
-
-def _has_strides(t: Tensor, strides: tuple[int, ...], first: int = 0) -> bool:
-    """Whether these are t's strides from dimension ``first`` on, where they matter."""
-    return all(
-        a == b or size == 1 for a, b, size in zip(t.stride()[first:], strides[first:], t.shape[first:], strict=True)
-    )
-
-
-def _with_inner_order_of(x: Tensor, grad: Tensor) -> Tensor:
-    """grad with x's inner strides; its first two strides stay free (an expanded gradient is read as it is)."""
-    return grad if _has_strides(grad, x.stride(), 2) else _sequence_like(x, grad.dtype).copy_(grad)
-
-
-def _laid_out(t: Tensor | None, strides: tuple[int, ...]) -> Tensor | None:
-    """t as float32 with these strides, which the kernels assume for states and their gradients."""
-    if t is None or (t.dtype == torch.float32 and _has_strides(t, strides)):
-        return t
-    return t.new_empty_strided(t.shape, strides, dtype=torch.float32).copy_(t)
-
-
 def _checkpoints_like(x: Tensor) -> Tensor:
     return x.new_empty((max(0, triton.cdiv(x.shape[0], CHUNK) - 1), *x.shape[1:]), dtype=torch.float32)
 
@@ -607,12 +487,12 @@ def _launch_forward(
     store_checkpoints: bool,
     count_spikes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x = _with_dense_inner(x)
-    v_init = _laid_out(v_init, _v_strides(x))
+    x = with_dense_inner(x)
+    v_init = laid_out(v_init, v_strides(x))
     grid = _Grid.of(x, values_per_element=1)
-    spikes = _sequence_like(x, x.dtype)
-    v = _v_like(x)
-    v_seq = _sequence_like(x, torch.float32) if store_v_seq else _nothing(x)
+    spikes = sequence_like(x, x.dtype)
+    v = v_like(x)
+    v_seq = sequence_like(x, torch.float32) if store_v_seq else _nothing(x)
     checkpoints = _checkpoints_like(x) if store_checkpoints else _nothing(x)
     count_shape = (grid.steps, grid.examples, grid.blocks) if count_spikes else (0,)
     count = x.new_empty(count_shape, dtype=torch.int32)
@@ -674,16 +554,16 @@ def _launch_backward(
     want_grad_v_init: bool,
     want_grad_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x = _with_dense_inner(x)
-    v_init = _laid_out(v_init, _v_strides(x))
-    grad_v = _laid_out(grad_v, _v_strides(x))
-    grad_v_seq = _laid_out(grad_v_seq, _sequence_strides(x))
+    x = with_dense_inner(x)
+    v_init = laid_out(v_init, v_strides(x))
+    grad_v = laid_out(grad_v, v_strides(x))
+    grad_v_seq = laid_out(grad_v_seq, sequence_strides(x))
     if grad_spikes is None:
         grad_spikes = x.new_zeros((1,) * x.ndim).expand(x.shape)
-    grad_spikes = _with_inner_order_of(x, grad_spikes)
+    grad_spikes = with_inner_order_of(x, grad_spikes)
     grid = _Grid.of(x, values_per_element=min(x.shape[0], CHUNK))
-    grad_x = _sequence_like(x, x.dtype)
-    grad_v_init = _v_like(x) if want_grad_v_init else _nothing(x)
+    grad_x = sequence_like(x, x.dtype)
+    grad_v_init = v_like(x) if want_grad_v_init else _nothing(x)
     norm_shape = (grid.steps, grid.examples, grid.blocks) if want_grad_norm else (0,)
     grad_norm_sq = x.new_empty(norm_shape, dtype=torch.float32)
     if x.numel() == 0:
@@ -753,11 +633,11 @@ for _device in ("cuda", "cpu"):
 @torch.library.register_fake("sadp_fast::lif_forward")
 def _(x, v_init, *constants_and_flags):
     store_v_seq, store_checkpoints, count_spikes = constants_and_flags[-3:]
-    x = _with_dense_inner(x)
+    x = with_dense_inner(x)
     return (
-        _sequence_like(x, x.dtype),
-        _v_like(x),
-        _sequence_like(x, torch.float32) if store_v_seq else _nothing(x),
+        sequence_like(x, x.dtype),
+        v_like(x),
+        sequence_like(x, torch.float32) if store_v_seq else _nothing(x),
         _checkpoints_like(x) if store_checkpoints else _nothing(x),
         x.new_empty(x.shape[:2] if count_spikes else (0,), dtype=torch.int32),
     )
@@ -766,10 +646,10 @@ def _(x, v_init, *constants_and_flags):
 @torch.library.register_fake("sadp_fast::lif_backward")
 def _(x, *rest):
     want_grad_v_init, want_grad_norm = rest[-2:]
-    x = _with_dense_inner(x)
+    x = with_dense_inner(x)
     return (
-        _sequence_like(x, x.dtype),
-        _v_like(x) if want_grad_v_init else _nothing(x),
+        sequence_like(x, x.dtype),
+        v_like(x) if want_grad_v_init else _nothing(x),
         x.new_empty(x.shape[:2] if want_grad_norm else (0,), dtype=torch.float32),
     )
 

@@ -1,0 +1,88 @@
+"""The equations of one time step, shared by every fused kernel.
+
+State and arithmetic are float32. Divisions are exact and the kernels are compiled without floating-point contraction,
+so that a spike is the same, bit for bit, as in the plain torch reference (reference/lif.py).
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+from ..dynamics import Dynamics
+
+NO_LEAK = tl.constexpr(0)
+LEAK = tl.constexpr(1)
+LEAK_WITH_INPUT_DECAY = tl.constexpr(2)
+
+PI = tl.constexpr(math.pi)
+SQRT_PI = tl.constexpr(math.sqrt(math.pi))
+
+
+@triton.jit
+def surrogate_gradient(x, alpha, SURROGATE: tl.constexpr):
+    """Gradients of surrogate.FUSED, in the order of that table."""
+    if SURROGATE == 0:  # Sigmoid
+        q = tl.sigmoid(alpha * x)
+        return alpha * q * (1 - q)
+    elif SURROGATE == 1:  # ATan
+        y = (PI / 2) * alpha * x
+        return (alpha / 2) / (1 + y * y)
+    elif SURROGATE == 2:  # PiecewiseQuadratic
+        return tl.maximum(alpha - alpha * alpha * tl.abs(x), 0.0)
+    elif SURROGATE == 3:  # PiecewiseExp
+        return (alpha / 2) * tl.exp(-alpha * tl.abs(x))
+    elif SURROGATE == 4:  # SoftSign
+        y = 1 / alpha + tl.abs(x)
+        return 1 / (2 * alpha * y * y)
+    elif SURROGATE == 5:  # SuperSpike
+        y = 1 + tl.abs(x)
+        return alpha / (y * y)
+    elif SURROGATE == 6:  # Erf
+        y = alpha * x
+        return (alpha / SQRT_PI) * tl.exp(-y * y)
+    else:  # Rect
+        tl.static_assert(SURROGATE == 7, "unknown surrogate")
+        return tl.where(tl.abs(x) < 0.5 / alpha, alpha, 0.0)
+
+
+@triton.jit
+def divide(a, b, EXACT_RECIPROCAL: tl.constexpr):
+    """a / b, correctly rounded; for b a power of two the reciprocal is exact and a product does it."""
+    if EXACT_RECIPROCAL:
+        return a * (1.0 / b)
+    else:
+        return tl.div_rn(a, tl.zeros_like(a) + b)
+
+
+@triton.jit
+def charge(x, v, tau, v_rest, DYNAMICS: tl.constexpr, EXACT_RECIPROCAL: tl.constexpr):
+    if DYNAMICS == NO_LEAK:
+        return v + x
+    elif DYNAMICS == LEAK_WITH_INPUT_DECAY:
+        return v + divide(x - (v - v_rest), tau, EXACT_RECIPROCAL)
+    else:
+        return v - divide(v - v_rest, tau, EXACT_RECIPROCAL) + x
+
+
+@triton.jit
+def reset(h, fired, v_threshold, v_rest, SOFT_RESET: tl.constexpr):
+    if SOFT_RESET:
+        return tl.where(fired, h - v_threshold, h)
+    else:
+        return tl.where(fired, v_rest, h)
+
+
+def step_constants(dynamics: Dynamics) -> dict[str, int | bool]:
+    """The compile-time constants that ``charge`` and ``reset`` take for a neuron."""
+    if dynamics.tau is None:
+        leak = NO_LEAK
+    else:
+        leak = LEAK_WITH_INPUT_DECAY if dynamics.decay_input else LEAK
+    return {
+        "DYNAMICS": leak,
+        "EXACT_RECIPROCAL": math.frexp(1.0 if dynamics.tau is None else dynamics.tau)[0] == 0.5,
+        "SOFT_RESET": dynamics.v_reset is None,
+    }
