@@ -1,0 +1,81 @@
+"""From uint8 images in memory to a network's input, with random crops and flips: one kernel on the GPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .reference import augment as reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last)
+
+
+def draw_crops(count: int, generator: torch.Generator) -> Tensor:
+    """The random numbers that ``crop_flip_normalise`` needs for ``count`` images: float32 [3, count], in [0, 1).
+
+    They lie on the generator's device. A CUDA graph with this call draws anew in each replay if the generator is
+    registered with it (``torch.cuda.CUDAGraph.register_generator_state``).
+    """
+    return torch.rand(3, count, device=generator.device, generator=generator)
+
+
+def crop_flip_normalise(
+    images: Tensor,
+    index: Tensor | None,
+    draws: Tensor | None,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    padding: int = 4,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
+    """Gather images by index, crop and flip them at random, and normalise: (x - mean) / std in each channel.
+
+    A pure function: the same ``draws`` give the same result, the same bits on the CPU (plain torch) and on the GPU (one
+    kernel; nothing waits for the host). The crop is the image shifted by up to ``padding`` pixels each way, mirrored at
+    the border; which draw does what is said in ``reference.augment.crop_flip``.
+
+    Args:
+        images: uint8 [N, C, H, W], or event frames [N, T, C, H, W], contiguous; all tensors on one device.
+        index: int64 or int32 [B], which images to take; None takes all N in order (an evaluation batch is a slice).
+        draws: float32 [3, B] from ``draw_crops``; None leaves the images as they are.
+        mean, std: float32 [C], in units of the raw uint8 values.
+        padding: pixels, at least 0; unused without draws.
+        dtype: of the result: float32, float16 or bfloat16, rounded from float32.
+        memory_format: of the result: ``torch.contiguous_format`` or ``torch.channels_last`` (each frame of 5-D images).
+
+    Returns:
+        [B, C, H, W] or [B, T, C, H, W].
+
+    Raises:
+        ValueError: an argument has another dtype, shape, layout or device than said above.
+        IndexError: an index is out of range. On the GPU, where finding out would wait, that image becomes NaN.
+    """
+    if images.dtype != torch.uint8 or images.ndim not in (4, 5) or not images.is_contiguous():
+        raise ValueError(
+            f"images must be contiguous uint8 [N, C, H, W] or [N, T, C, H, W], got {images.dtype} of shape "
+            f"{tuple(images.shape)} and strides {images.stride()}"
+        )
+    if index is not None and (index.ndim != 1 or index.dtype not in (torch.int64, torch.int32)):
+        raise ValueError(f"index must be int64 or int32 [B], got {index.dtype} of shape {tuple(index.shape)}")
+    batch, channels = len(images) if index is None else len(index), images.shape[-3]
+    for name, tensor, shape in (("draws", draws, (3, batch)), ("mean", mean, (channels,)), ("std", std, (channels,))):
+        if tensor is not None and (tensor.dtype != torch.float32 or tensor.shape != shape):
+            raise ValueError(f"{name} must be float32 {list(shape)}, got {tensor.dtype} of shape {tuple(tensor.shape)}")
+    for name, tensor in (("index", index), ("draws", draws), ("mean", mean), ("std", std)):
+        if tensor is not None and tensor.device != images.device:
+            raise ValueError(f"{name} is on {tensor.device} but images on {images.device}: move it there")
+    if padding < 0:
+        raise ValueError(f"padding must be at least 0, got {padding}")
+    if dtype not in DTYPES or memory_format not in MEMORY_FORMATS:
+        raise ValueError(
+            f"dtype must be one of {DTYPES} and memory_format of {MEMORY_FORMATS}, got {dtype}, {memory_format}"
+        )
+    if images.is_cuda:
+        from .ops import augment as ops  # Triton is imported where it is used, so that CPU users need no Triton
+
+        index, draws, mean, std = (t if t is None else t.contiguous() for t in (index, draws, mean, std))
+        return ops.crop_flip_normalise(images, index, draws, mean, std, padding, dtype, memory_format)
+    return reference.crop_flip_normalise(images, index, draws, mean, std, padding, dtype, memory_format)

@@ -1,0 +1,55 @@
+"""Random crop, horizontal flip and normalisation of uint8 images in plain torch, written to be read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def mirrored(position: Tensor, size: int) -> Tensor:
+    """Positions beyond [0, size) mirrored at the border pixel (which is not repeated), int64."""
+    return (size - 1 - (size - 1 - position.abs()).abs()).clamp_(0, size - 1)
+
+
+def crop_flip(images: Tensor, draws: Tensor, padding: int) -> Tensor:
+    """Shift each image [B, *, H, W] by up to ``padding`` pixels, mirrored at the border, and flip half of them.
+
+    ``draws`` [3, B] in [0, 1): row 0 gives the vertical shift floor(u (2 padding + 1)) - padding, row 1 the horizontal
+    one, and an image is flipped where row 2 is at least 1/2.
+    """
+    height, width = images.shape[-2:]
+    device = images.device
+    top, left = (draws[:2, :, None] * (2 * padding + 1)).long() - padding
+    rows = mirrored(top + torch.arange(height, device=device), height)
+    columns = mirrored(left + torch.arange(width, device=device), width)
+    columns = torch.where(draws[2, :, None] < 0.5, columns, columns.flip(1))
+    planes = images.flatten(1, -3) if images.ndim > 3 else images[:, None]
+    example = torch.arange(len(images), device=device)[:, None, None, None]
+    plane = torch.arange(planes.shape[1], device=device)[None, :, None, None]
+    return planes[example, plane, rows[:, None, :, None], columns[:, None, None, :]].view(images.shape)
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(x - mean) / std in each channel, for uint8 [B, *, C, H, W]; the dtype of ``mean`` and ``std`` [C]."""
+    return (images - mean[:, None, None]) / std[:, None, None]
+
+
+def crop_flip_normalise(
+    images: Tensor,
+    index: Tensor | None,
+    draws: Tensor | None,
+    mean: Tensor,
+    std: Tensor,
+    padding: int,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+) -> Tensor:
+    """What ``sadp_fast.augmentation.crop_flip_normalise`` says; float64 ``mean`` and ``std`` compute in float64."""
+    if index is not None:
+        images = images[index]
+    if draws is not None:
+        images = crop_flip(images, draws, padding)
+    x = normalise(images, mean, std).to(dtype)
+    if x.ndim == 5:
+        return x.flatten(0, 1).contiguous(memory_format=memory_format).unflatten(0, x.shape[:2])
+    return x.contiguous(memory_format=memory_format)
