@@ -76,6 +76,7 @@ def crop_flip_normalise(
     if images.is_cuda:
         from .ops import augment as ops  # Triton is imported where it is used, so that CPU users need no Triton
 
-        index, draws, mean, std = (t if t is None else t.contiguous() for t in (index, draws, mean, std))
+        index, draws = (None if t is None else t.contiguous() for t in (index, draws))
+        mean, std = mean.contiguous(), std.contiguous()
         return ops.crop_flip_normalise(images, index, draws, mean, std, padding, dtype, memory_format)
     return reference.crop_flip_normalise(images, index, draws, mean, std, padding, dtype, memory_format)

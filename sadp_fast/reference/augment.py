@@ -49,7 +49,8 @@ def crop_flip_normalise(
         images = images[index]
     if draws is not None:
         images = crop_flip(images, draws, padding)
-    x = normalise(images, mean, std).to(dtype)
-    if x.ndim == 5:
-        return x.flatten(0, 1).contiguous(memory_format=memory_format).unflatten(0, x.shape[:2])
-    return x.contiguous(memory_format=memory_format)
+    x = normalise(images, mean, std)
+    frames = x.flatten(0, -4)
+    # Not `contiguous`, which leaves the strides of one channel as they are, ambiguous between the two formats.
+    out = torch.empty_like(frames, dtype=dtype, memory_format=memory_format).copy_(frames)
+    return out.unflatten(0, x.shape[:2]) if x.ndim == 5 else out
