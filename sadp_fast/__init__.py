@@ -1,6 +1,7 @@
 """Spike-aware data pruning for spiking neural networks, with fused neuron kernels (arXiv 2510.04098)."""
 
 from . import surrogate
+from .batch_norm_lif import BatchNormIF, BatchNormLIF
 from .graphs import GraphedStep
 from .neuron import IFNode, LIFNode, reset
 from .pruner import SADP
@@ -11,6 +12,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SADP",
+    "BatchNormIF",
+    "BatchNormLIF",
     "GraphedStep",
     "IFNode",
     "LIFNode",

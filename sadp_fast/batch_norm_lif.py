@@ -1,0 +1,322 @@
+"""Batch normalisation and a neuron behind it as one module, and one pass over memory where the kernels run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .neuron import BaseNode, IFNode, LIFNode
+from .reference.lif import squared_norm_per_example
+
+
+class CallEnergies(NamedTuple):
+    """Squared norms of one call, per example and summed over its steps, float32 [N].
+
+    ``output`` is that of the output (the number of spikes, where no residual was added), ``delta`` that of the loss
+    gradient in front of the normalisation, the normalisation's statistics held constant. Both are NaN until the
+    backward pass writes them.
+    """
+
+    output: Tensor
+    delta: Tensor
+
+
+class _BatchNormNode(BaseNode):
+    """What BatchNormLIF and BatchNormIF share; the constructor's first half is nn.BatchNorm2d's.
+
+    Attributes:
+        weight, bias, running_mean, running_var, num_batches_tracked: as those of nn.BatchNorm2d, with the same names
+            in the state_dict.
+        energies: with ``collect_statistics``, the ``CallEnergies`` of the last call ('m') or of each since the last
+            reset ('s').
+        energy_buffers: None, or two float32 [N] that the next calls' ``CallEnergies`` are written into, instead of new
+            tensors.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+    def _init_batch_norm(
+        self, num_features: int, eps: float, momentum: float | None, affine: bool, track_running_stats: bool
+    ) -> None:
+        if num_features < 1:
+            raise ValueError(f"num_features must be the number of channels, at least 1, got {num_features}")
+        self.num_features, self.eps, self.momentum = num_features, eps, momentum
+        self.affine, self.track_running_stats = affine, track_running_stats
+        self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
+        self.register_buffer("running_mean", torch.zeros(num_features) if track_running_stats else None)
+        self.register_buffer("running_var", torch.ones(num_features) if track_running_stats else None)
+        batches = torch.tensor(0, dtype=torch.int64) if track_running_stats else None
+        self.register_buffer("num_batches_tracked", batches)
+        self.energy_buffers: tuple[Tensor, Tensor] | None = None
+
+    def reset(self) -> None:
+        """Return ``v`` to its initial float and forget ``v_seq`` and the statistics."""
+        super().reset()
+        self.energies: list[CallEnergies] = []
+
+    @property
+    def _uses_batch_statistics(self) -> bool:
+        return self.training or self.running_mean is None
+
+    def _check(self, x: Tensor, residual: Tensor | None, repeat: int | None) -> None:
+        channel = 1 if repeat is not None or self.step_mode == "s" else 2
+        if x.ndim <= channel or x.shape[channel] != self.num_features:
+            wanted = "[N, C, *]" if channel == 1 else "[T, N, C, *]"
+            raise ValueError(f"x must be {wanted} with C = {self.num_features} channels, got shape {tuple(x.shape)}")
+        if repeat is not None and (repeat < 1 or self.step_mode == "s"):
+            raise ValueError(f"repeat must be at least 1 and needs step_mode='m', got {repeat} in '{self.step_mode}'")
+        if residual is not None:
+            shape = (*(() if repeat is None else (repeat,)), *x.shape)
+            if residual.shape != shape:
+                raise ValueError(f"residual must have the output's shape {shape}, got {tuple(residual.shape)}")
+        per_channel = x.numel() // self.num_features
+        if self.training and per_channel == 1:
+            raise ValueError(f"training needs more than one value per channel, got x of shape {tuple(x.shape)}")
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, repeat: int | None = None) -> Tensor:
+        """Current to spikes (+ residual), the normalisation in between.
+
+        Args:
+            x: current, [T, N, C, *] ([N, C, *] in step mode 's' or with ``repeat``).
+            residual: added to the spikes; shape of the output.
+            repeat: number of steps T, where x is the same at every step (direct coding): x is then read once, and its
+                gradient summed over the steps as it is written.
+
+        Returns:
+            [T, N, C, *] ([N, C, *] in step mode 's'), dtype of x.
+
+        Raises:
+            ValueError: a shape is not of the kind above, or training with a single value per channel.
+        """
+        self._check(x, residual, repeat)
+        if self._runs_fused(x, residual, repeat):
+            return self._fused(x, residual, repeat)
+        return self._unfused(x, residual, repeat)
+
+    # ------------------------------------------------------------------------------------------------- fused path
+
+    def _runs_fused(self, x: Tensor, residual: Tensor | None, repeat: int | None) -> bool:
+        if self.step_mode != "m" or self.store_v_seq or torch.compiler.is_compiling() or x.numel() == 0:
+            return False
+        if isinstance(self.v, Tensor) or float(self.v) != self.dynamics.v_rest:  # goes on from an earlier call
+            return False
+        if residual is not None and (residual.dtype != x.dtype or residual.device != x.device):
+            return False
+        if (self.weight is None) != (self.bias is None) or self._fused_surrogate(x) is None:
+            return False
+        from .ops.batch_norm_lif import MAX_STEPS
+
+        return (x.shape[0] if repeat is None else repeat) <= MAX_STEPS
+
+    def _fused(self, x: Tensor, residual: Tensor | None, repeat: int | None) -> Tensor:
+        from .ops.batch_norm_lif import Neuron, Normalisation, batch_norm_lif
+
+        surrogate = self._fused_surrogate(x)
+        assert surrogate is not None
+        energies = self._new_energies(x.shape[0 if repeat is not None else 1], x.device)
+        out, v = batch_norm_lif(
+            x,
+            residual,
+            self.weight,
+            self.bias,
+            Normalisation(
+                self.eps,
+                self.momentum,
+                self.running_mean,
+                self.running_var,
+                self.num_batches_tracked,
+                use_batch=self._uses_batch_statistics,
+                update=self.training,
+            ),
+            Neuron(self.dynamics, surrogate, self.surrogate_function.alpha),  # type: ignore[union-attr]
+            repeat=repeat,
+            want_v=not torch.is_grad_enabled(),
+            energies=energies,
+        )
+        self.v = v if v.numel() else self.dynamics.v_rest
+        return out
+
+    def _new_energies(self, examples: int, device: torch.device) -> CallEnergies | None:
+        if not (self.collect_statistics and torch.is_grad_enabled()):
+            return None
+        if self.energy_buffers is not None:
+            energies = CallEnergies(*self.energy_buffers)
+        else:
+            energies = CallEnergies(*torch.full((2, examples), torch.nan, device=device))
+        self.energies = [energies] if self.step_mode == "m" else [*self.energies, energies]
+        return energies
+
+    # ----------------------------------------------------------------------------------------------- unfused path
+
+    def _unfused(self, x: Tensor, residual: Tensor | None, repeat: int | None) -> Tensor:
+        """The same by torch's batch normalisation and this package's neuron: any device, dtype, state and length."""
+        single = self.step_mode == "s"
+        time_folded = x if single or repeat is not None else x.flatten(0, 1)
+        y = self._normalise(time_folded)
+        energies = self._new_energies(x.shape[0 if single or repeat is not None else 1], x.device)
+        if energies is not None:
+            y = _DeltaTap.apply(y, energies.delta, self._gain(time_folded))
+        if repeat is not None:
+            y = y.expand(repeat, *y.shape)
+        elif not single:
+            y = y.unflatten(0, x.shape[:2])
+        collect, self.collect_statistics = self.collect_statistics, False
+        try:
+            spikes = super().forward(y)
+        finally:
+            self.collect_statistics = collect
+        out = spikes if residual is None else spikes + residual
+        if energies is not None:
+            energies.output.copy_(_energy(out.detach().unsqueeze(0) if single else out.detach()))
+        return out
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        """Batch normalisation of x [M, C, *]."""
+        momentum = self.momentum
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        return nn.functional.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self._uses_batch_statistics,
+            0.0 if momentum is None else momentum,
+            self.eps,
+        )
+
+    def _gain(self, x: Tensor) -> Tensor:
+        """gamma / sigma of each channel, as the normalisation of x [M, C, *] used it, float [C]."""
+        with torch.no_grad():
+            if self._uses_batch_statistics:
+                values = x if x.dtype == torch.float64 else x.float()
+                variance = values.transpose(0, 1).flatten(1).var(1, correction=0)
+            else:
+                assert self.running_var is not None
+                variance = self.running_var
+            gain = torch.rsqrt(variance + self.eps)
+            return gain if self.weight is None else gain * self.weight
+
+    # ------------------------------------------------------------------------------------------------- statistics
+
+    @property
+    def spike_count(self) -> Tensor | None:
+        """Not kept: see ``energies``."""
+        return None
+
+    @property
+    def grad_norm_sq(self) -> Tensor | None:
+        """Not kept: see ``energies``."""
+        return None
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"track_running_stats={self.track_running_stats}, {super().extra_repr()}"
+        )
+
+
+def _energy(t: Tensor, gain: Tensor | None = None) -> Tensor:
+    """Squared norm of each example of t [T, N, C, *], summed over time, float [N]."""
+    return squared_norm_per_example(t, gain).sum(0)
+
+
+class _DeltaTap(torch.autograd.Function):
+    """Identity on y [T * N, C, *] that writes, in its backward pass, the energy of the gradient times ``gain``."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, buffer: Tensor, gain: Tensor) -> Tensor:
+        ctx.buffer, ctx.gain = buffer, gain
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        ctx.buffer.copy_(_energy(grad.unflatten(0, (-1, ctx.buffer.shape[0])), ctx.gain))
+        return grad, None, None
+
+
+class BatchNormLIF(_BatchNormNode, LIFNode):
+    """``nn.BatchNorm2d`` and a ``LIFNode`` behind it, ``out = LIF(norm(x)) (+ residual)``.
+
+    On a GPU the forward pass reads x twice and writes the spikes, the backward pass reads x and the incoming gradient
+    twice and writes the gradient of x; nothing but x is kept in between. Statistics are taken over all steps, examples
+    and pixels, as SpikingJelly's ``layer.BatchNorm2d`` in step mode 'm' takes them. Under DistributedDataParallel each
+    rank normalises by its own, as nn.BatchNorm2d does; a SyncBatchNorm has to stay a module of its own.
+
+    The fused kernels run in step mode 'm' from a state that was reset, for up to 16 steps; else, and on the CPU,
+    torch's batch normalisation and the package's neuron run one after the other, with the same results.
+
+    Args:
+        num_features: channels C.
+        eps, momentum, affine, track_running_stats: as of nn.BatchNorm2d.
+        tau, ... backend: as of ``LIFNode``.
+
+    Raises:
+        TypeError, ValueError: an argument is not of the kind above.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        tau: float = 2.0,
+        decay_input: bool = True,
+        v_threshold: float = 1.0,
+        v_reset: float | None = 0.0,
+        surrogate_function: Callable[[Tensor], Tensor] | None = None,
+        detach_reset: bool = False,
+        step_mode: str = "m",
+        store_v_seq: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        LIFNode.__init__(
+            self,
+            tau,
+            decay_input,
+            v_threshold,
+            v_reset,
+            surrogate_function,
+            detach_reset,
+            step_mode,
+            store_v_seq,
+            backend,
+        )
+        self._init_batch_norm(num_features, eps, momentum, affine, track_running_stats)
+
+
+class BatchNormIF(_BatchNormNode, IFNode):
+    """``BatchNormLIF`` with neurons that do not leak: ``nn.BatchNorm2d`` and an ``IFNode`` behind it."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        v_threshold: float = 1.0,
+        v_reset: float | None = 0.0,
+        surrogate_function: Callable[[Tensor], Tensor] | None = None,
+        detach_reset: bool = False,
+        step_mode: str = "m",
+        store_v_seq: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        IFNode.__init__(self, v_threshold, v_reset, surrogate_function, detach_reset, step_mode, store_v_seq, backend)
+        self._init_batch_norm(num_features, eps, momentum, affine, track_running_stats)

@@ -1,0 +1,1087 @@
+"""Batch normalisation and multi-step integrate-and-fire as one operator: y = norm(x), spikes = LIF(y) (+ residual).
+
+Bytes moved, in elements of x: forward 3 (x for the channel statistics; x again, spikes out), backward 5 (x and the
+gradient of the spikes, twice; gradient of x out). Nothing is saved but x and two numbers a channel: each backward pass
+normalises and fires again in registers, the first one for the sums that the gradient of a normalisation needs, the
+second one for the gradient itself. A residual is read once and added to the spikes as they are written.
+
+How the work is cut. x [T, N, C, *] is a matrix of channels and pixels for each step and example. A program owns a block
+of channels, a run of pixels and a few examples; it walks over them tile by tile, all T steps of a tile in registers.
+Sums over pixels stay in registers until the program ends, and leave as one partial sum per channel and program; a small
+kernel adds these in a fixed order. Sums per example (spikes, squared gradient norms) leave likewise. So nothing is
+atomic, and every result is the same in every run. Consecutive kernels walk in opposite directions: what the one has
+touched last, the next finds in the cache.
+
+Loops over run-time bounds are `while` loops: Triton's interpreter cannot take a tensor as the bound of a range().
+
+The membrane is float32. All kernels compute y and the membrane by the same operations without contraction, so the
+backward passes see exactly the spikes that the forward pass wrote.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..dynamics import Dynamics
+from .equations import LEAK_WITH_INPUT_DECAY, NO_LEAK, charge, reset, step_constants, surrogate_gradient
+from .layout import sequence_like, with_inner_order_of
+
+# Steps of a tile are held in registers; longer sequences take the separate operators.
+MAX_STEPS = 16
+
+
+# ----------------------------------------------------------------------------------------------- parts of the kernels
+
+
+@triton.jit
+def _load(pointer, mask, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+    else:
+        return tl.load(pointer).to(tl.float32)
+
+
+@triton.jit
+def _store(pointer, value, mask, MASKED: tl.constexpr):
+    value = value.to(pointer.dtype.element_ty)
+    if MASKED:
+        tl.store(pointer, value, mask=mask)
+    else:
+        tl.store(pointer, value)
+
+
+@triton.jit
+def _per_channel(pointer, channel, channels, MASKED: tl.constexpr):
+    """One number a channel, laid along the tile."""
+    if MASKED:
+        return tl.load(pointer + channel, mask=channel < channels, other=0.0)
+    else:
+        return tl.load(pointer + channel)
+
+
+@triton.jit
+def _sum_over_pixels(tile, CHANNELS_LAST: tl.constexpr):
+    return tl.sum(tile, axis=0 if CHANNELS_LAST else 1)
+
+
+@triton.jit
+def _tile_channels(block, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Channel numbers of a tile, shaped to broadcast over it, and as they leave (one axis)."""
+    if CHANNELS_LAST:
+        channel = block * COLUMNS + tl.arange(0, COLUMNS)
+        return channel[None, :], channel
+    else:
+        channel = block * ROWS + tl.arange(0, ROWS)
+        return channel[:, None], channel
+
+
+@triton.jit
+def _tile_pixels(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    if CHANNELS_LAST:
+        return (tile * ROWS + tl.arange(0, ROWS))[:, None]
+    else:
+        return (tile * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+
+
+@triton.jit
+def _tile_offsets(channel, pixel, channels, pixels, CHANNELS_LAST: tl.constexpr):
+    """Offsets of a tile within one example of one step, and which of them exist."""
+    inside = (channel < channels) & (pixel < pixels)
+    if CHANNELS_LAST:
+        return pixel * channels + channel, inside
+    else:
+        return channel * pixels + pixel, inside
+
+
+# ------------------------------------------------------------------------------------------- statistics of the channels
+
+
+# Numbers on which no kernel is specialised: other shapes of a batch find it compiled.
+_UNSPECIALISED = ("examples", "channel_blocks", "chunks", "slots", "program_examples", "chunk_tiles")
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def _channel_statistics_kernel(
+    x_ptr,
+    count_ptr,
+    mean_ptr,
+    m2_ptr,  # partial results, [C, slots] each
+    examples,
+    channels,
+    pixels,
+    x_stride_t,
+    x_stride_n,
+    channel_blocks,
+    chunks,
+    slots,
+    program_examples,
+    chunk_tiles,
+    T: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Count, mean and sum of squared deviations of each channel in the part of x that a program owns."""
+    program = tl.program_id(0)
+    slot = program // channel_blocks
+    first_example = (slot // chunks) * program_examples
+    first_tile = (slot % chunks) * chunk_tiles
+    channel, channel_out = _tile_channels(program % channel_blocks, ROWS, COLUMNS, CHANNELS_LAST)
+    one = tl.full((), 1, tl.int64)
+
+    # Deviations are taken from the first value at each place of the tile, so that a mean far from zero costs no digits.
+    offsets, inside = _tile_offsets(
+        channel, _tile_pixels(first_tile, ROWS, COLUMNS, CHANNELS_LAST), channels, pixels, CHANNELS_LAST
+    )
+    pivot = _load(x_ptr + one * first_example * x_stride_n + offsets, inside, MASKED)
+    count = tl.zeros((ROWS, COLUMNS), tl.float32)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    squares = tl.zeros((ROWS, COLUMNS), tl.float32)
+    i = 0
+    while i < program_examples:
+        n = first_example + i
+        j = 0
+        while j < chunk_tiles:
+            offsets, inside = _tile_offsets(
+                channel, _tile_pixels(first_tile + j, ROWS, COLUMNS, CHANNELS_LAST), channels, pixels, CHANNELS_LAST
+            )
+            if MASKED:
+                inside = inside & (n < examples)
+            step_ptr = x_ptr + one * n * x_stride_n
+            for _ in tl.static_range(T):
+                deviation = _load(step_ptr + offsets, inside, MASKED) - pivot
+                if MASKED:
+                    deviation = tl.where(inside, deviation, 0.0)
+                total += deviation
+                squares += deviation * deviation
+                step_ptr += x_stride_t
+            if MASKED:
+                count += tl.where(inside, T * 1.0, 0.0)
+            else:
+                count += T * 1.0
+            j += 1
+        i += 1
+    some = tl.maximum(count, 1.0)
+    own_mean = pivot + total / some
+    own_m2 = squares - total * (total / some)
+    n_all = _sum_over_pixels(count, CHANNELS_LAST)
+    mean = _sum_over_pixels(own_mean * count, CHANNELS_LAST) / tl.maximum(n_all, 1.0)
+    if CHANNELS_LAST:
+        apart = own_mean - mean[None, :]
+    else:
+        apart = own_mean - mean[:, None]
+    m2 = _sum_over_pixels(own_m2 + count * apart * apart, CHANNELS_LAST)
+    where = channel_out * slots + slot
+    tl.store(count_ptr + where, n_all, mask=channel_out < channels)
+    tl.store(mean_ptr + where, mean, mask=channel_out < channels)
+    tl.store(m2_ptr + where, m2, mask=channel_out < channels)
+
+
+@triton.jit(do_not_specialize=("slots",))
+def _finish_statistics_kernel(
+    count_ptr,
+    mean_ptr,
+    m2_ptr,
+    out_mean_ptr,
+    out_rstd_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    batches_ptr,
+    slots,
+    momentum,
+    eps,
+    BLOCK: tl.constexpr,
+    UPDATE_RUNNING: tl.constexpr,
+    CUMULATIVE: tl.constexpr,
+):
+    """Combine one channel's partial statistics (Chan et al.) and update its running ones."""
+    c = tl.program_id(0)
+    place = tl.arange(0, BLOCK)
+    count = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    start = 0
+    while start < slots:
+        inside = start + place < slots
+        n = tl.load(count_ptr + c * slots + start + place, mask=inside, other=0.0)
+        count += n
+        total += n * tl.load(mean_ptr + c * slots + start + place, mask=inside, other=0.0)
+        start += BLOCK
+    count_all = tl.sum(count, axis=0)
+    mean = tl.sum(total, axis=0) / count_all
+    m2 = tl.zeros((BLOCK,), tl.float32)
+    start = 0
+    while start < slots:
+        inside = start + place < slots
+        n = tl.load(count_ptr + c * slots + start + place, mask=inside, other=0.0)
+        apart = tl.load(mean_ptr + c * slots + start + place, mask=inside, other=0.0) - mean
+        m2 += tl.load(m2_ptr + c * slots + start + place, mask=inside, other=0.0) + n * apart * apart
+        start += BLOCK
+    variance = tl.maximum(tl.sum(m2, axis=0) / count_all, 0.0)
+    tl.store(out_mean_ptr + c, mean)
+    tl.store(out_rstd_ptr + c, 1.0 / tl.sqrt_rn(variance + eps))
+    if UPDATE_RUNNING:
+        if CUMULATIVE:
+            momentum = 1.0 / tl.load(batches_ptr).to(tl.float32)
+        unbiased = variance * (count_all / tl.maximum(count_all - 1.0, 1.0))
+        old_mean = tl.load(running_mean_ptr + c)
+        old_var = tl.load(running_var_ptr + c)
+        tl.store(running_mean_ptr + c, old_mean + momentum * (mean - old_mean))
+        tl.store(running_var_ptr + c, old_var + momentum * (unbiased - old_var))
+        if not CUMULATIVE:
+            if c == 0:
+                tl.store(batches_ptr, tl.load(batches_ptr) + 1)
+
+
+# ------------------------------------------------------------------------------------------------ normalise and fire
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def _forward_kernel(
+    x_ptr,
+    residual_ptr,
+    out_ptr,
+    v_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    energy_ptr,  # partial sums of the squares of the output, [N, chunks * channel_blocks]
+    examples,
+    channels,
+    pixels,
+    x_stride_t,
+    x_stride_n,
+    residual_stride_t,
+    residual_stride_n,
+    channel_blocks,
+    chunks,
+    slots,
+    program_examples,
+    chunk_tiles,
+    tau,
+    v_threshold,
+    v_rest,
+    T: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    MASKED: tl.constexpr,
+    X_CONSTANT: tl.constexpr,
+    AFFINE: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    STORE_V: tl.constexpr,
+    ENERGY: tl.constexpr,
+    DYNAMICS: tl.constexpr,
+    EXACT_RECIPROCAL: tl.constexpr,
+    SOFT_RESET: tl.constexpr,
+):
+    program = tl.program_id(0)
+    block = program % channel_blocks
+    slot = program // channel_blocks
+    chunk = slot % chunks
+    first_example = (slot // chunks) * program_examples
+    first_tile = chunk * chunk_tiles
+    channel, _ = _tile_channels(block, ROWS, COLUMNS, CHANNELS_LAST)
+    mean = _per_channel(mean_ptr, channel, channels, MASKED)
+    scale = _per_channel(rstd_ptr, channel, channels, MASKED)
+    shift = tl.zeros_like(mean)
+    if AFFINE:
+        scale = scale * _per_channel(weight_ptr, channel, channels, MASKED)
+        shift = _per_channel(bias_ptr, channel, channels, MASKED)
+    one = tl.full((), 1, tl.int64)
+    size = channels * pixels
+    out_stride_t = one * examples * size
+
+    i = 0
+    while i < program_examples:
+        n = first_example + program_examples - 1 - i
+        energy = tl.zeros((ROWS, COLUMNS), tl.float32)
+        j = 0
+        while j < chunk_tiles:
+            tile = first_tile + chunk_tiles - 1 - j
+            offsets, inside = _tile_offsets(
+                channel, _tile_pixels(tile, ROWS, COLUMNS, CHANNELS_LAST), channels, pixels, CHANNELS_LAST
+            )
+            if MASKED:
+                inside = inside & (n < examples)
+            x_step = x_ptr + one * n * x_stride_n
+            residual_step = residual_ptr + one * n * residual_stride_n
+            out_step = out_ptr + one * n * size
+            v = tl.zeros((ROWS, COLUMNS), tl.float32) + v_rest
+            y = v
+            if X_CONSTANT:
+                y = (_load(x_step + offsets, inside, MASKED) - mean) * scale + shift
+            for _ in tl.static_range(T):
+                if not X_CONSTANT:
+                    y = (_load(x_step + offsets, inside, MASKED) - mean) * scale + shift
+                    x_step += x_stride_t
+                h = charge(y, v, tau, v_rest, DYNAMICS, EXACT_RECIPROCAL)
+                fired = h - v_threshold >= 0
+                v = reset(h, fired, v_threshold, v_rest, SOFT_RESET)
+                out = tl.where(fired, 1.0, 0.0)
+                if HAS_RESIDUAL:
+                    out += _load(residual_step + offsets, inside, MASKED)
+                    residual_step += residual_stride_t
+                _store(out_step + offsets, out, inside, MASKED)
+                out_step += out_stride_t
+                if ENERGY:
+                    if MASKED:
+                        out = tl.where(inside, out, 0.0)
+                    energy += out * out
+            if STORE_V:
+                _store(v_ptr + one * n * size + offsets, v, inside, MASKED)
+            j += 1
+        if ENERGY:
+            total = tl.sum(tl.sum(energy, axis=1), axis=0)
+            part = one * n * chunks * channel_blocks + chunk * channel_blocks + block
+            tl.store(energy_ptr + part, total, mask=n < examples)
+        i += 1
+
+
+# --------------------------------------------------------------------------------------------------------- backward
+
+
+@triton.jit
+def _backward_steps(
+    x_ptr,
+    grad_ptr,
+    grad_x_ptr,
+    offsets,
+    inside,
+    x_stride_t,
+    grad_stride_t,
+    grad_x_stride_t,
+    x_constant,
+    v,
+    mean,
+    scale,
+    shift,
+    slope,
+    offset,
+    tau,
+    v_threshold,
+    v_rest,
+    alpha,
+    STEPS: tl.constexpr,
+    MASKED: tl.constexpr,
+    X_CONSTANT: tl.constexpr,
+    SUM: tl.constexpr,
+    NORM: tl.constexpr,
+    WRITE: tl.constexpr,
+    DYNAMICS: tl.constexpr,
+    EXACT_RECIPROCAL: tl.constexpr,
+    SOFT_RESET: tl.constexpr,
+    DETACH_RESET: tl.constexpr,
+    SURROGATE: tl.constexpr,
+    RECURSE: tl.constexpr,
+):
+    """Backward through the STEPS last steps, which start from potential v.
+
+    Returns dL/dv before the first of them, and three sums over these steps: of the gradient g with respect to y, of
+    g times the deviation of x from the mean, and of (scale g)^2. The recursion is over time and unrolled by the
+    compiler; RECURSE is this function (Triton before 3.5 cannot hash one that names itself).
+    """
+    if X_CONSTANT:
+        deviation = x_constant
+    else:
+        deviation = _load(x_ptr + offsets, inside, MASKED) - mean
+    grad_spike = _load(grad_ptr + offsets, inside, MASKED)
+    h = charge(deviation * scale + shift, v, tau, v_rest, DYNAMICS, EXACT_RECIPROCAL)
+    fired = h - v_threshold >= 0
+    if STEPS > 1:
+        carry, grad_sum, product_sum, norm = RECURSE(
+            x_ptr + x_stride_t,
+            grad_ptr + grad_stride_t,
+            grad_x_ptr + grad_x_stride_t,
+            offsets,
+            inside,
+            x_stride_t,
+            grad_stride_t,
+            grad_x_stride_t,
+            x_constant,
+            reset(h, fired, v_threshold, v_rest, SOFT_RESET),
+            mean,
+            scale,
+            shift,
+            slope,
+            offset,
+            tau,
+            v_threshold,
+            v_rest,
+            alpha,
+            STEPS - 1,
+            MASKED,
+            X_CONSTANT,
+            SUM,
+            NORM,
+            WRITE,
+            DYNAMICS,
+            EXACT_RECIPROCAL,
+            SOFT_RESET,
+            DETACH_RESET,
+            SURROGATE,
+            RECURSE,
+        )
+    else:
+        carry = tl.zeros_like(h)
+        grad_sum = tl.zeros_like(h)
+        product_sum = tl.zeros_like(h)
+        norm = tl.zeros_like(h)
+    surrogate = surrogate_gradient(h - v_threshold, alpha, SURROGATE)
+    if SOFT_RESET:
+        grad_h = carry
+        if not DETACH_RESET:
+            grad_h -= carry * v_threshold * surrogate
+    else:
+        grad_h = tl.where(fired, 0.0, carry)
+        if not DETACH_RESET:
+            grad_h += carry * (v_rest - h) * surrogate
+    grad_h += grad_spike * surrogate
+    if DYNAMICS == LEAK_WITH_INPUT_DECAY:
+        grad_y = grad_h * (1.0 / tau)
+    else:
+        grad_y = grad_h
+    if X_CONSTANT:
+        grad_sum += grad_y
+    else:
+        if SUM:
+            grad_sum += grad_y
+            product_sum += grad_y * deviation
+        if NORM:
+            scaled = grad_y * scale
+            norm += scaled * scaled
+        if WRITE:
+            _store(grad_x_ptr + offsets, grad_y * scale + (deviation * slope + offset), inside, MASKED)
+    if DYNAMICS == NO_LEAK:
+        return grad_h, grad_sum, product_sum, norm
+    else:
+        return grad_h * (1.0 - 1.0 / tau), grad_sum, product_sum, norm
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def _backward_kernel(
+    x_ptr,
+    grad_ptr,
+    grad_x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    coefficients_ptr,  # [2, C]: what multiplies the deviation of x, and what is added, in the gradient of x
+    sums_ptr,  # partial sums of the gradient and of its product with the deviation, [2, C, slots]
+    norm_ptr,  # partial squared norms, [N, chunks * channel_blocks]
+    examples,
+    channels,
+    pixels,
+    x_stride_t,
+    x_stride_n,
+    grad_stride_t,
+    grad_stride_n,
+    channel_blocks,
+    chunks,
+    slots,
+    program_examples,
+    chunk_tiles,
+    tau,
+    v_threshold,
+    v_rest,
+    alpha,
+    T: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    MASKED: tl.constexpr,
+    X_CONSTANT: tl.constexpr,
+    AFFINE: tl.constexpr,
+    REVERSED: tl.constexpr,
+    SUM: tl.constexpr,
+    NORM: tl.constexpr,
+    WRITE: tl.constexpr,
+    BATCH_STATISTICS: tl.constexpr,
+    DYNAMICS: tl.constexpr,
+    EXACT_RECIPROCAL: tl.constexpr,
+    SOFT_RESET: tl.constexpr,
+    DETACH_RESET: tl.constexpr,
+    SURROGATE: tl.constexpr,
+):
+    """SUM: the first pass of training. WRITE: the second. Both in one pass where the statistics are constants."""
+    program = tl.program_id(0)
+    block = program % channel_blocks
+    slot = program // channel_blocks
+    chunk = slot % chunks
+    first_example = (slot // chunks) * program_examples
+    first_tile = chunk * chunk_tiles
+    channel, channel_out = _tile_channels(block, ROWS, COLUMNS, CHANNELS_LAST)
+    mean = _per_channel(mean_ptr, channel, channels, MASKED)
+    scale = _per_channel(rstd_ptr, channel, channels, MASKED)
+    shift = tl.zeros_like(mean)
+    if AFFINE:
+        scale = scale * _per_channel(weight_ptr, channel, channels, MASKED)
+        shift = _per_channel(bias_ptr, channel, channels, MASKED)
+    slope = tl.zeros_like(mean)
+    offset = tl.zeros_like(mean)
+    if WRITE:
+        if BATCH_STATISTICS:
+            slope = _per_channel(coefficients_ptr, channel, channels, MASKED)
+            offset = _per_channel(coefficients_ptr + channels, channel, channels, MASKED)
+    one = tl.full((), 1, tl.int64)
+    size = channels * pixels
+    grad_x_stride_t = one * examples * size
+
+    grad_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    product_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    i = 0
+    while i < program_examples:
+        n = first_example + i
+        if REVERSED:
+            n = first_example + program_examples - 1 - i
+        norm = tl.zeros((ROWS, COLUMNS), tl.float32)
+        j = 0
+        while j < chunk_tiles:
+            tile = first_tile + j
+            if REVERSED:
+                tile = first_tile + chunk_tiles - 1 - j
+            offsets, inside = _tile_offsets(
+                channel, _tile_pixels(tile, ROWS, COLUMNS, CHANNELS_LAST), channels, pixels, CHANNELS_LAST
+            )
+            if MASKED:
+                inside = inside & (n < examples)
+            deviation = tl.zeros((ROWS, COLUMNS), tl.float32)
+            if X_CONSTANT:
+                deviation = _load(x_ptr + one * n * x_stride_n + offsets, inside, MASKED) - mean
+            _, tile_grad, tile_product, tile_norm = _backward_steps(
+                x_ptr + one * n * x_stride_n,
+                grad_ptr + one * n * grad_stride_n,
+                grad_x_ptr + one * n * size,
+                offsets,
+                inside,
+                x_stride_t,
+                grad_stride_t,
+                grad_x_stride_t,
+                deviation,
+                tl.zeros((ROWS, COLUMNS), tl.float32) + v_rest,
+                mean,
+                scale,
+                shift,
+                slope,
+                offset,
+                tau,
+                v_threshold,
+                v_rest,
+                alpha,
+                T,
+                MASKED,
+                X_CONSTANT,
+                SUM,
+                NORM,
+                WRITE,
+                DYNAMICS,
+                EXACT_RECIPROCAL,
+                SOFT_RESET,
+                DETACH_RESET,
+                SURROGATE,
+                _backward_steps,
+            )
+            if X_CONSTANT:
+                tile_product = tile_grad * deviation
+                tile_norm = (tile_grad * scale) * (tile_grad * scale)
+                if WRITE:
+                    grad_x = tile_grad * scale + (deviation * slope + offset)
+                    _store(grad_x_ptr + one * n * size + offsets, grad_x, inside, MASKED)
+            if SUM:
+                grad_sum += tile_grad
+                product_sum += tile_product
+            if NORM:
+                norm += tile_norm
+            j += 1
+        if NORM:
+            total = tl.sum(tl.sum(norm, axis=1), axis=0)
+            part = one * n * chunks * channel_blocks + chunk * channel_blocks + block
+            tl.store(norm_ptr + part, total, mask=n < examples)
+        i += 1
+    if SUM:
+        where = channel_out * slots + slot
+        tl.store(sums_ptr + where, _sum_over_pixels(grad_sum, CHANNELS_LAST), mask=channel_out < channels)
+        tl.store(
+            sums_ptr + channels * slots + where,
+            _sum_over_pixels(product_sum, CHANNELS_LAST),
+            mask=channel_out < channels,
+        )
+
+
+@triton.jit(do_not_specialize=("slots", "elements", "examples", "energy_parts", "norm_parts"))
+def _finish_backward_kernel(
+    sums_ptr,
+    rstd_ptr,
+    weight_ptr,
+    grad_weight_ptr,
+    grad_bias_ptr,
+    coefficients_ptr,
+    energy_ptr,
+    norm_ptr,
+    out_energy_ptr,
+    out_norm_ptr,
+    channels,
+    slots,
+    elements,  # of one channel
+    examples,
+    energy_parts,  # partial sums of one example
+    norm_parts,
+    BLOCK: tl.constexpr,
+    AFFINE: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """Programs below C finish one channel each: gradients of weight and bias, coefficients of the gradient of x.
+
+    The others add the per-example partial sums, BLOCK examples each.
+    """
+    c = tl.program_id(0)
+    place = tl.arange(0, BLOCK)
+    if c < channels:
+        grads = tl.zeros((BLOCK,), tl.float32)
+        products = tl.zeros((BLOCK,), tl.float32)
+        start = 0
+        while start < slots:
+            inside = start + place < slots
+            grads += tl.load(sums_ptr + c * slots + start + place, mask=inside, other=0.0)
+            products += tl.load(sums_ptr + (channels + c) * slots + start + place, mask=inside, other=0.0)
+            start += BLOCK
+        grad_sum = tl.sum(grads, axis=0)
+        product_sum = tl.sum(products, axis=0)
+        rstd = tl.load(rstd_ptr + c)
+        scale = rstd
+        if AFFINE:
+            scale = scale * tl.load(weight_ptr + c)
+            tl.store(grad_weight_ptr + c, product_sum * rstd)
+            tl.store(grad_bias_ptr + c, grad_sum)
+        tl.store(coefficients_ptr + c, -scale * rstd * rstd * (product_sum / elements))
+        tl.store(coefficients_ptr + channels + c, -scale * (grad_sum / elements))
+    else:
+        if NORM:
+            n = (c - channels) * BLOCK + place
+            energy = tl.zeros((BLOCK,), tl.float32)
+            norm = tl.zeros((BLOCK,), tl.float32)
+            part = 0
+            while part < energy_parts:
+                energy += tl.load(energy_ptr + n * energy_parts + part, mask=n < examples, other=0.0)
+                part += 1
+            part = 0
+            while part < norm_parts:
+                norm += tl.load(norm_ptr + n * norm_parts + part, mask=n < examples, other=0.0)
+                part += 1
+            tl.store(out_energy_ptr + n, energy, mask=n < examples)
+            tl.store(out_norm_ptr + n, norm, mask=n < examples)
+
+
+# ------------------------------------------------------------------------------------------------------- launchers
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How a tensor [T, N, C, pixels] is cut into tiles and programs."""
+
+    rows: int
+    columns: int
+    channel_blocks: int
+    chunk_tiles: int  # tiles that a program walks over in one example
+    chunks: int
+    program_examples: int
+    groups: int
+    masked: bool
+
+    @property
+    def slots(self) -> int:
+        """Programs that share a channel: as many partial sums."""
+        return self.groups * self.chunks
+
+    @property
+    def parts(self) -> int:
+        """Programs that share an example."""
+        return self.chunks * self.channel_blocks
+
+    @property
+    def programs(self) -> int:
+        return self.slots * self.channel_blocks
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Launch configuration of the kernels of this file."""
+
+    elements: int  # of a tile, per thread
+    warps: int
+    programs: int  # per multiprocessor, about
+
+
+# Chosen on an H100 and checked on an H200 (benchmarks/README.md).
+FORWARD = Configuration(elements=8, warps=4, programs=8)
+BACKWARD = Configuration(elements=8, warps=4, programs=8)
+
+
+@lru_cache(maxsize=256)
+def _cut(
+    examples: int, channels: int, pixels: int, channels_last: bool, config: Configuration, processors: int
+) -> _Cut:
+    tile = 32 * config.warps * config.elements
+    inner, outer = (channels, pixels) if channels_last else (pixels, channels)
+    columns = min(triton.next_power_of_2(inner), 128 if channels_last else 256)
+    rows = min(triton.next_power_of_2(outer), max(1, tile // columns))
+    tile_pixels, tile_channels = (rows, columns) if channels_last else (columns, rows)
+    tiles = triton.cdiv(pixels, tile_pixels)
+    channel_blocks = triton.cdiv(channels, tile_channels)
+    share = max(1, examples * tiles * channel_blocks // (config.programs * processors))
+    chunk_tiles = _part(tiles, share)
+    program_examples = _part(examples, share // tiles) if share > tiles else 1
+    chunks, groups = triton.cdiv(tiles, chunk_tiles), triton.cdiv(examples, program_examples)
+    whole = (
+        pixels == chunks * chunk_tiles * tile_pixels
+        and channels == channel_blocks * tile_channels
+        and examples == groups * program_examples
+    )
+    return _Cut(rows, columns, channel_blocks, chunk_tiles, chunks, program_examples, groups, masked=not whole)
+
+
+def _part(whole: int, most: int) -> int:
+    """A part of at most ``most``: if there is one above half of that, one that divides the whole: nothing is masked."""
+    most = min(whole, most)
+    return next((part for part in range(most, most // 2, -1) if whole % part == 0), most)
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """x [T, N, C, *] as the kernels see it."""
+
+    steps: int
+    examples: int
+    channels: int
+    pixels: int
+    channels_last: bool
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Layout:
+        steps, examples, channels = x.shape[:3]
+        pixels = math.prod(x.shape[3:])
+        return cls(steps, examples, channels, pixels, pixels == 1 or x.stride(2) == 1)
+
+    def cut(self, config: Configuration, device: torch.device) -> _Cut:
+        return _cut(self.examples, self.channels, self.pixels, self.channels_last, config, _processors(device))
+
+
+def _known_layout(x: Tensor) -> Tensor:
+    """x, or a copy of it, with its pixels in one block, channels first or last."""
+    inner = x[0, 0]
+    if inner.is_contiguous():
+        return x
+    if x.ndim > 3 and inner.movedim(0, -1).is_contiguous():
+        return x
+    return x.contiguous()
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """What a batch normalisation is made of, beside its weight and bias.
+
+    Attributes:
+        eps: added to the variance.
+        momentum: weight of a batch in the running statistics, None for their plain mean.
+        running_mean, running_var: float32 [C], updated in place by a training pass; None: not kept.
+        batches: int64, 0-dim, counts the training passes.
+        use_batch: whether x is normalised by its own statistics, else by the running ones.
+        update: whether this pass updates the running statistics.
+    """
+
+    eps: float
+    momentum: float | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    batches: Tensor | None
+    use_batch: bool
+    update: bool
+
+
+@dataclass(frozen=True)
+class Neuron:
+    """The neuron behind the normalisation: its constants and its surrogate."""
+
+    dynamics: Dynamics
+    surrogate: int
+    alpha: float
+
+    @property
+    def scalars(self) -> tuple[float, float, float]:
+        tau = 1.0 if self.dynamics.tau is None else self.dynamics.tau
+        return tau, self.dynamics.v_threshold, self.dynamics.v_rest
+
+
+def _statistics(x: Tensor, layout: _Layout, norm: Normalisation) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(variance + eps) of each channel, float32 [C]."""
+    if not norm.use_batch:
+        assert norm.running_mean is not None and norm.running_var is not None
+        return norm.running_mean, torch.rsqrt(norm.running_var + norm.eps)
+    cut = layout.cut(FORWARD, x.device)
+    partial = x.new_empty((3, layout.channels, cut.slots), dtype=torch.float32)
+    mean, rstd = x.new_empty((2, layout.channels), dtype=torch.float32)
+    _channel_statistics_kernel[(cut.programs,)](
+        x,
+        *partial,
+        layout.examples,
+        layout.channels,
+        layout.pixels,
+        x.stride(0),
+        x.stride(1),
+        cut.channel_blocks,
+        cut.chunks,
+        cut.slots,
+        cut.program_examples,
+        cut.chunk_tiles,
+        T=layout.steps,
+        ROWS=cut.rows,
+        COLUMNS=cut.columns,
+        CHANNELS_LAST=layout.channels_last,
+        MASKED=cut.masked,
+        num_warps=FORWARD.warps,
+        enable_fp_fusion=False,
+    )
+    update = norm.update and norm.running_mean is not None
+    cumulative = update and norm.momentum is None
+    if cumulative and norm.batches is not None:
+        norm.batches.add_(1)
+    _finish_statistics_kernel[(layout.channels,)](
+        *partial,
+        mean,
+        rstd,
+        norm.running_mean if update else mean,
+        norm.running_var if update else rstd,
+        norm.batches if update else mean,
+        cut.slots,
+        0.0 if norm.momentum is None else norm.momentum,
+        norm.eps,
+        BLOCK=min(1024, max(32, triton.next_power_of_2(cut.slots))),
+        UPDATE_RUNNING=update,
+        CUMULATIVE=cumulative,
+        num_warps=1,
+        enable_fp_fusion=False,
+    )
+    return mean, rstd
+
+
+class _BatchNormLIF(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        norm: Normalisation,
+        neuron: Neuron,
+        repeat: int | None,
+        want_v: bool,
+        energies: tuple[Tensor, Tensor] | None,
+    ):
+        if repeat is not None:
+            x = x.unsqueeze(0)
+        x = _known_layout(x)
+        layout = _Layout.of(x)
+        steps = layout.steps if repeat is None else repeat
+        mean, rstd = _statistics(x, layout, norm)
+        whole = x.expand(steps, *x.shape[1:])
+        out = sequence_like(whole, x.dtype)
+        if residual is not None:
+            residual = with_inner_order_of(whole, residual)
+        cut = layout.cut(FORWARD, x.device)
+        v = x.new_empty_strided(x.shape[1:], out.stride()[1:], dtype=torch.float32) if want_v else x.new_empty(0)
+        parts = x.new_empty((layout.examples, cut.parts) if energies is not None else (0,), dtype=torch.float32)
+        _forward_kernel[(cut.programs,)](
+            x,
+            x if residual is None else residual,
+            out,
+            v,
+            mean,
+            rstd,
+            mean if weight is None else weight,
+            mean if bias is None else bias,
+            parts,
+            layout.examples,
+            layout.channels,
+            layout.pixels,
+            x.stride(0),
+            x.stride(1),
+            0 if residual is None else residual.stride(0),
+            0 if residual is None else residual.stride(1),
+            cut.channel_blocks,
+            cut.chunks,
+            cut.slots,
+            cut.program_examples,
+            cut.chunk_tiles,
+            *neuron.scalars,
+            T=steps,
+            ROWS=cut.rows,
+            COLUMNS=cut.columns,
+            CHANNELS_LAST=layout.channels_last,
+            MASKED=cut.masked,
+            X_CONSTANT=repeat is not None,
+            AFFINE=weight is not None,
+            HAS_RESIDUAL=residual is not None,
+            STORE_V=want_v,
+            ENERGY=energies is not None,
+            **step_constants(neuron.dynamics),
+            num_warps=FORWARD.warps,
+            enable_fp_fusion=False,
+        )
+        ctx.save_for_backward(x, mean, rstd, weight, bias, parts)
+        ctx.norm, ctx.neuron, ctx.repeat, ctx.layout, ctx.energies = norm, neuron, repeat, layout, energies
+        ctx.mark_non_differentiable(v)
+        ctx.set_materialize_grads(False)
+        return out, v
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor | None, _):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the fused neuron has no second derivative: call backward() without create_graph=True, or set the "
+                "node's backend='torch'"
+            )
+        if grad_out is None:
+            return (None,) * 9
+        x, mean, rstd, weight, bias, energy_parts = ctx.saved_tensors
+        layout, neuron, energies = ctx.layout, ctx.neuron, ctx.energies
+        grad = with_inner_order_of(x.expand(grad_out.shape[0], *x.shape[1:]), grad_out)
+        cut = layout.cut(BACKWARD, x.device)
+        sums = x.new_empty((2, layout.channels, cut.slots), dtype=torch.float32)
+        coefficients = x.new_empty((2, layout.channels), dtype=torch.float32)
+        norm_parts = x.new_empty((layout.examples, cut.parts) if energies is not None else (0,), dtype=torch.float32)
+        grad_weight = None if weight is None else torch.empty_like(mean)
+        grad_bias = None if bias is None else torch.empty_like(mean)
+        grad_x = sequence_like(x, x.dtype)
+
+        def launch(reversed_: bool, sum_: bool, write: bool) -> None:
+            _backward_kernel[(cut.programs,)](
+                x,
+                grad,
+                grad_x,
+                mean,
+                rstd,
+                mean if weight is None else weight,
+                mean if bias is None else bias,
+                coefficients,
+                sums,
+                norm_parts,
+                layout.examples,
+                layout.channels,
+                layout.pixels,
+                x.stride(0),
+                x.stride(1),
+                grad.stride(0),
+                grad.stride(1),
+                cut.channel_blocks,
+                cut.chunks,
+                cut.slots,
+                cut.program_examples,
+                cut.chunk_tiles,
+                *neuron.scalars,
+                neuron.alpha,
+                T=grad.shape[0],
+                ROWS=cut.rows,
+                COLUMNS=cut.columns,
+                CHANNELS_LAST=layout.channels_last,
+                MASKED=cut.masked,
+                X_CONSTANT=ctx.repeat is not None,
+                AFFINE=weight is not None,
+                REVERSED=reversed_,
+                SUM=sum_,
+                NORM=energies is not None and sum_,
+                WRITE=write,
+                BATCH_STATISTICS=ctx.norm.use_batch,
+                **step_constants(neuron.dynamics),
+                DETACH_RESET=neuron.dynamics.detach_reset,
+                SURROGATE=neuron.surrogate,
+                num_warps=BACKWARD.warps,
+                enable_fp_fusion=False,
+            )
+
+        # Statistics that are constants need no sums before the gradient can be written.
+        launch(False, True, not ctx.norm.use_batch)
+        block = min(1024, max(32, triton.next_power_of_2(cut.slots)))
+        example_programs = 0 if energies is None else triton.cdiv(layout.examples, block)
+        _finish_backward_kernel[(layout.channels + example_programs,)](
+            sums,
+            rstd,
+            mean if weight is None else weight,
+            mean if grad_weight is None else grad_weight,
+            mean if grad_bias is None else grad_bias,
+            coefficients,
+            energy_parts,
+            norm_parts,
+            mean if energies is None else energies[0],
+            mean if energies is None else energies[1],
+            layout.channels,
+            cut.slots,
+            layout.steps * layout.examples * layout.pixels,
+            layout.examples,
+            energy_parts.shape[-1],
+            cut.parts,
+            BLOCK=block,
+            AFFINE=weight is not None,
+            NORM=energies is not None,
+            num_warps=1,
+            enable_fp_fusion=False,
+        )
+        if ctx.norm.use_batch:
+            launch(True, False, True)
+        if ctx.repeat is not None:
+            grad_x = grad_x[0]
+        return (
+            grad_x,
+            grad_out if ctx.needs_input_grad[1] else None,
+            grad_weight,
+            grad_bias,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def batch_norm_lif(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: Normalisation,
+    neuron: Neuron,
+    *,
+    repeat: int | None = None,
+    want_v: bool = False,
+    energies: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Batch normalisation, T steps of integrate-and-fire from rest, and a residual sum, differentiably.
+
+    Args:
+        x: [T, N, C, *], or [N, C, *] with ``repeat``; float32, float16 or bfloat16; at least one element.
+        residual: added to the spikes, shape and dtype of the output, or None.
+        weight, bias: float32 [C], both or neither.
+        repeat: T, where every step has the same x (direct coding).
+        want_v: whether to compute the final membrane potential (without a gradient).
+        energies: two float32 [N], both written in the backward pass: the squared norm of each example's output, and
+            that of its gradient with respect to x with the normalisation's statistics held constant, each summed over
+            time.
+
+    Returns:
+        spikes (+ residual) [T, N, C, *] in x's dtype, and the final potential, float32 [N, C, *] (empty if not wanted).
+    """
+    return _BatchNormLIF.apply(x, residual, weight, bias, norm, neuron, repeat, want_v, energies)
