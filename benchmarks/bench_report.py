@@ -1,4 +1,10 @@
-"""What a run of the benchmarks leaves: rows of figures, a table that anyone can read, and a JSON file."""
+"""What a run of the benchmarks leaves: rows of figures, a table that anyone can read, and a JSON file.
+
+A row: ``suite``, ``measure`` (what is compared), ``implementation``, ``role`` ("ours", "peer" or "yardstick"), and,
+where something was timed, ``value`` in ``unit`` ("s", "B" or "ratio") on some ``clock``. A row with a floor also has
+``floor`` in the value's unit and ``share`` = floor / value, and ``moved_bytes`` where it comes from bytes. ``goal``
+names a goal that the row is held to.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +23,20 @@ from typing import Any
 import pytest
 import torch
 from bench_timing import Device
+from goals import Goal, Row, judged
 
 import sadp_fast
-
-Row = dict[str, Any]
 
 
 class Bench:
     """The device and the rows measured so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, timing: bool = True) -> None:
         self.load_average = os.getloadavg()[0]
         self.device = Device()
         self.rows: list[Row] = []
+        if timing:
+            _ = self.device.copy_bandwidth  # measured first, while the device is as it will be for what follows
 
     @contextmanager
     def row(self, suite: str, measure: str, implementation: str, role: str) -> Iterator[Row]:
@@ -40,26 +47,26 @@ class Bench:
         except Exception as error:
             row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             self.rows.append(row)
-            if self.device.is_cuda:
-                torch.cuda.empty_cache()
-            if role == "peer":
+            self.device.release()
+            if role != "ours":
                 pytest.skip(f"{implementation} failed: {row['failed']}")
             raise
         self.rows.append(row)
 
-    def add_floor(self, row: Row, moved_bytes: float, name: str = "floor", of: str = "device_seconds") -> None:
-        """The time that the copy bandwidth takes for these bytes, and its share of the time in ``row[of]``."""
-        seconds = self.device.floor_seconds(moved_bytes)
-        row[f"{name}_bytes"] = round(moved_bytes)
-        row[f"{name}_seconds"] = seconds
-        row[f"share_of_{name}"] = seconds / row[of]
-        row["copy_bandwidth_bytes_per_second"] = self.device.copy_bandwidth
+    def add(self, row: Row, measure: str, value: float | None, unit: str, clock: str = "", goal: str = "") -> Row:
+        """A further figure of the implementation that ``row`` is about."""
+        further: Row = {"suite": row["suite"], "measure": measure}
+        further.update({key: row[key] for key in ("implementation", "role")})
+        set_value(further, value, unit, clock, goal)
+        self.rows.append(further)
+        return further
 
-    def add_statistics_cost(self, row: Row) -> None:
-        """What per-example statistics add to the time without them, as a share of it."""
-        plain = find(self.rows, row["measure"], "ours")
-        if plain and "device_seconds" in plain:
-            row["statistics_cost"] = row["device_seconds"] / plain["device_seconds"] - 1
+    def set_floor(self, row: Row, moved_bytes: float) -> None:
+        """The time that the copy bandwidth takes for these bytes, and its share of the row's time."""
+        row["moved_bytes"] = round(moved_bytes)
+        if "value" in row:
+            row["floor"] = self.device.floor_seconds(moved_bytes)
+            row["share"] = row["floor"] / row["value"]
 
     def report(self) -> dict[str, Any]:
         return {
@@ -68,8 +75,20 @@ class Bench:
                 "bytes_per_second": self.device.copy_bandwidth,
                 "bytes_read_and_written": self.device.copy_bytes,
             },
+            "goals": [
+                {**goal._asdict(), "worst": row["measure"], "measured": row[goal.figure], "reached": reached}
+                for goal, row, reached in judged(self.rows)
+            ],
             "rows": self.rows,
         }
+
+
+def set_value(row: Row, value: float | None, unit: str, clock: str = "", goal: str = "") -> None:
+    """The row's figure; None where nothing was timed."""
+    if value is not None:
+        row.update(value=value, unit=unit, clock=clock)
+    if goal:
+        row["goal"] = goal
 
 
 def environment(device: Device) -> dict[str, Any]:
@@ -120,151 +139,108 @@ def write_json(report: dict[str, Any], path: Path) -> None:
 
 # -------------------------------------------------------------------------------------------------------- the table
 
-
-def find(rows: list[Row], measure: str, role: str) -> Row | None:
-    return next((row for row in rows if row["measure"] == measure and row["role"] == role), None)
+HEADING = ("measure", "ours", "", "best peer", "its / ours", "floor", "share of floor", "further")
 
 
-def table(bench: Bench) -> list[str]:
-    """Lines of text, one table for each suite that ran."""
-    facts = environment(bench.device)
+def table(report: dict[str, Any]) -> list[str]:
+    """Lines of text from a report: every figure of ours beside its best peer and its floor, then the goals."""
+    facts, rows = report["environment"], report["rows"]
     lines = [
         f"{facts['device']}, {facts['torch_threads']} CPU threads; driver {facts['driver'] or '-'}, "
         f"torch {facts['torch']}, triton {facts['triton']}, sadp_fast {facts['sadp_fast']}",
-        f"Copy bandwidth measured in this run: {bench.device.copy_bandwidth / 1e9:,.1f} GB/s, read + written.",
-        "Floor: the time in which that bandwidth moves the bytes that any implementation must move.",
+        f"Copy bandwidth measured in this run: {report['copy']['bytes_per_second'] / 1e9:,.1f} GB/s, read + written.",
+        "Floor: the time in which that bandwidth moves the bytes that any implementation must move. Times are medians.",
     ]
-    if bench.load_average > (os.cpu_count() or 1):
+    if facts["load_average_at_start"] > (facts["cpu_count"] or 1):
         lines.append(
-            f"Other work was running (load average {bench.load_average:.1f} at the start on {os.cpu_count()} cores): "
-            "times on the CPU are too long and unsteady."
+            f"Other work was running (load average {facts['load_average_at_start']:.1f} at the start on "
+            f"{facts['cpu_count']} cores): times on the CPU are too long and unsteady."
         )
-    for suite, heading, line in (
-        ("lif", LIF_HEADING, _lif_line),
-        ("sampling", SAMPLING_HEADING, _sampling_line),
-        ("training", TRAINING_HEADING, _training_line),
-    ):
-        rows = [row for row in bench.rows if row["suite"] == suite]
-        measures = dict.fromkeys(row["measure"] for row in rows)
-        if measures:
-            body = [line(rows, measure) for measure in measures]
-            lines += ["", *_aligned([heading, *body])]
-    if any("bound_by_host" in row for row in bench.rows):
+    for suite in dict.fromkeys(row["suite"] for row in rows):
+        ours = [row for row in rows if row["suite"] == suite and row["role"] == "ours" and "value" in row]
+        if ours:
+            lines += ["", suite, *aligned([HEADING, *(_line(rows, row) for row in ours)])]
+    if any(row.get("bound_by_host") for row in rows):
         lines += ["", "* the device waited for the host, so this is an upper bound of the device time"]
-    failed = [row for row in bench.rows if "failed" in row]
+    failed = [row for row in rows if "failed" in row]
     if failed:
         lines += ["", "failed:"]
         lines += [f"  {row['measure']}, {row['implementation']}: {row['failed']}" for row in failed]
-    return lines
+    return lines + goal_table(rows)
 
 
-LIF_HEADING = ("measure (device time)", "ours", "statistics", "best peer", "", "floor", "share of floor", "host time")
-SAMPLING_HEADING = (
-    "measure (wall time)",
-    "ours",
-    "no wait for host",
-    "best peer",
-    "",
-    "floor",
-    "share of floor",
-    "copy 4N",
-)
-TRAINING_HEADING = (
-    "measure (share of a full epoch's time)",
-    "ours",
-    "spread",
-    "floor = 1 - r",
-    "overhead",
-    "examples trained",
-    "share of floor",
-)
-
-
-def _lif_line(rows: list[Row], measure: str) -> tuple[str, ...]:
-    ours = find(rows, measure, "ours") or {}
-    with_statistics = find(rows, measure, "ours with statistics") or {}
-    share = _percent(ours.get("share_of_floor"))
-    if ours.get("floor_with_v_bytes", 0) > ours.get("floor_bytes", 0):
-        share += f" ({_percent(ours['share_of_floor_with_v'])} with v)"
+def _line(rows: list[Row], row: Row) -> tuple[str, ...]:
+    peer = best_peer(rows, row)
+    unit = row["unit"]
     return (
-        measure,
-        _time(ours.get("device_seconds")) + ("*" if ours.get("bound_by_host") else ""),
-        _percent(with_statistics.get("statistics_cost"), sign=True),
-        *_best_peer(rows, measure, ours, "device_seconds"),
-        _time(ours.get("floor_seconds")),
-        share,
-        _host_times(rows, measure),
+        row["measure"],
+        shown(row["value"], unit) + ("*" if row.get("bound_by_host") else ""),
+        row["implementation"],
+        "-" if peer is None else f"{shown(peer['value'], unit)}{'*' * ('bound_by_host' in peer)} {_name(peer)}",
+        "-" if peer is None else f"{peer['value'] / row['value']:.2f}x",
+        "-" if "floor" not in row else shown(row["floor"], unit),
+        "-" if "share" not in row else percent(row["share"]),
+        row.get("further", "-"),
     )
 
 
-def _host_times(rows: list[Row], measure: str) -> str:
-    ours = find(rows, measure, "ours") or {}
-    module = find(rows, measure, "our module") or {}
-    peers = [
-        row["host_seconds"]
-        for row in rows
-        if row["measure"] == measure and row["role"] == "peer" and "host_seconds" in row
-    ]
-    if "host_seconds" not in ours:
-        return "-"
-    others = [("LIFNode", module.get("host_seconds")), ("least of the peers", min(peers, default=None))]
-    said = ", ".join(f"{name} {_time(seconds)}" for name, seconds in others if seconds is not None)
-    return _time(ours["host_seconds"]) + (f" ({said})" if said else "")
+def _name(row: Row) -> str:
+    return row["implementation"]
 
 
-def _sampling_line(rows: list[Row], measure: str) -> tuple[str, ...]:
-    ours = find(rows, measure, "ours") or {}
+def best_peer(rows: list[Row], row: Row) -> Row | None:
+    """The peer with the least value of the same measure."""
+    peers = [r for r in rows if r["measure"] == row["measure"] and r["role"] == "peer" and "value" in r]
+    return min(peers, key=lambda peer: peer["value"], default=None)
+
+
+GOAL_HEADING = ("goal on one H100", "ours", "best peer", "floor", "share of floor", "goal", "", "worst case")
+
+
+def goal_table(rows: list[Row]) -> list[str]:
+    """The goals that this run has figures for, each with its worst case."""
+    lines = [_goal_line(rows, *verdict) for verdict in judged(rows)]
+    return ["", *aligned([GOAL_HEADING, *lines])] if lines else []
+
+
+def _goal_line(rows: list[Row], goal: Goal, row: Row, reached: bool) -> tuple[str, ...]:
+    peer = best_peer(rows, row)
+    unit = "ratio" if goal.figure == "share" else row["unit"]
     return (
-        measure,
-        _time(ours.get("wall_seconds")),
-        _time((find(rows, measure, "ours with capacity") or {}).get("wall_seconds")),
-        *_best_peer(rows, measure, ours, "wall_seconds"),
-        _time(ours.get("floor_seconds")),
-        _percent(ours.get("share_of_floor")),
-        _time((find(rows, measure, "yardstick") or {}).get("wall_seconds")),
+        goal.title,
+        shown(row[goal.figure], unit) if goal.figure != "value" else shown(row["value"], unit),
+        "-" if peer is None else _peer_figure(goal, row, peer),
+        "-" if "floor" not in row else shown(row["floor"], row["unit"]),
+        "-" if "share" not in row else percent(row["share"]),
+        f"{'>=' if goal.at_least else '<='} {shown(goal.limit, unit)}",
+        "reached" if reached else "not reached",
+        f"{row['measure']}, {row['implementation']}",
     )
 
 
-def _training_line(rows: list[Row], measure: str) -> tuple[str, ...]:
-    ours = find(rows, measure, "ours") or {}
-    if "time_ratio" not in ours:
-        return (measure, *["-"] * (len(TRAINING_HEADING) - 1))
-    return (
-        f"{measure} ({ours['model']}, {ours['examples']:,} examples)",
-        f"{ours['time_ratio']:.3f}",
-        f"{ours['time_ratio_smallest']:.3f} to {ours['time_ratio_largest']:.3f}",
-        f"{ours['one_minus_r']:.3f}",
-        f"{ours['overhead']:+.3f}",
-        f"{ours['share_of_examples_trained']:.3f}",
-        _percent(ours["share_of_floor"]),
-    )
+def _peer_figure(goal: Goal, row: Row, peer: Row) -> str:
+    if goal.figure == "share":
+        return f"{percent(row['floor'] / peer['value'])} {_name(peer)}"
+    return f"{shown(peer['value'], row['unit'])} {_name(peer)}"
 
 
-def _best_peer(rows: list[Row], measure: str, ours: Row, figure: str) -> tuple[str, str]:
-    peers = [row for row in rows if row["measure"] == measure and row["role"] == "peer" and figure in row]
-    if not peers:
-        return "-", ""
-    best = min(peers, key=lambda row: row[figure])
-    factor = f"{best[figure] / ours[figure]:.2f}x ours" if figure in ours else ""
-    late = "*" if figure == "device_seconds" and best.get("bound_by_host") else ""
-    return f"{_time(best[figure])}{late} {best['implementation']}", factor
+def shown(value: float, unit: str) -> str:
+    """A figure for people: seconds as us or ms, bytes as MiB, ratios as percentages."""
+    if unit == "ratio":
+        return percent(value)
+    if unit == "B":
+        return f"{value / 2**20:,.0f} MiB"
+    name, factor = ("us", 1e6) if abs(value) < 1e-3 else ("ms", 1e3)
+    return f"{value * factor:.{1 if abs(value) * factor < 100 else 0}f} {name}"
 
 
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    unit, factor = ("us", 1e6) if seconds < 1e-3 else ("ms", 1e3)
-    return f"{seconds * factor:.{1 if seconds * factor < 100 else 0}f} {unit}"
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
-def _percent(share: float | None, sign: bool = False) -> str:
-    return "-" if share is None else f"{100 * share:{'+' if sign else ''}.1f} %"
-
-
-def _aligned(lines: list[tuple[str, ...]]) -> list[str]:
+def aligned(lines: list[tuple[str, ...]]) -> list[str]:
     """Columns of equal width under a rule; the first line is the heading. A column that says nothing is left out."""
     columns = [column for column in zip(*lines) if set(column[1:]) - {"-", ""}]
     widths = [max(map(len, column)) for column in columns]
-    lines = list(zip(*columns))
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in zip(*columns)]
     return [text[0], "-" * max(map(len, text)), *text[1:]]

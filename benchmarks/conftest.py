@@ -22,19 +22,27 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def bench(pytestconfig) -> Bench:
-    bench = Bench()
+    bench = Bench(timing=not pytestconfig.getoption("benchmark_disable"))
     pytestconfig.stash[BENCH] = bench
     return bench
+
+
+@pytest.fixture(autouse=True)
+def _keep_results(request, bench):
+    """Results are written after every benchmark, so that a run that is cut short leaves what it has."""
+    yield
+    if (path := request.config.getoption("--results")) and not request.config.getoption("benchmark_disable"):
+        write_json(bench.report(), path)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config):
     bench = config.stash.get(BENCH, None)
-    if bench is None or not bench.rows:
+    if bench is None or config.getoption("benchmark_disable") or not bench.rows:
         return
+    report = bench.report()
     terminalreporter.section("sadp_fast against its floors and peers")
-    for line in table(bench):
+    for line in table(report):
         terminalreporter.write_line(line)
     if path := config.getoption("--results"):
-        write_json(bench.report(), path)
         terminalreporter.write_line(f"\nAll figures: {path}")

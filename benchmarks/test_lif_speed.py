@@ -1,15 +1,17 @@
-"""One layer of LIF neurons: forward, backward and both, against the bytes that any implementation must move."""
+"""One layer of LIF neurons, with and without statistics, against the bytes that any implementation must move."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import lru_cache
-from typing import NamedTuple
+import statistics
+from collections.abc import Callable, Iterator
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from bench_report import percent, set_value, shown
 from bench_timing import tensor_bytes
-from lif_implementations import ALPHA, LEAKY, TAU, Implementation, Layer, implementations
+from lif_layers import ALPHA, LEAKY, TAU, Layer, Peer, from_rest, our_node, peers
 from torch import Tensor
 
 from sadp_fast.dynamics import Dynamics
@@ -17,22 +19,11 @@ from sadp_fast.reference.lif import multi_step
 from sadp_fast.surrogate import Sigmoid
 
 CUDA = torch.cuda.is_available()
-ALL = (torch.float32, torch.float16, torch.bfloat16)
-CONFIGS = (  # [T, N, *], and the dtypes to measure it in
-    (
-        ((8, 32, 128, 28, 28), ALL),
-        ((4, 256, 64, 56, 56), (torch.bfloat16,)),
-        ((16, 128, 512), ALL),
-    )
-    if CUDA
-    else (
-        ((8, 4, 16, 28, 28), ALL),
-        ((4, 4, 16, 56, 56), (torch.bfloat16,)),
-        ((16, 32, 128), ALL),
-    )
-)
+SMALL = (16, 128, 512) if CUDA else (16, 32, 128)
+SHAPES = ((8, 32, 128, 28, 28), (4, 256, 64, 56, 56), SMALL) if CUDA else ((8, 4, 16, 28, 28), SMALL)  # [T, N, *]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16) if CUDA else (torch.float32, torch.bfloat16)
 # Elements per element of the input that must be read or written: forward x, s; backward x, dL/ds, dL/dx.
-ELEMENTS = {"forward": 2, "backward": 3, "forward+backward": 5}
+ELEMENTS = {"forward": 2, "backward": 3, "forward + backward": 5}
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 NEAR = 1e-4  # a potential this close to the threshold may fall to either side by rounding
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # ||error|| / ||reference||
@@ -41,21 +32,15 @@ GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 
 class Case(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
-    direction: str
-    implementation: Implementation
 
-    @property
-    def measure(self) -> str:
-        return f"LIF {self.direction} {'x'.join(map(str, self.shape))} {NAMES[self.dtype]}"
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.shape))} {NAMES[self.dtype]}"
+
+    def measure(self, direction: str) -> str:
+        return f"LIF {direction} {self}"
 
 
-def cases() -> Iterator:
-    for shape, dtypes in CONFIGS:
-        for dtype in dtypes:
-            for implementation in implementations(CUDA, dtype):
-                for direction in implementation.directions:
-                    case = Case(shape, dtype, direction, implementation)
-                    yield pytest.param(case, id=f"{case.measure[4:]} {implementation.name}".replace(" ", "-"))
+CASES = [Case(shape, dtype) for shape in SHAPES for dtype in DTYPES]
 
 
 class Inputs(NamedTuple):
@@ -69,17 +54,23 @@ class Inputs(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def inputs(device, shape: tuple[int, ...], dtype: torch.dtype) -> Inputs:
+def inputs(device, case: Case) -> Inputs:
     generator = device.generator(0)
 
     def normal(mean: float) -> Tensor:
-        return torch.randn(shape, device=device.type, dtype=dtype, generator=generator).add_(mean)
+        return torch.randn(case.shape, device=device.type, dtype=case.dtype, generator=generator).add_(mean)
 
     first = normal(1.0)
     count = device.buffers(2 * tensor_bytes(first))
     current = [first, *(normal(1.0) for _ in range(count - 1))]
     gradient = [normal(0.0) for _ in range(count)]
     return Inputs([x.requires_grad_() for x in current], gradient, *_reference(first, gradient[0]))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_inputs():
+    yield
+    inputs.cache_clear()
 
 
 def _reference(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,12 +86,7 @@ def _reference(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return spikes.detach(), current_gradient, settled
 
 
-@lru_cache(maxsize=1)
-def built(implementation: Implementation, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Layer:
-    return implementation.build(torch.empty(shape, dtype=dtype, device=device))
-
-
-def check(case: Case, layer: Layer, data: Inputs) -> float:
+def check(case: Case, layer: Layer, data: Inputs, exact_spikes: bool = True, exact_gradient: bool = True) -> float:
     """Compare with the reference where a spike is not a matter of rounding; returns the share of spikes that differ."""
     spikes = layer(data.current[0])
     (gradient,) = torch.autograd.grad(spikes, data.current[0], data.gradient[0])
@@ -110,48 +96,146 @@ def check(case: Case, layer: Layer, data: Inputs) -> float:
     assert data.settled.float().mean() > 0.9
     assert 0.02 < data.spikes.mean() < 0.98
     different = spikes.detach()[:, :1].double() != data.spikes
-    if case.implementation.exact_spikes:
+    if exact_spikes:
         assert not (different & data.settled).any(), "spikes differ from the float64 reference"
-    if case.implementation.exact_gradient:
+    if exact_gradient:
         error = (gradient[:, :1].double() - data.current_gradient)[:, data.settled].norm()
         relative = (error / data.current_gradient[:, data.settled].norm()).item()
         assert relative < GRADIENT_TOLERANCE[case.dtype], f"gradient differs from the reference by {relative:.1e}"
     return different.double().mean().item()
 
 
-def time_it(benchmark, device, case: Case, layer: Layer, data: Inputs) -> dict[str, float]:
-    count = len(data.current)
-    if case.direction == "forward":
-        return device.measure(benchmark, lambda i: data.current[i], layer, buffers=count)
-    if case.direction == "backward":
-        return device.measure(
-            benchmark,
+def check_statistics(node, data: Inputs) -> None:
+    node.reset()
+    spikes = node(data.current[0])
+    (gradient,) = torch.autograd.grad(spikes, data.current[0], data.gradient[0])
+    count = spikes.detach().flatten(2).sum(2, dtype=torch.float32)
+    torch.testing.assert_close(node.spike_count.float(), count)
+    torch.testing.assert_close(node.grad_norm_sq, gradient.flatten(2).float().square().sum(2), rtol=2e-2, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------- timing
+
+Prepare, Call = Callable[[int], Any], Callable[[Any], Any]
+
+
+def timed(layer: Layer, data: Inputs, direction: str) -> tuple[Prepare, Call]:
+    """What comes before the clock starts, and what is timed."""
+    if direction == "forward":
+        return lambda i: data.current[i], layer
+    if direction == "backward":
+        return (
             lambda i: (layer(data.current[i]), data.current[i], data.gradient[i]),
             lambda state: torch.autograd.grad(*state),
-            buffers=count,
         )
-    return device.measure(
-        benchmark,
+    return (
         lambda i: (data.current[i], data.gradient[i]),
         lambda state: torch.autograd.grad(layer(state[0]), *state),
-        buffers=count,
     )
 
 
-@pytest.mark.parametrize("case", list(cases()))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case).replace(" ", "-"))
 def test_lif(benchmark, bench, case: Case) -> None:
-    benchmark.group = case.measure
-    with bench.row("lif", case.measure, case.implementation.name, case.implementation.role) as row:
-        data = inputs(bench.device, case.shape, case.dtype)
-        layer = built(case.implementation, case.shape, case.dtype, bench.device.type)
-        row["spikes_that_differ"] = check(case, layer, data)
-        row.update(time_it(benchmark, bench.device, case, layer, data))
-        elements = data.current[0].numel()
-        moved = ELEMENTS[case.direction] * elements * data.current[0].element_size()
-        # The op also returns the last membrane potential, float32 [N, *]: 4/T bytes per element and step.
-        final_v = 0 if case.direction == "backward" else 4 * elements // case.shape[0]
-        bench.add_floor(row, moved)
-        bench.add_floor(row, moved + final_v, "floor_with_v")
-        if case.implementation.role == "ours with statistics":
-            bench.add_statistics_cost(row)
+    device = bench.device
+    plain, counting = our_node(), our_node(statistics=True)
+    layers = {"LIFNode": from_rest(plain), "LIFNode with statistics": from_rest(counting)}
+    data = inputs(device, case)
+    for direction, elements in ELEMENTS.items():
+        times: dict[str, float] = {}
+        for name, layer in layers.items():
+            with bench.row("LIF neurons", case.measure(direction), name, "ours") as row:
+                if direction == "forward":
+                    row["spikes_that_differ"] = check(case, layer, data)
+                    check_statistics(counting, data)
+                if direction != "forward + backward":
+                    if device.is_cuda and not benchmark.disabled:
+                        row.update(device_figures(device, layer, data, direction))
+                elif name == "LIFNode":  # pytest-benchmark times one function a test
+                    row.update(device.measure(benchmark, *timed(layer, data, direction), buffers=len(data.current)))
+                elif not benchmark.disabled:
+                    row.update(alternating(device, layers, data, direction, times))
+                figures_of(bench, row, case, elements, data, direction)
+        if times:
+            added = times["LIFNode with statistics"] / times["LIFNode"] - 1
+            bench.add(row, f"statistics, {case}", added, "ratio", "device", goal="statistics" if CUDA else "")
+    benchmark.extra_info.update(row)
+
+
+def device_figures(device, layer: Layer, data: Inputs, direction: str) -> dict[str, Any]:
+    prepare, call = timed(layer, data, direction)
+    call(prepare(0))  # compiles
+    return device.device_seconds(prepare, call, len(data.current))
+
+
+def alternating(device, layers: dict[str, Layer], data: Inputs, direction: str, times: dict[str, float]) -> dict:
+    """Figures of the last of the layers, and into `times` the time of each, measured in turns."""
+    figures: dict[str, list[dict[str, Any]]] = {name: [] for name in layers}
+    for _ in range(3):
+        for name, layer in layers.items():
+            if device.is_cuda:
+                figures[name].append(device_figures(device, layer, data, direction))
+            else:
+                prepare, call = timed(layer, data, direction)
+                figures[name].append({"device_seconds": device.host_seconds(prepare, call, len(data.current))})
+    times.update({name: statistics.median(f["device_seconds"] for f in several) for name, several in figures.items()})
+    return {**figures[name][-1], "device_seconds": times[name]}
+
+
+def figures_of(bench, row: dict, case: Case, elements: int, data: Inputs, direction: str) -> None:
+    """Value, floors and goal of a row from its figures."""
+    statistics_on = row["implementation"].endswith("with statistics")
+    goal = ""
+    if CUDA and direction == "forward + backward" and statistics_on:
+        goal = "lif small" if case.shape == SMALL else "lif"
+    if "device_seconds" in row:
+        set_value(row, row["device_seconds"], "s", "device", goal)
+    count, size = data.current[0].numel(), data.current[0].element_size()
+    bench.set_floor(row, elements * count * size)
+    if "share" not in row:
+        return
+    further = []
+    # The node also keeps the last membrane potential, float32 [N, *]: 4/T bytes per element and step.
+    if direction != "backward":
+        row["share_with_v"] = bench.device.floor_seconds(elements * count * size + 4 * count // case.shape[0])
+        row["share_with_v"] /= row["value"]
+        further.append(f"{percent(row['share_with_v'])} with v")
+    if case.shape == SMALL and direction == "forward + backward":
+        row["equal_copies_seconds"] = equal_copies(bench.device, count * size)
+        row["share_of_equal_copies"] = row["equal_copies_seconds"] / row["value"]
+        equal = f"{percent(row['share_of_equal_copies'])} of two copies of as many bytes"
+        further.append(f"{equal} ({shown(row['equal_copies_seconds'], 's')})")
+    row["further"] = ", ".join(further) or "-"
+
+
+@cache
+def equal_copies(device, tensor_size: int) -> float:
+    """Seconds of a copy that moves the forward pass's bytes and one that moves the backward pass's."""
+    return device.copy_seconds((2 * tensor_size, 3 * tensor_size))
+
+
+# ----------------------------------------------------------------------------------------------------------- peers
+
+
+def peer_cases() -> Iterator:
+    for case in CASES:
+        for peer in peers(case.dtype):
+            # Slow ones and those that compile for long are measured where they can be told apart from the others.
+            large = case.shape == SHAPES[0]
+            if peer.slow and (not large or case.dtype == torch.float16):
+                continue
+            if peer.compiles and (case.dtype == torch.float16 or (case.shape != SMALL and not large)):
+                continue
+            yield pytest.param(case, peer, id=f"{case} {peer.name}".replace(" ", "-"))
+
+
+@pytest.mark.parametrize("case, peer", list(peer_cases()))
+def test_lif_peer(benchmark, bench, case: Case, peer: Peer) -> None:
+    direction = "forward + backward"
+    with bench.row("LIF neurons", case.measure(direction), peer.name, "peer") as row:
+        data = inputs(bench.device, case)
+        layer = peer.build(case.dtype)
+        row["spikes_that_differ"] = check(case, layer, data, peer.exact_spikes, peer.exact_gradient)
+        row.update(bench.device.measure(benchmark, *timed(layer, data, direction), buffers=len(data.current)))
+        set_value(row, row.get("device_seconds"), "s", "device")
+        bench.set_floor(row, ELEMENTS[direction] * tensor_bytes(data.current[0]))
         benchmark.extra_info.update(row)

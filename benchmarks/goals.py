@@ -1,0 +1,54 @@
+"""What was aimed at on one H100, and whether a run got there: computed from what it measured, never stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]
+
+
+class Goal(NamedTuple):
+    """A limit for one figure of a row: its ``value`` or its ``share`` of the floor; the worst row decides."""
+
+    title: str
+    figure: str
+    at_least: bool
+    limit: float
+
+    def met(self, figure: float) -> bool:
+        return figure >= self.limit if self.at_least else figure <= self.limit
+
+    def worst(self, rows: Iterable[Row]) -> Row:
+        return (min if self.at_least else max)(rows, key=lambda row: row[self.figure])
+
+
+GOALS = {
+    "lif": Goal("LIF forward + backward with statistics, >= 32 MiB", "share", True, 0.97),
+    "lif small": Goal("LIF forward + backward with statistics, 4 MiB", "share", True, 0.85),
+    "statistics": Goal("what the statistics add", "value", False, 0.02),
+    "host": Goal("host time of an eager LIF forward + backward", "value", False, 60e-6),
+    "long time": Goal("long sequences: time per element-step over that at T = 16", "value", False, 1.10),
+    "long state": Goal("long sequences: kept for the backward, share of the input", "value", False, 1 / 16),
+    "norm": Goal("all BatchNorm + LIF work of a SEW-ResNet18 step", "value", False, 1.9e-3),
+    "step": Goal("SEW-ResNet18 training step", "value", False, 6.5e-3),
+    "step memory": Goal("its peak memory", "value", False, 1200 * 2**20),
+    "low-memory step": Goal("the step with packed spikes", "value", False, 7e-3),
+    "low-memory memory": Goal("its peak memory", "value", False, 800 * 2**20),
+    "sample 1.3M": Goal("sample(), N = 1,281,167, device time", "value", False, 15e-6),
+    "sample 20M": Goal("sample(), N = 20,000,000, device time", "value", False, 80e-6),
+    "sample CPU": Goal("sample() on the CPU, N = 1,281,167", "value", False, 3e-3),
+    "scores": Goal("scores to drawn subset, N = 1,281,167, wall time", "value", False, 0.5e-3),
+    "epoch": Goal("SADP's epoch time over a full epoch's, less 1 - r", "overhead", False, 0.01),
+}
+
+
+def judged(rows: list[Row]) -> list[tuple[Goal, Row, bool]]:
+    """Every goal that has a measured row: the goal, its worst row, and whether that row meets it."""
+    result = []
+    for name, goal in GOALS.items():
+        with_figure = [row for row in rows if row.get("goal") == name and row.get(goal.figure) is not None]
+        if with_figure:
+            worst = goal.worst(with_figure)
+            result.append((goal, worst, goal.met(worst[goal.figure])))
+    return result
