@@ -1,9 +1,10 @@
-// The only file that sees Python. Tensors come as raw pointers, streams as handles, so that no torch header is needed
-// and one build serves every torch; sadp_fast/sampling.py owns the tensors and has checked them.
+// The sampling library as Python sees it. Tensors come as raw pointers, streams as handles, so that no torch header is
+// needed and one build serves every torch; sadp_fast/sampling.py owns the tensors and has checked them.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 
+#include "sadp/launch.h"
 #include "sadp/sample.h"
 
 namespace py = pybind11;
@@ -22,7 +23,8 @@ sadp::Probabilities probabilities(std::uintptr_t p, bool is_double, int64_t n) {
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-    module.doc() = "Bernoulli subset sampling, native part; use sadp_fast.sample().";
+    module.doc() = "Native part of sadp_fast: Bernoulli subset sampling and kernel launches.";
+    sadp::bind_launch(module);
     module.attr("MAX_ITEMS") = sadp::kMaxItems;
     module.attr("NO_INVALID") = sadp::kNoInvalid;
 #ifdef SADP_WITH_CUDA

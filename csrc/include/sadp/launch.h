@@ -1,0 +1,10 @@
+// Host side of kernel launches; sadp_fast/ops/launch.py is its only user.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace sadp {
+
+void bind_launch(pybind11::module_& module);
+
+}  // namespace sadp
