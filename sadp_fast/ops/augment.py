@@ -8,10 +8,15 @@ division: the same bits as the plain torch reference.
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import Launch
 
 BLOCK = 1024  # elements of a program: eight a thread of four warps
 
@@ -80,6 +85,34 @@ def _crop_flip_normalise_kernel(
     tl.store(out_ptr + n.to(tl.int64) * SIZE + offsets, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@lru_cache(maxsize=256)
+def _launch(
+    device: torch.device,
+    shape: torch.Size,
+    batch: int,
+    dtypes: tuple[torch.dtype | None, ...],  # of index, draws and the result
+    padding: int,
+    channels_last: bool,
+    widest_block: int,
+) -> Launch:
+    size = math.prod(shape[1:])
+    block = min(widest_block, triton.next_power_of_2(size))
+    constants = {
+        "FRAMES": shape[1] if len(shape) == 5 else 1,
+        "CHANNELS": shape[-3],
+        "HEIGHT": shape[-2],
+        "WIDTH": shape[-1],
+        "PADDING": padding,
+        "CHANNELS_LAST": channels_last,
+        "HAS_INDEX": dtypes[0] is not None,
+        "HAS_DRAWS": dtypes[1] is not None,
+        "BLOCK": block,
+        "num_warps": max(1, block // 256),
+        "enable_fp_fusion": False,
+    }
+    return Launch(_crop_flip_normalise_kernel, device, batch * triton.cdiv(size, block), (shape[0], batch), constants)
+
+
 def crop_flip_normalise(
     images: Tensor,
     index: Tensor | None,
@@ -91,39 +124,16 @@ def crop_flip_normalise(
     memory_format: torch.memory_format,
 ) -> Tensor:
     """Launch the kernel; arguments as ``sadp_fast.augmentation.crop_flip_normalise`` has checked them."""
-    batch = len(images) if index is None else len(index)
+    batch = (images if index is None else index).shape[0]
     frames = images.shape[1] if images.ndim == 5 else 1
-    channels, height, width = images.shape[-3:]
-    channels_last = memory_format == torch.channels_last
     out = torch.empty(
-        (batch * frames, channels, height, width), dtype=dtype, device=images.device, memory_format=memory_format
+        (batch * frames, *images.shape[-3:]), dtype=dtype, device=images.device, memory_format=memory_format
     )
     if images.ndim == 5:
         out = out.unflatten(0, (batch, frames))
-    if out.numel() == 0:
-        return out
-    size = frames * channels * height * width
-    block = min(BLOCK, triton.next_power_of_2(size))
-    with torch.cuda.device_of(images):
-        _crop_flip_normalise_kernel[(batch * triton.cdiv(size, block),)](
-            images,
-            images if index is None else index,
-            images if draws is None else draws,
-            mean,
-            std,
-            out,
-            len(images),
-            batch,
-            FRAMES=frames,
-            CHANNELS=channels,
-            HEIGHT=height,
-            WIDTH=width,
-            PADDING=padding,
-            CHANNELS_LAST=channels_last,
-            HAS_INDEX=index is not None,
-            HAS_DRAWS=draws is not None,
-            BLOCK=block,
-            num_warps=max(1, block // 256),
-            enable_fp_fusion=False,
-        )
+    if out.numel() > 0:
+        dtypes = (None if index is None else index.dtype, None if draws is None else draws.dtype, dtype)
+        channels_last = memory_format == torch.channels_last
+        launch = _launch(images.device, images.shape, batch, dtypes, padding, channels_last, BLOCK)
+        launch(images, images if index is None else index, images if draws is None else draws, mean, std, out)
     return out

@@ -6,12 +6,16 @@ neighbouring values at a time and writes (reads) the byte, or half a byte, of bi
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..reference.spike_bits import BLOCK, buffer_bytes, planes
+from .launch import Launch
 
 WARPS = 4
 
@@ -77,38 +81,29 @@ def _unpack_kernel(
     tl.store(dense_ptr + first + offsets, value.to(dense_ptr.dtype.element_ty), mask=offsets < count - first)
 
 
+@lru_cache(maxsize=1024)
+def _launch(
+    kernel: Any, device: torch.device, dtype: torch.dtype, count: int, max_count: int, block: int, warps: int
+) -> Launch:
+    blocks = triton.cdiv(count, block)
+    constants = {"PLANES": planes(max_count), "BLOCK": block, "num_warps": warps}
+    if kernel is _pack_kernel:
+        constants["MAX_COUNT"] = max_count
+    return Launch(kernel, device, blocks, (count, blocks * block // 8), constants)
+
+
 def pack(flat: Tensor, max_count: int) -> Tensor:
-    """Values 0..max_count [n] (float32, float16 or bfloat16, contiguous) as bits, uint8 [buffer_bytes(n, max_count)]."""
-    buffer = flat.new_empty(buffer_bytes(len(flat), max_count), dtype=torch.uint8)
-    blocks = triton.cdiv(len(flat), BLOCK)
-    if blocks:
-        with torch.cuda.device_of(flat):
-            _pack_kernel[(blocks,)](
-                flat,
-                buffer,
-                len(flat),
-                blocks * BLOCK // 8,
-                MAX_COUNT=max_count,
-                PLANES=planes(max_count),
-                BLOCK=BLOCK,
-                num_warps=WARPS,
-            )
+    """Values 0..max_count [n], contiguous float32, float16 or bfloat16, as uint8 [buffer_bytes(n, max_count)]."""
+    count = flat.numel()
+    buffer = flat.new_empty(buffer_bytes(count, max_count), dtype=torch.uint8)
+    if count:
+        _launch(_pack_kernel, flat.device, flat.dtype, count, max_count, BLOCK, WARPS)(flat, buffer)
     return buffer
 
 
 def unpack(buffer: Tensor, count: int, max_count: int, dtype: torch.dtype) -> Tensor:
     """The values [count] that ``pack`` was given; a block that was not as promised becomes NaN."""
     flat = buffer.new_empty(count, dtype=dtype)
-    blocks = triton.cdiv(count, BLOCK)
-    if blocks:
-        with torch.cuda.device_of(buffer):
-            _unpack_kernel[(blocks,)](
-                buffer,
-                flat,
-                count,
-                blocks * BLOCK // 8,
-                PLANES=planes(max_count),
-                BLOCK=BLOCK,
-                num_warps=WARPS,
-            )
+    if count:
+        _launch(_unpack_kernel, buffer.device, dtype, count, max_count, BLOCK, WARPS)(buffer, flat)
     return flat
