@@ -1,20 +1,31 @@
-"""Drawing an epoch's subset: sample(), and the way from scores to the drawn indices."""
+"""Drawing an epoch's subset: sample(), and the way from scores to the drawn indices.
+
+Wall time: the call and a synchronisation. Device time: from the first kernel's start to the last one's end. Replay: the
+same calls recorded once in a CUDA graph.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from bench_report import set_value
 from torch import Tensor
 
 from sadp_fast import inclusion_probabilities, sample
 
-SIZES = (50_000, 1_281_167, 20_000_000) if torch.cuda.is_available() else (50_000, 1_281_167)
+CUDA = torch.cuda.is_available()
+IMAGENET, LARGE = 1_281_167, 20_000_000
+SIZES = (50_000, IMAGENET, LARGE) if CUDA else (50_000, IMAGENET)
 KEEP = 0.5  # share of the examples drawn
+MOST_BUFFERS = 64
+GRAPHS = 8  # recorded, each for other probabilities
+GOALS = {IMAGENET: "sample 1.3M", LARGE: "sample 20M"} if CUDA else {}
+SUITE = "Sampling"
 
 
 class Inputs(NamedTuple):
@@ -31,12 +42,18 @@ class Inputs(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def inputs(device, n: int) -> Inputs:
-    generator = device.generator(1)
-    count = device.buffers(4 * n)
-    p = [torch.rand(n, device=device.type, generator=generator).mul_(2 * KEEP) for _ in range(count)]
-    scores = [torch.rand(n, device=device.type, generator=generator).square_() for _ in range(count)]
+def inputs(device, n: int, where: str) -> Inputs:
+    generator = torch.Generator(where).manual_seed(1)
+    count = min(MOST_BUFFERS, device.buffers(4 * n)) if where == device.type else 4
+    p = [torch.rand(n, device=where, generator=generator).mul_(2 * KEEP) for _ in range(count)]
+    scores = [torch.rand(n, device=where, generator=generator).square_() for _ in range(count)]
     return Inputs(p, scores, math.ceil(KEEP * n + 6 * math.sqrt(n / 4)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_inputs():
+    yield
+    inputs.cache_clear()
 
 
 class Subject(NamedTuple):
@@ -58,14 +75,10 @@ def _from_scores(scores: Tensor, data: Inputs) -> tuple[Tensor, ...]:
     return sample(p, seed=0, capacity=data.capacity)
 
 
+OURS = Subject("sample, with capacity", "ours", lambda p, data: sample(p, seed=0, capacity=data.capacity), False)
 FROM_PROBABILITIES = (
-    Subject("sadp_fast sample", "ours", lambda p, _: sample(p, seed=0), True),
-    Subject(
-        "sadp_fast sample with capacity",
-        "ours with capacity",
-        lambda p, data: sample(p, seed=0, capacity=data.capacity),
-        False,
-    ),
+    OURS,
+    Subject("sample, waits for the size", "ours", lambda p, _: sample(p, seed=0), True),
     Subject("bernoulli + nonzero", "peer", lambda p, _: torch.bernoulli(p).nonzero().squeeze(1), True),
     Subject("bernoulli + nonzero + weights", "peer", _with_weights, True),
     Subject("copy of 4N bytes", "yardstick", lambda p, _: p.clone(), False),
@@ -83,7 +96,7 @@ FROM_SCORES = (
 
 def check(subject: Subject, result, data: Inputs) -> None:
     n, (mean, deviation) = data.p[0].numel(), data.draws()
-    if subject.name.startswith("sadp_fast sample"):
+    if subject.name.startswith("sample"):
         count = int(result.count)
         # Six standard deviations: a right sampler fails once in 5e8 draws.
         assert abs(count - mean) < 6 * deviation
@@ -98,33 +111,92 @@ def check(subject: Subject, result, data: Inputs) -> None:
         assert 0 < count <= data.capacity and torch.isfinite(result.weights).all()
 
 
-@pytest.mark.parametrize("subject", FROM_PROBABILITIES, ids=lambda subject: subject.name.replace(" ", "-"))
+def ids(subject: Subject) -> str:
+    return subject.name.replace(" ", "-")
+
+
+@pytest.mark.parametrize("subject", FROM_PROBABILITIES, ids=ids)
 @pytest.mark.parametrize("n", SIZES)
 def test_sample(benchmark, bench, n: int, subject: Subject) -> None:
     # p read once; int64 index and float32 weight written for each example drawn.
-    _run(benchmark, bench, f"sample N = {n:,}", n, subject, lambda data: data.p, 4 * n + 12 * KEEP * n)
+    moved = 8 * n if subject.role == "yardstick" else 4 * n + 12 * KEEP * n
+    goal = GOALS.get(n, "") if subject is OURS else ""
+    run(benchmark, bench, f"sample N = {n:,}", subject, inputs(bench.device, n, bench.device.type), "p", moved, goal)
 
 
-@pytest.mark.parametrize("subject", FROM_SCORES, ids=lambda subject: subject.name.replace(" ", "-"))
-@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("subject", FROM_SCORES, ids=ids)
+@pytest.mark.parametrize("n", SIZES[:2])
 def test_scores_to_subset(benchmark, bench, n: int, subject: Subject) -> None:
     # Scores read twice (their scale must be known before the first draw), p kept for the weights and the next epoch.
-    _run(benchmark, bench, f"scores to subset N = {n:,}", n, subject, lambda data: data.scores, 12 * n + 12 * KEEP * n)
+    moved = 12 * n + 12 * KEEP * n
+    data = inputs(bench.device, n, bench.device.type)
+    run(benchmark, bench, f"scores to subset N = {n:,}", subject, data, "scores", moved)
 
 
-def _run(benchmark, bench, measure: str, n: int, subject: Subject, source, moved: float) -> None:
-    benchmark.group = measure
-    with bench.row("sampling", measure, subject.name, subject.role) as row:
-        data = inputs(bench.device, n)
-        tensors = source(data)
+def run(benchmark, bench, what: str, subject: Subject, data: Inputs, source: str, moved: float, goal: str = "") -> None:
+    device = bench.device
+    tensors = getattr(data, source)
+    with bench.row(SUITE, f"{what}, wall time", subject.name, subject.role) as row:
         check(subject, subject.call(tensors[0], data), data)
-        figures = bench.device.measure(
-            benchmark,
-            lambda i: tensors[i],
-            lambda tensor: subject.call(tensor, data),
-            buffers=len(tensors),
-            waits=subject.waits,
+        row.update(
+            device.measure(
+                benchmark,
+                lambda i: tensors[i],
+                lambda tensor: subject.call(tensor, data),
+                buffers=len(tensors),
+                waits=subject.waits,
+            )
         )
-        row.update(figures)
-        bench.add_floor(row, moved if subject.role != "yardstick" else 8 * n, of="wall_seconds")
+        from_scores = source == "scores" and subject.role == "ours" and len(tensors[0]) == IMAGENET
+        set_value(row, row.get("wall_seconds"), "s", "wall", "scores" if CUDA and from_scores else "")
+        bench.set_floor(row, moved)
+        benchmark.extra_info.update(row)
+    if not device.is_cuda or subject.waits or benchmark.disabled:
+        return
+    of_device = bench.add(row, f"{what}, device time", row["device_seconds"], "s", "device", goal)
+    bench.set_floor(of_device, moved)
+    if subject.role == "ours":
+        replays = replayed(device, subject, tensors, data)
+        for clock, seconds in replays.items():
+            bench.set_floor(bench.add(row, f"{what}, graph replay, {clock} time", seconds, "s", clock), moved)
+
+
+def replayed(device, subject: Subject, tensors: list[Tensor], data: Inputs) -> dict[str, float]:
+    """Medians for one replay of a CUDA graph that holds one call: wall time and device time."""
+    graphs, outputs = [], []
+    for tensor in tensors[:GRAPHS]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs.append(subject.call(tensor, data))
+        graphs.append(graph)
+
+    def replay_and_wait(graph: torch.cuda.CUDAGraph) -> None:
+        graph.replay()
+        torch.cuda.synchronize()
+
+    for graph in graphs:
+        graph.replay()
+    figures: dict[str, Any] = device.device_seconds(lambda i: graphs[i], torch.cuda.CUDAGraph.replay, len(graphs))
+    wall = device.host_seconds(lambda i: graphs[i % len(graphs)], replay_and_wait, len(graphs), 50, 200)
+    check(subject, outputs[0], data)
+    return {"wall": wall, "device": figures["device_seconds"]}
+
+
+CPU_SUBJECTS = (FROM_PROBABILITIES[1], FROM_PROBABILITIES[2])
+
+
+@pytest.mark.parametrize("subject", CPU_SUBJECTS, ids=ids)
+def test_sample_on_the_cpu(benchmark, bench, subject: Subject) -> None:
+    n = IMAGENET
+    with bench.row(SUITE, f"sample on the CPU N = {n:,}, wall time", subject.name, subject.role) as row:
+        data = inputs(bench.device, n, "cpu")
+        check(subject, subject.call(data.p[0], data), data)
+        turn = iter(range(10**9))
+
+        def setup():
+            return (data.p[next(turn) % len(data.p)],), {}
+
+        benchmark.pedantic(lambda p: subject.call(p, data), setup=setup, rounds=11, warmup_rounds=2)
+        if not benchmark.disabled:
+            set_value(row, benchmark.stats.stats.median, "s", "wall", "sample CPU" if subject.role == "ours" else "")
         benchmark.extra_info.update(row)
