@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import surrogate as surrogates
 from .dynamics import Dynamics
 from .reference import lif as reference
+from .spike_storage import mark
 
 BACKENDS = (None, "triton", "torch", "cupy")
 STEP_MODES = ("s", "m")
@@ -269,7 +270,8 @@ class BaseNode(nn.Module):
                 v_seq.device,
             )
             self.v_seq = torch.cat((earlier, v_seq)) if grows else v_seq  # type: ignore[arg-type]
-        return spikes
+        binary = fused is not None or surrogates.fused_index(self.surrogate_function) is not None
+        return mark(spikes, 1) if binary else spikes
 
     def forward(self, x: Tensor) -> Tensor:
         """Input current to spikes, same shape and dtype: [N, *] in step mode 's', [T, N, *] in 'm'.

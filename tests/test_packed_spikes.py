@@ -10,9 +10,10 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from sadp_fast import spike_storage
+from sadp_fast import LIFNode, spike_storage
 from sadp_fast.reference import spike_bits as reference
 from sadp_fast.spike_storage import mark, max_count, packed_spikes
+from sadp_fast.surrogate import Sigmoid
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -395,6 +396,29 @@ def test_gradients_are_the_same_bits(layout, dtype, packed, device):
     assert len(packed) == 3  # the stem's spikes once for both of their readers, the sum, and the last ones
     for a, b in zip(plain, saved, strict=True):
         assert a.abs().max() > 0 and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("step_mode", ["s", "m"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_neurons_mark_their_spikes(backend, step_mode, packed, kernel_device):
+    torch.manual_seed(0)
+    node = LIFNode(step_mode=step_mode, backend=backend)
+    layers = nn.Sequential(nn.Linear(6, 9), node, nn.Linear(9, 2)).to(kernel_device)
+    x = 3 * torch.randn(4, 5, 6, device=kernel_device)
+    assert max_count(node(layers[0](x))) == max_count(node(layers[0](x)).flatten()) == 1
+    node.reset()
+    plain = train(layers, x, torch.enable_grad)
+    node.reset()
+    assert not packed
+    for a, b in zip(plain, train(layers, x, packed_spikes), strict=True):
+        assert a.abs().max() > 0 and torch.equal(a, b)
+    assert len(packed) == 1
+
+
+def test_a_surrogate_that_may_not_be_binary_promises_nothing():
+    with torch.no_grad():
+        for surrogate in (torch.sigmoid, Sigmoid(spiking=False)):
+            assert max_count(LIFNode(surrogate_function=surrogate, step_mode="m")(torch.rand(4, 5, 6))) is None
 
 
 def test_the_kernels_in_the_hooks(kernels, kernel_device, monkeypatch):
