@@ -7,6 +7,7 @@ from .neuron import IFNode, LIFNode, reset
 from .pruner import SADP
 from .sampling import Sample, sample
 from .selection import inclusion_probabilities, prune_ratios
+from .spike_storage import packed_spikes
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "LIFNode",
     "Sample",
     "inclusion_probabilities",
+    "packed_spikes",
     "prune_ratios",
     "reset",
     "sample",
