@@ -72,14 +72,21 @@ def _sum_over_pixels(tile, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def _tile_channels(block, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Channel numbers of a tile, shaped to broadcast over it, and as they leave (one axis)."""
+def _block_channels(block, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Channel numbers of a block."""
     if CHANNELS_LAST:
-        channel = block * COLUMNS + tl.arange(0, COLUMNS)
-        return channel[None, :], channel
+        return block * COLUMNS + tl.arange(0, COLUMNS)
     else:
-        channel = block * ROWS + tl.arange(0, ROWS)
-        return channel[:, None], channel
+        return block * ROWS + tl.arange(0, ROWS)
+
+
+@triton.jit
+def _along_tile(channels, CHANNELS_LAST: tl.constexpr):
+    """One value a channel, shaped to broadcast over a tile."""
+    if CHANNELS_LAST:
+        return channels[None, :]
+    else:
+        return channels[:, None]
 
 
 @triton.jit
@@ -98,6 +105,19 @@ def _tile_offsets(channel, pixel, channels, pixels, CHANNELS_LAST: tl.constexpr)
         return pixel * channels + channel, inside
     else:
         return channel * pixels + pixel, inside
+
+
+@triton.jit
+def _normalise(deviation, scale, shift):
+    """y from x - mean; every kernel computes it by these operations."""
+    return tl.fma(deviation, tl.broadcast_to(scale, deviation.shape), tl.broadcast_to(shift, deviation.shape))
+
+
+@triton.jit
+def _gradient(grad_y, deviation, scale, slope, offset):
+    """Gradient of x: the direct part, and those by way of the variance and of the mean."""
+    indirect = tl.fma(deviation, tl.broadcast_to(slope, deviation.shape), tl.broadcast_to(offset, deviation.shape))
+    return tl.fma(grad_y, tl.broadcast_to(scale, grad_y.shape), indirect)
 
 
 # ------------------------------------------------------------------------------------------- statistics of the channels
@@ -134,7 +154,8 @@ def _channel_statistics_kernel(
     slot = program // channel_blocks
     first_example = (slot // chunks) * program_examples
     first_tile = (slot % chunks) * chunk_tiles
-    channel, channel_out = _tile_channels(program % channel_blocks, ROWS, COLUMNS, CHANNELS_LAST)
+    channel_out = _block_channels(program % channel_blocks, ROWS, COLUMNS, CHANNELS_LAST)
+    channel = _along_tile(channel_out, CHANNELS_LAST)
     one = tl.full((), 1, tl.int64)
 
     # Deviations are taken from the first value at each place of the tile, so that a mean far from zero costs no digits.
@@ -156,12 +177,12 @@ def _channel_statistics_kernel(
             if MASKED:
                 inside = inside & (n < examples)
             step_ptr = x_ptr + one * n * x_stride_n
-            for _ in tl.static_range(T):
+            for _step in tl.static_range(T):
                 deviation = _load(step_ptr + offsets, inside, MASKED) - pivot
                 if MASKED:
                     deviation = tl.where(inside, deviation, 0.0)
                 total += deviation
-                squares += deviation * deviation
+                squares = tl.fma(deviation, deviation, squares)
                 step_ptr += x_stride_t
             if MASKED:
                 count += tl.where(inside, T * 1.0, 0.0)
@@ -174,10 +195,7 @@ def _channel_statistics_kernel(
     own_m2 = squares - total * (total / some)
     n_all = _sum_over_pixels(count, CHANNELS_LAST)
     mean = _sum_over_pixels(own_mean * count, CHANNELS_LAST) / tl.maximum(n_all, 1.0)
-    if CHANNELS_LAST:
-        apart = own_mean - mean[None, :]
-    else:
-        apart = own_mean - mean[:, None]
+    apart = own_mean - _along_tile(mean, CHANNELS_LAST)
     m2 = _sum_over_pixels(own_m2 + count * apart * apart, CHANNELS_LAST)
     where = channel_out * slots + slot
     tl.store(count_ptr + where, n_all, mask=channel_out < channels)
@@ -243,6 +261,87 @@ def _finish_statistics_kernel(
 # ------------------------------------------------------------------------------------------------ normalise and fire
 
 
+@triton.jit
+def _forward_steps(
+    x_ptr,
+    residual_ptr,
+    out_ptr,
+    offsets,
+    inside,
+    x_stride_t,
+    residual_stride_t,
+    out_stride_t,
+    y_constant,
+    mean,
+    scale,
+    shift,
+    tau,
+    v_threshold,
+    v_rest,
+    STEPS: tl.constexpr,
+    MASKED: tl.constexpr,
+    X_CONSTANT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ENERGY: tl.constexpr,
+    DYNAMICS: tl.constexpr,
+    EXACT_RECIPROCAL: tl.constexpr,
+    SOFT_RESET: tl.constexpr,
+    RECURSE: tl.constexpr,
+):
+    """The first STEPS steps, the pointers at the last of them: returns the potential behind it, and the energy so far.
+
+    The recursion is over time and unrolled by the compiler: it loads on the way down, and fires on the way up, so that
+    the loads of all steps are under way before the first store. RECURSE is this function.
+    """
+    if X_CONSTANT:
+        y = y_constant
+    else:
+        y = _normalise(_load(x_ptr + offsets, inside, MASKED) - mean, scale, shift)
+    if HAS_RESIDUAL:
+        residual = _load(residual_ptr + offsets, inside, MASKED)
+    if STEPS > 1:
+        v, energy = RECURSE(
+            x_ptr - x_stride_t,
+            residual_ptr - residual_stride_t,
+            out_ptr - out_stride_t,
+            offsets,
+            inside,
+            x_stride_t,
+            residual_stride_t,
+            out_stride_t,
+            y_constant,
+            mean,
+            scale,
+            shift,
+            tau,
+            v_threshold,
+            v_rest,
+            STEPS - 1,
+            MASKED,
+            X_CONSTANT,
+            HAS_RESIDUAL,
+            ENERGY,
+            DYNAMICS,
+            EXACT_RECIPROCAL,
+            SOFT_RESET,
+            RECURSE,
+        )
+    else:
+        v = tl.zeros_like(y) + v_rest
+        energy = tl.zeros_like(y)
+    h = charge(y, v, tau, v_rest, DYNAMICS, EXACT_RECIPROCAL)
+    fired = h >= v_threshold
+    out = tl.where(fired, 1.0, 0.0)
+    if HAS_RESIDUAL:
+        out += residual
+    _store(out_ptr + offsets, out, inside, MASKED)
+    if ENERGY:
+        if MASKED:
+            out = tl.where(inside, out, 0.0)
+        energy = tl.fma(out, out, energy)
+    return reset(h, fired, v_threshold, v_rest, SOFT_RESET), energy
+
+
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def _forward_kernel(
     x_ptr,
@@ -289,7 +388,7 @@ def _forward_kernel(
     chunk = slot % chunks
     first_example = (slot // chunks) * program_examples
     first_tile = chunk * chunk_tiles
-    channel, _ = _tile_channels(block, ROWS, COLUMNS, CHANNELS_LAST)
+    channel = _along_tile(_block_channels(block, ROWS, COLUMNS, CHANNELS_LAST), CHANNELS_LAST)
     mean = _per_channel(mean_ptr, channel, channels, MASKED)
     scale = _per_channel(rstd_ptr, channel, channels, MASKED)
     shift = tl.zeros_like(mean)
@@ -315,27 +414,36 @@ def _forward_kernel(
             x_step = x_ptr + one * n * x_stride_n
             residual_step = residual_ptr + one * n * residual_stride_n
             out_step = out_ptr + one * n * size
-            v = tl.zeros((ROWS, COLUMNS), tl.float32) + v_rest
-            y = v
+            y = tl.zeros((ROWS, COLUMNS), tl.float32)
             if X_CONSTANT:
-                y = (_load(x_step + offsets, inside, MASKED) - mean) * scale + shift
-            for _ in tl.static_range(T):
-                if not X_CONSTANT:
-                    y = (_load(x_step + offsets, inside, MASKED) - mean) * scale + shift
-                    x_step += x_stride_t
-                h = charge(y, v, tau, v_rest, DYNAMICS, EXACT_RECIPROCAL)
-                fired = h - v_threshold >= 0
-                v = reset(h, fired, v_threshold, v_rest, SOFT_RESET)
-                out = tl.where(fired, 1.0, 0.0)
-                if HAS_RESIDUAL:
-                    out += _load(residual_step + offsets, inside, MASKED)
-                    residual_step += residual_stride_t
-                _store(out_step + offsets, out, inside, MASKED)
-                out_step += out_stride_t
-                if ENERGY:
-                    if MASKED:
-                        out = tl.where(inside, out, 0.0)
-                    energy += out * out
+                y = _normalise(_load(x_step + offsets, inside, MASKED) - mean, scale, shift)
+            v, tile_energy = _forward_steps(
+                x_step + (T - 1) * x_stride_t,
+                residual_step + (T - 1) * residual_stride_t,
+                out_step + (T - 1) * out_stride_t,
+                offsets,
+                inside,
+                x_stride_t,
+                residual_stride_t,
+                out_stride_t,
+                y,
+                mean,
+                scale,
+                shift,
+                tau,
+                v_threshold,
+                v_rest,
+                T,
+                MASKED,
+                X_CONSTANT,
+                HAS_RESIDUAL,
+                ENERGY,
+                DYNAMICS,
+                EXACT_RECIPROCAL,
+                SOFT_RESET,
+                _forward_steps,
+            )
+            energy += tile_energy
             if STORE_V:
                 _store(v_ptr + one * n * size + offsets, v, inside, MASKED)
             j += 1
@@ -386,7 +494,7 @@ def _backward_steps(
     """Backward through the STEPS last steps, which start from potential v.
 
     Returns dL/dv before the first of them, and three sums over these steps: of the gradient g with respect to y, of
-    g times the deviation of x from the mean, and of (scale g)^2. The recursion is over time and unrolled by the
+    g times the deviation of x from the mean, and of g^2. The recursion is over time and unrolled by the
     compiler; RECURSE is this function (Triton before 3.5 cannot hash one that names itself).
     """
     if X_CONSTANT:
@@ -394,7 +502,7 @@ def _backward_steps(
     else:
         deviation = _load(x_ptr + offsets, inside, MASKED) - mean
     grad_spike = _load(grad_ptr + offsets, inside, MASKED)
-    h = charge(deviation * scale + shift, v, tau, v_rest, DYNAMICS, EXACT_RECIPROCAL)
+    h = charge(_normalise(deviation, scale, shift), v, tau, v_rest, DYNAMICS, EXACT_RECIPROCAL)
     fired = h - v_threshold >= 0
     if STEPS > 1:
         carry, grad_sum, product_sum, norm = RECURSE(
@@ -444,7 +552,7 @@ def _backward_steps(
         grad_h = tl.where(fired, 0.0, carry)
         if not DETACH_RESET:
             grad_h += carry * (v_rest - h) * surrogate
-    grad_h += grad_spike * surrogate
+    grad_h = tl.fma(grad_spike, surrogate, grad_h)
     if DYNAMICS == LEAK_WITH_INPUT_DECAY:
         grad_y = grad_h * (1.0 / tau)
     else:
@@ -454,12 +562,11 @@ def _backward_steps(
     else:
         if SUM:
             grad_sum += grad_y
-            product_sum += grad_y * deviation
+            product_sum = tl.fma(grad_y, deviation, product_sum)
         if NORM:
-            scaled = grad_y * scale
-            norm += scaled * scaled
+            norm = tl.fma(grad_y, grad_y, norm)
         if WRITE:
-            _store(grad_x_ptr + offsets, grad_y * scale + (deviation * slope + offset), inside, MASKED)
+            _store(grad_x_ptr + offsets, _gradient(grad_y, deviation, scale, slope, offset), inside, MASKED)
     if DYNAMICS == NO_LEAK:
         return grad_h, grad_sum, product_sum, norm
     else:
@@ -519,7 +626,8 @@ def _backward_kernel(
     chunk = slot % chunks
     first_example = (slot // chunks) * program_examples
     first_tile = chunk * chunk_tiles
-    channel, channel_out = _tile_channels(block, ROWS, COLUMNS, CHANNELS_LAST)
+    channel_out = _block_channels(block, ROWS, COLUMNS, CHANNELS_LAST)
+    channel = _along_tile(channel_out, CHANNELS_LAST)
     mean = _per_channel(mean_ptr, channel, channels, MASKED)
     scale = _per_channel(rstd_ptr, channel, channels, MASKED)
     shift = tl.zeros_like(mean)
@@ -557,7 +665,7 @@ def _backward_kernel(
             deviation = tl.zeros((ROWS, COLUMNS), tl.float32)
             if X_CONSTANT:
                 deviation = _load(x_ptr + one * n * x_stride_n + offsets, inside, MASKED) - mean
-            _, tile_grad, tile_product, tile_norm = _backward_steps(
+            _grad_v, tile_grad, tile_product, tile_norm = _backward_steps(
                 x_ptr + one * n * x_stride_n,
                 grad_ptr + one * n * grad_stride_n,
                 grad_x_ptr + one * n * size,
@@ -592,9 +700,9 @@ def _backward_kernel(
             )
             if X_CONSTANT:
                 tile_product = tile_grad * deviation
-                tile_norm = (tile_grad * scale) * (tile_grad * scale)
+                tile_norm = tile_grad * tile_grad
                 if WRITE:
-                    grad_x = tile_grad * scale + (deviation * slope + offset)
+                    grad_x = _gradient(tile_grad, deviation, scale, slope, offset)
                     _store(grad_x_ptr + one * n * size + offsets, grad_x, inside, MASKED)
             if SUM:
                 grad_sum += tile_grad
@@ -603,7 +711,7 @@ def _backward_kernel(
                 norm += tile_norm
             j += 1
         if NORM:
-            total = tl.sum(tl.sum(norm, axis=1), axis=0)
+            total = tl.sum(tl.sum(norm * (scale * scale), axis=1), axis=0)
             part = one * n * chunks * channel_blocks + chunk * channel_blocks + block
             tl.store(norm_ptr + part, total, mask=n < examples)
         i += 1

@@ -7,6 +7,7 @@ so that a spike is the same, bit for bit, as in the plain torch reference (refer
 from __future__ import annotations
 
 import math
+import os
 
 import triton
 import triton.language as tl
@@ -20,26 +21,39 @@ LEAK_WITH_INPUT_DECAY = tl.constexpr(2)
 PI = tl.constexpr(math.pi)
 SQRT_PI = tl.constexpr(math.sqrt(math.pi))
 
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"))
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x to the last bit or two, in one instruction; for gradients, x neither denormal nor beyond 2^126."""
+    if INTERPRETED:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
 
 @triton.jit
 def surrogate_gradient(x, alpha, SURROGATE: tl.constexpr):
     """Gradients of surrogate.FUSED, in the order of that table."""
     if SURROGATE == 0:  # Sigmoid
-        q = tl.sigmoid(alpha * x)
+        q = reciprocal(1 + tl.exp(-alpha * x))
         return alpha * q * (1 - q)
     elif SURROGATE == 1:  # ATan
         y = (PI / 2) * alpha * x
-        return (alpha / 2) / (1 + y * y)
+        return (alpha / 2) * reciprocal(tl.fma(y, y, 1.0))
     elif SURROGATE == 2:  # PiecewiseQuadratic
         return tl.maximum(alpha - alpha * alpha * tl.abs(x), 0.0)
     elif SURROGATE == 3:  # PiecewiseExp
         return (alpha / 2) * tl.exp(-alpha * tl.abs(x))
     elif SURROGATE == 4:  # SoftSign
         y = 1 / alpha + tl.abs(x)
-        return 1 / (2 * alpha * y * y)
+        return (0.5 / alpha) * reciprocal(y * y)
     elif SURROGATE == 5:  # SuperSpike
         y = 1 + tl.abs(x)
-        return alpha / (y * y)
+        return alpha * reciprocal(y * y)
     elif SURROGATE == 6:  # Erf
         y = alpha * x
         return (alpha / SQRT_PI) * tl.exp(-y * y)
@@ -62,7 +76,10 @@ def charge(x, v, tau, v_rest, DYNAMICS: tl.constexpr, EXACT_RECIPROCAL: tl.const
     if DYNAMICS == NO_LEAK:
         return v + x
     elif DYNAMICS == LEAK_WITH_INPUT_DECAY:
-        return v + divide(x - (v - v_rest), tau, EXACT_RECIPROCAL)
+        if EXACT_RECIPROCAL:  # the product is exact, so the sum is rounded as it would be without the fma
+            return tl.fma(x - (v - v_rest), tl.zeros_like(x) + 1.0 / tau, v)
+        else:
+            return v + divide(x - (v - v_rest), tau, EXACT_RECIPROCAL)
     else:
         return v - divide(v - v_rest, tau, EXACT_RECIPROCAL) + x
 
