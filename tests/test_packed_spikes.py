@@ -93,6 +93,8 @@ def test_a_mark_is_seen_through_views():
         assert max_count(view) == 1
     for other in (spikes.clone(), spikes + 1, spikes.view(torch.int32), spikes.half(), torch.ones(3)):
         assert max_count(other) is None
+    reinterpreted = mark(counts((4, 6), dtype=torch.float16), 1).view(torch.bfloat16)
+    assert reinterpreted._base is not None and max_count(reinterpreted) is None
 
 
 def test_a_marked_view_of_a_whole_tensor_marks_it():
@@ -274,6 +276,17 @@ def test_a_change_after_packing_changes_nothing_that_was_saved(packed):
     assert len(packed) == 2
     values = sorted(seen, key=lambda t: t.max())
     assert torch.equal(values[0], expected) and torch.equal(values[1], 2 * expected)
+
+
+def test_data_exchanged_after_packing_changes_nothing_that_was_saved():
+    """Which torch's versions do not tell."""
+    spikes, seen = spikes_of((4, 6)), []
+    with packed_spikes():
+        out = Keep.apply(seen.extend, spikes)
+    expected = spikes.detach().clone()
+    spikes.data = torch.full((4, 6), 3.0)
+    out.backward()
+    assert torch.equal(seen[0], expected)
 
 
 def test_a_dense_tensor_changed_after_saving_is_an_error():
