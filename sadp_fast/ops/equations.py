@@ -20,6 +20,7 @@ LEAK_WITH_INPUT_DECAY = tl.constexpr(2)
 
 PI = tl.constexpr(math.pi)
 SQRT_PI = tl.constexpr(math.sqrt(math.pi))
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"))
 
@@ -31,7 +32,18 @@ def reciprocal(x):
         return 1.0 / x
     else:
         return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def exp2(x):
+    """2^x to the last bit or two, in one instruction; for gradients: below 2^-126 it is zero."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
 
 
@@ -39,15 +51,15 @@ def reciprocal(x):
 def surrogate_gradient(x, alpha, SURROGATE: tl.constexpr):
     """Gradients of surrogate.FUSED, in the order of that table."""
     if SURROGATE == 0:  # Sigmoid
-        q = reciprocal(1 + tl.exp(-alpha * x))
+        q = reciprocal(1 + exp2(x * (-LOG2_E * alpha)))
         return alpha * q * (1 - q)
     elif SURROGATE == 1:  # ATan
-        y = (PI / 2) * alpha * x
+        y = x * (PI / 2 * alpha)
         return (alpha / 2) * reciprocal(tl.fma(y, y, 1.0))
     elif SURROGATE == 2:  # PiecewiseQuadratic
         return tl.maximum(alpha - alpha * alpha * tl.abs(x), 0.0)
     elif SURROGATE == 3:  # PiecewiseExp
-        return (alpha / 2) * tl.exp(-alpha * tl.abs(x))
+        return (alpha / 2) * exp2(tl.abs(x) * (-LOG2_E * alpha))
     elif SURROGATE == 4:  # SoftSign
         y = 1 / alpha + tl.abs(x)
         return (0.5 / alpha) * reciprocal(y * y)
@@ -55,8 +67,7 @@ def surrogate_gradient(x, alpha, SURROGATE: tl.constexpr):
         y = 1 + tl.abs(x)
         return alpha * reciprocal(y * y)
     elif SURROGATE == 6:  # Erf
-        y = alpha * x
-        return (alpha / SQRT_PI) * tl.exp(-y * y)
+        return (alpha / SQRT_PI) * exp2(x * x * (-LOG2_E * alpha * alpha))
     else:  # Rect
         tl.static_assert(SURROGATE == 7, "unknown surrogate")
         return tl.where(tl.abs(x) < 0.5 / alpha, alpha, 0.0)
