@@ -36,7 +36,7 @@ def mark(out: Tensor, max_count: int) -> Tensor:
     if torch.compiler.is_compiling() or out.is_inference():
         return out
     base = out._base
-    marked = [out] if base is None or base.numel() != out.numel() or base.dtype != out.dtype else [out, base]
+    marked = [out] if base is None or base.numel() != out.numel() else [out, base]
     for tensor in marked:
         setattr(tensor, _MAX_COUNT, max_count)
         setattr(tensor, _VERSION, tensor._version)
@@ -133,7 +133,7 @@ def _owner(tensor: Tensor) -> Tensor | None:
     """The tensor whose promise holds for ``tensor``: its base, else itself."""
     base = tensor._base
     for owner in (base, tensor):
-        if owner is not None and getattr(owner, _MAX_COUNT, None) is not None and owner.dtype == tensor.dtype:
+        if owner is not None and getattr(owner, _MAX_COUNT, None) is not None:
             return owner if owner._version == getattr(owner, _VERSION) else None
     return None
 
