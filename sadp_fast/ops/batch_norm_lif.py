@@ -67,8 +67,14 @@ def _per_channel(pointer, channel, channels, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _sum_over_pixels(tile, CHANNELS_LAST: tl.constexpr):
-    return tl.sum(tile, axis=0 if CHANNELS_LAST else 1)
+def _add_pairs(a0, b0, a1, b1):
+    return a0 + a1, b0 + b1
+
+
+@triton.jit
+def _sums_over_pixels(a, b, CHANNELS_LAST: tl.constexpr):
+    """Sums of two tiles for each channel, by one exchange between the threads."""
+    return tl.reduce((a, b), 0 if CHANNELS_LAST else 1, _add_pairs)
 
 
 @triton.jit
@@ -124,15 +130,14 @@ def _gradient(grad_y, deviation, scale, slope, offset):
 
 
 # Numbers on which no kernel is specialised: other shapes of a batch find it compiled.
-_UNSPECIALISED = ("examples", "channel_blocks", "chunks", "slots", "program_examples", "chunk_tiles")
+_UNSPECIALISED = ("examples", "channel_blocks", "chunks", "program_examples", "chunk_tiles")
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def _channel_statistics_kernel(
     x_ptr,
-    count_ptr,
-    mean_ptr,
-    m2_ptr,  # partial results, [C, slots] each
+    count_ptr,  # how many values a program has seen of each of its channels, [slots]
+    partial_ptr,  # their mean and their sum of squared deviations from it, [slots, 2, C]
     examples,
     channels,
     pixels,
@@ -140,7 +145,6 @@ def _channel_statistics_kernel(
     x_stride_n,
     channel_blocks,
     chunks,
-    slots,
     program_examples,
     chunk_tiles,
     T: tl.constexpr,
@@ -149,21 +153,20 @@ def _channel_statistics_kernel(
     CHANNELS_LAST: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Count, mean and sum of squared deviations of each channel in the part of x that a program owns."""
+    """Mean and sum of squared deviations of each channel in the part of x that a program owns."""
     program = tl.program_id(0)
+    block = program % channel_blocks
     slot = program // channel_blocks
     first_example = (slot // chunks) * program_examples
     first_tile = (slot % chunks) * chunk_tiles
-    channel_out = _block_channels(program % channel_blocks, ROWS, COLUMNS, CHANNELS_LAST)
+    channel_out = _block_channels(block, ROWS, COLUMNS, CHANNELS_LAST)
     channel = _along_tile(channel_out, CHANNELS_LAST)
     one = tl.full((), 1, tl.int64)
+    first_pixel = first_tile * (ROWS if CHANNELS_LAST else COLUMNS)
 
-    # Deviations are taken from the first value at each place of the tile, so that a mean far from zero costs no digits.
-    offsets, inside = _tile_offsets(
-        channel, _tile_pixels(first_tile, ROWS, COLUMNS, CHANNELS_LAST), channels, pixels, CHANNELS_LAST
-    )
-    pivot = _load(x_ptr + one * first_example * x_stride_n + offsets, inside, MASKED)
-    count = tl.zeros((ROWS, COLUMNS), tl.float32)
+    # Deviations are taken from the first value of the channel here, so that a mean far from zero costs no digits.
+    pivot_offsets, pivot_inside = _tile_offsets(channel, first_pixel, channels, pixels, CHANNELS_LAST)
+    pivot = _load(x_ptr + one * first_example * x_stride_n + pivot_offsets, pivot_inside, MASKED)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     squares = tl.zeros((ROWS, COLUMNS), tl.float32)
     i = 0
@@ -184,77 +187,77 @@ def _channel_statistics_kernel(
                 total += deviation
                 squares = tl.fma(deviation, deviation, squares)
                 step_ptr += x_stride_t
-            if MASKED:
-                count += tl.where(inside, T * 1.0, 0.0)
-            else:
-                count += T * 1.0
             j += 1
         i += 1
-    some = tl.maximum(count, 1.0)
-    own_mean = pivot + total / some
-    own_m2 = squares - total * (total / some)
-    n_all = _sum_over_pixels(count, CHANNELS_LAST)
-    mean = _sum_over_pixels(own_mean * count, CHANNELS_LAST) / tl.maximum(n_all, 1.0)
-    apart = own_mean - _along_tile(mean, CHANNELS_LAST)
-    m2 = _sum_over_pixels(own_m2 + count * apart * apart, CHANNELS_LAST)
-    where = channel_out * slots + slot
-    tl.store(count_ptr + where, n_all, mask=channel_out < channels)
-    tl.store(mean_ptr + where, mean, mask=channel_out < channels)
-    tl.store(m2_ptr + where, m2, mask=channel_out < channels)
+    count = (
+        T
+        * tl.minimum(program_examples, examples - first_example)
+        * tl.minimum(chunk_tiles * (ROWS if CHANNELS_LAST else COLUMNS), pixels - first_pixel)
+    ).to(tl.float32)
+    totals, all_squares = _sums_over_pixels(total, squares, CHANNELS_LAST)
+    shift = totals / count
+    where = slot * 2 * channels + channel_out
+    pivots = tl.reshape(pivot, channel_out.shape)
+    tl.store(partial_ptr + where, pivots + shift, mask=channel_out < channels)
+    tl.store(partial_ptr + channels + where, all_squares - totals * shift, mask=channel_out < channels)
+    if block == 0:
+        tl.store(count_ptr + slot, count)
 
 
 @triton.jit(do_not_specialize=("slots",))
 def _finish_statistics_kernel(
     count_ptr,
+    partial_ptr,
     mean_ptr,
-    m2_ptr,
-    out_mean_ptr,
-    out_rstd_ptr,
+    rstd_ptr,
     running_mean_ptr,
     running_var_ptr,
     batches_ptr,
+    channels,
     slots,
     momentum,
     eps,
-    BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
     UPDATE_RUNNING: tl.constexpr,
     CUMULATIVE: tl.constexpr,
 ):
-    """Combine one channel's partial statistics (Chan et al.) and update its running ones."""
-    c = tl.program_id(0)
-    place = tl.arange(0, BLOCK)
-    count = tl.zeros((BLOCK,), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
+    """Combine the partial statistics of CHANNELS channels (Chan et al.) and update the running ones."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    known = channel < channels
+    pivot = tl.load(partial_ptr + channel, mask=known, other=0.0)
+    counts = tl.zeros((SLOTS,), tl.float32)
+    total = tl.zeros((SLOTS, CHANNELS), tl.float32)
+    squares = tl.zeros((SLOTS, CHANNELS), tl.float32)
     start = 0
     while start < slots:
-        inside = start + place < slots
-        n = tl.load(count_ptr + c * slots + start + place, mask=inside, other=0.0)
-        count += n
-        total += n * tl.load(mean_ptr + c * slots + start + place, mask=inside, other=0.0)
-        start += BLOCK
-    count_all = tl.sum(count, axis=0)
-    mean = tl.sum(total, axis=0) / count_all
-    m2 = tl.zeros((BLOCK,), tl.float32)
-    start = 0
-    while start < slots:
-        inside = start + place < slots
-        n = tl.load(count_ptr + c * slots + start + place, mask=inside, other=0.0)
-        apart = tl.load(mean_ptr + c * slots + start + place, mask=inside, other=0.0) - mean
-        m2 += tl.load(m2_ptr + c * slots + start + place, mask=inside, other=0.0) + n * apart * apart
-        start += BLOCK
-    variance = tl.maximum(tl.sum(m2, axis=0) / count_all, 0.0)
-    tl.store(out_mean_ptr + c, mean)
-    tl.store(out_rstd_ptr + c, 1.0 / tl.sqrt_rn(variance + eps))
+        slot = start + tl.arange(0, SLOTS)
+        inside = (slot < slots)[:, None] & known[None, :]
+        where = slot[:, None] * 2 * channels + channel[None, :]
+        count = tl.load(count_ptr + slot, mask=slot < slots, other=0.0)
+        mean = tl.load(partial_ptr + where, mask=inside, other=0.0)
+        m2 = tl.load(partial_ptr + channels + where, mask=inside, other=0.0)
+        apart = tl.where(inside, mean - pivot[None, :], 0.0)
+        counts += count
+        total += count[:, None] * apart
+        squares += m2 + count[:, None] * apart * apart
+        start += SLOTS
+    count = tl.sum(counts, axis=0)
+    shift = tl.sum(total, axis=0) / count
+    mean = pivot + shift
+    variance = tl.maximum(tl.sum(squares, axis=0) / count - shift * shift, 0.0)
+    tl.store(mean_ptr + channel, mean, mask=known)
+    tl.store(rstd_ptr + channel, 1.0 / tl.sqrt_rn(variance + eps), mask=known)
     if UPDATE_RUNNING:
         if CUMULATIVE:
             momentum = 1.0 / tl.load(batches_ptr).to(tl.float32)
-        unbiased = variance * (count_all / tl.maximum(count_all - 1.0, 1.0))
-        old_mean = tl.load(running_mean_ptr + c)
-        old_var = tl.load(running_var_ptr + c)
-        tl.store(running_mean_ptr + c, old_mean + momentum * (mean - old_mean))
-        tl.store(running_var_ptr + c, old_var + momentum * (unbiased - old_var))
+        unbiased = variance * (count / tl.maximum(count - 1.0, 1.0))
+        old_mean = tl.load(running_mean_ptr + channel, mask=known, other=0.0)
+        old_var = tl.load(running_var_ptr + channel, mask=known, other=0.0)
+        tl.store(running_mean_ptr + channel, old_mean + momentum * (mean - old_mean), mask=known)
+        tl.store(running_var_ptr + channel, old_var + momentum * (unbiased - old_var), mask=known)
         if not CUMULATIVE:
-            if c == 0:
+            if tl.program_id(0) == 0:
                 tl.store(batches_ptr, tl.load(batches_ptr) + 1)
 
 
@@ -362,7 +365,6 @@ def _forward_kernel(
     residual_stride_n,
     channel_blocks,
     chunks,
-    slots,
     program_examples,
     chunk_tiles,
     tau,
@@ -583,7 +585,7 @@ def _backward_kernel(
     weight_ptr,
     bias_ptr,
     coefficients_ptr,  # [2, C]: what multiplies the deviation of x, and what is added, in the gradient of x
-    sums_ptr,  # partial sums of the gradient and of its product with the deviation, [2, C, slots]
+    sums_ptr,  # partial sums of the gradient and of its product with the deviation, [slots, 2, C]
     norm_ptr,  # partial squared norms, [N, chunks * channel_blocks]
     examples,
     channels,
@@ -594,7 +596,6 @@ def _backward_kernel(
     grad_stride_n,
     channel_blocks,
     chunks,
-    slots,
     program_examples,
     chunk_tiles,
     tau,
@@ -716,13 +717,10 @@ def _backward_kernel(
             tl.store(norm_ptr + part, total, mask=n < examples)
         i += 1
     if SUM:
-        where = channel_out * slots + slot
-        tl.store(sums_ptr + where, _sum_over_pixels(grad_sum, CHANNELS_LAST), mask=channel_out < channels)
-        tl.store(
-            sums_ptr + channels * slots + where,
-            _sum_over_pixels(product_sum, CHANNELS_LAST),
-            mask=channel_out < channels,
-        )
+        grads, products = _sums_over_pixels(grad_sum, product_sum, CHANNELS_LAST)
+        where = slot * 2 * channels + channel_out
+        tl.store(sums_ptr + where, grads, mask=channel_out < channels)
+        tl.store(sums_ptr + channels + where, products, mask=channel_out < channels)
 
 
 @triton.jit(do_not_specialize=("slots", "elements", "examples", "energy_parts", "norm_parts"))
@@ -733,60 +731,72 @@ def _finish_backward_kernel(
     grad_weight_ptr,
     grad_bias_ptr,
     coefficients_ptr,
+    energy_part_ptr,
+    norm_part_ptr,
     energy_ptr,
     norm_ptr,
-    out_energy_ptr,
-    out_norm_ptr,
     channels,
     slots,
     elements,  # of one channel
     examples,
     energy_parts,  # partial sums of one example
     norm_parts,
-    BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    EXAMPLES: tl.constexpr,
+    PARTS: tl.constexpr,
     AFFINE: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """Programs below C finish one channel each: gradients of weight and bias, coefficients of the gradient of x.
+    """The first programs finish CHANNELS channels each: gradients of weight and bias, coefficients of that of x.
 
-    The others add the per-example partial sums, BLOCK examples each.
+    The others add the partial sums of EXAMPLES examples each.
     """
-    c = tl.program_id(0)
-    place = tl.arange(0, BLOCK)
-    if c < channels:
-        grads = tl.zeros((BLOCK,), tl.float32)
-        products = tl.zeros((BLOCK,), tl.float32)
+    program = tl.program_id(0)
+    channel_programs = tl.cdiv(channels, CHANNELS)
+    if program < channel_programs:
+        channel = program * CHANNELS + tl.arange(0, CHANNELS)
+        known = channel < channels
+        grads = tl.zeros((SLOTS, CHANNELS), tl.float32)
+        products = tl.zeros((SLOTS, CHANNELS), tl.float32)
         start = 0
         while start < slots:
-            inside = start + place < slots
-            grads += tl.load(sums_ptr + c * slots + start + place, mask=inside, other=0.0)
-            products += tl.load(sums_ptr + (channels + c) * slots + start + place, mask=inside, other=0.0)
-            start += BLOCK
+            slot = start + tl.arange(0, SLOTS)
+            inside = (slot < slots)[:, None] & known[None, :]
+            where = slot[:, None] * 2 * channels + channel[None, :]
+            grads += tl.load(sums_ptr + where, mask=inside, other=0.0)
+            products += tl.load(sums_ptr + channels + where, mask=inside, other=0.0)
+            start += SLOTS
         grad_sum = tl.sum(grads, axis=0)
         product_sum = tl.sum(products, axis=0)
-        rstd = tl.load(rstd_ptr + c)
+        rstd = tl.load(rstd_ptr + channel, mask=known, other=0.0)
         scale = rstd
         if AFFINE:
-            scale = scale * tl.load(weight_ptr + c)
-            tl.store(grad_weight_ptr + c, product_sum * rstd)
-            tl.store(grad_bias_ptr + c, grad_sum)
-        tl.store(coefficients_ptr + c, -scale * rstd * rstd * (product_sum / elements))
-        tl.store(coefficients_ptr + channels + c, -scale * (grad_sum / elements))
+            scale = scale * tl.load(weight_ptr + channel, mask=known, other=0.0)
+            tl.store(grad_weight_ptr + channel, product_sum * rstd, mask=known)
+            tl.store(grad_bias_ptr + channel, grad_sum, mask=known)
+        tl.store(coefficients_ptr + channel, -scale * rstd * rstd * (product_sum / elements), mask=known)
+        tl.store(coefficients_ptr + channels + channel, -scale * (grad_sum / elements), mask=known)
     else:
         if NORM:
-            n = (c - channels) * BLOCK + place
-            energy = tl.zeros((BLOCK,), tl.float32)
-            norm = tl.zeros((BLOCK,), tl.float32)
-            part = 0
-            while part < energy_parts:
-                energy += tl.load(energy_ptr + n * energy_parts + part, mask=n < examples, other=0.0)
-                part += 1
-            part = 0
-            while part < norm_parts:
-                norm += tl.load(norm_ptr + n * norm_parts + part, mask=n < examples, other=0.0)
-                part += 1
-            tl.store(out_energy_ptr + n, energy, mask=n < examples)
-            tl.store(out_norm_ptr + n, norm, mask=n < examples)
+            n = (program - channel_programs) * EXAMPLES + tl.arange(0, EXAMPLES)
+            energy = _add_parts(energy_part_ptr, n, examples, energy_parts, EXAMPLES, PARTS)
+            tl.store(energy_ptr + n, energy, mask=n < examples)
+            norm = _add_parts(norm_part_ptr, n, examples, norm_parts, EXAMPLES, PARTS)
+            tl.store(norm_ptr + n, norm, mask=n < examples)
+
+
+@triton.jit
+def _add_parts(part_ptr, n, examples, parts, EXAMPLES: tl.constexpr, PARTS: tl.constexpr):
+    """Rows n of [N, parts], summed."""
+    total = tl.zeros((EXAMPLES, PARTS), tl.float32)
+    start = 0
+    while start < parts:
+        part = start + tl.arange(0, PARTS)
+        inside = (n < examples)[:, None] & (part < parts)[None, :]
+        total += tl.load(part_ptr + n[:, None] * parts + part[None, :], mask=inside, other=0.0)
+        start += PARTS
+    return tl.sum(total, axis=1)
 
 
 # ------------------------------------------------------------------------------------------------------- launchers
@@ -830,8 +840,13 @@ class Configuration:
 
 
 # Chosen on an H100 and checked on an H200 (benchmarks/README.md).
-FORWARD = Configuration(elements=8, warps=4, programs=8)
-BACKWARD = Configuration(elements=8, warps=4, programs=8)
+STATISTICS = Configuration(elements=8, warps=4, programs=4)
+FORWARD = Configuration(elements=4, warps=4, programs=4)
+BACKWARD = Configuration(elements=4, warps=4, programs=4)
+
+# Of the kernels that add partial sums.
+_FINISH = {"SLOTS": 256, "CHANNELS": 16, "num_warps": 8}
+_FINISH_EXAMPLES = {"EXAMPLES": 32, "PARTS": 16}
 
 
 @lru_cache(maxsize=256)
@@ -939,12 +954,14 @@ def _statistics(x: Tensor, layout: _Layout, norm: Normalisation) -> tuple[Tensor
     if not norm.use_batch:
         assert norm.running_mean is not None and norm.running_var is not None
         return norm.running_mean, torch.rsqrt(norm.running_var + norm.eps)
-    cut = layout.cut(FORWARD, x.device)
-    partial = x.new_empty((3, layout.channels, cut.slots), dtype=torch.float32)
+    cut = layout.cut(STATISTICS, x.device)
+    count = x.new_empty(cut.slots, dtype=torch.float32)
+    partial = x.new_empty((cut.slots, 2, layout.channels), dtype=torch.float32)
     mean, rstd = x.new_empty((2, layout.channels), dtype=torch.float32)
     _channel_statistics_kernel[(cut.programs,)](
         x,
-        *partial,
+        count,
+        partial,
         layout.examples,
         layout.channels,
         layout.pixels,
@@ -952,7 +969,6 @@ def _statistics(x: Tensor, layout: _Layout, norm: Normalisation) -> tuple[Tensor
         x.stride(1),
         cut.channel_blocks,
         cut.chunks,
-        cut.slots,
         cut.program_examples,
         cut.chunk_tiles,
         T=layout.steps,
@@ -960,27 +976,28 @@ def _statistics(x: Tensor, layout: _Layout, norm: Normalisation) -> tuple[Tensor
         COLUMNS=cut.columns,
         CHANNELS_LAST=layout.channels_last,
         MASKED=cut.masked,
-        num_warps=FORWARD.warps,
+        num_warps=STATISTICS.warps,
         enable_fp_fusion=False,
     )
     update = norm.update and norm.running_mean is not None
     cumulative = update and norm.momentum is None
     if cumulative and norm.batches is not None:
         norm.batches.add_(1)
-    _finish_statistics_kernel[(layout.channels,)](
-        *partial,
+    _finish_statistics_kernel[(triton.cdiv(layout.channels, _FINISH["CHANNELS"]),)](
+        count,
+        partial,
         mean,
         rstd,
         norm.running_mean if update else mean,
         norm.running_var if update else rstd,
         norm.batches if update else mean,
+        layout.channels,
         cut.slots,
         0.0 if norm.momentum is None else norm.momentum,
         norm.eps,
-        BLOCK=min(1024, max(32, triton.next_power_of_2(cut.slots))),
+        **_FINISH,
         UPDATE_RUNNING=update,
         CUMULATIVE=cumulative,
-        num_warps=1,
         enable_fp_fusion=False,
     )
     return mean, rstd
@@ -1032,7 +1049,6 @@ class _BatchNormLIF(torch.autograd.Function):
             0 if residual is None else residual.stride(1),
             cut.channel_blocks,
             cut.chunks,
-            cut.slots,
             cut.program_examples,
             cut.chunk_tiles,
             *neuron.scalars,
@@ -1069,7 +1085,7 @@ class _BatchNormLIF(torch.autograd.Function):
         layout, neuron, energies = ctx.layout, ctx.neuron, ctx.energies
         grad = with_inner_order_of(x.expand(grad_out.shape[0], *x.shape[1:]), grad_out)
         cut = layout.cut(BACKWARD, x.device)
-        sums = x.new_empty((2, layout.channels, cut.slots), dtype=torch.float32)
+        sums = x.new_empty((cut.slots, 2, layout.channels), dtype=torch.float32)
         coefficients = x.new_empty((2, layout.channels), dtype=torch.float32)
         norm_parts = x.new_empty((layout.examples, cut.parts) if energies is not None else (0,), dtype=torch.float32)
         grad_weight = None if weight is None else torch.empty_like(mean)
@@ -1097,7 +1113,6 @@ class _BatchNormLIF(torch.autograd.Function):
                 grad.stride(1),
                 cut.channel_blocks,
                 cut.chunks,
-                cut.slots,
                 cut.program_examples,
                 cut.chunk_tiles,
                 *neuron.scalars,
@@ -1123,9 +1138,9 @@ class _BatchNormLIF(torch.autograd.Function):
 
         # Statistics that are constants need no sums before the gradient can be written.
         launch(False, True, not ctx.norm.use_batch)
-        block = min(1024, max(32, triton.next_power_of_2(cut.slots)))
-        example_programs = 0 if energies is None else triton.cdiv(layout.examples, block)
-        _finish_backward_kernel[(layout.channels + example_programs,)](
+        channel_programs = triton.cdiv(layout.channels, _FINISH["CHANNELS"])
+        example_programs = 0 if energies is None else triton.cdiv(layout.examples, _FINISH_EXAMPLES["EXAMPLES"])
+        _finish_backward_kernel[(channel_programs + example_programs,)](
             sums,
             rstd,
             mean if weight is None else weight,
@@ -1142,10 +1157,10 @@ class _BatchNormLIF(torch.autograd.Function):
             layout.examples,
             energy_parts.shape[-1],
             cut.parts,
-            BLOCK=block,
+            **_FINISH,
+            **_FINISH_EXAMPLES,
             AFFINE=weight is not None,
             NORM=energies is not None,
-            num_warps=1,
             enable_fp_fusion=False,
         )
         if ctx.norm.use_batch:
