@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -69,7 +70,7 @@ class Device:
         sizes = [max(1, moved // 8) for moved in moved_bytes]  # float32 elements
         count = 1 if sum(sizes) * 8 >= self.copy_bytes else self.buffers(sum(sizes) * 8)
         pairs = [
-            [(torch.ones(n, device=self.type), torch.empty(n, device=self.type)) for n in sizes] for _ in range(count)
+            [(torch.randn(n, device=self.type), torch.empty(n, device=self.type)) for n in sizes] for _ in range(count)
         ]
 
         def copy(pair):
@@ -88,6 +89,8 @@ class Device:
     def release(self) -> None:
         """Leave nothing of earlier benchmarks on the device, so that the next one's peak of memory is its own."""
         self.__dict__.pop("scratch", None)
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
         gc.collect()
         if self.is_cuda:
             torch.cuda.synchronize()

@@ -220,10 +220,10 @@ def peer_cases() -> Iterator:
     for case in CASES:
         for peer in peers(case.dtype):
             # Slow ones and those that compile for long are measured where they can be told apart from the others.
-            large = case.shape == SHAPES[0]
-            if peer.slow and (not large or case.dtype == torch.float16):
+            large, half = case.shape == SHAPES[0], case.dtype == torch.float16
+            if peer.slow and (half or not large):
                 continue
-            if peer.compiles and (case.dtype == torch.float16 or (case.shape != SMALL and not large)):
+            if peer.compiles and (half or not (case.shape == SMALL or (large and case.dtype == torch.bfloat16))):
                 continue
             yield pytest.param(case, peer, id=f"{case} {peer.name}".replace(" ", "-"))
 
