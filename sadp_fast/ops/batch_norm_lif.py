@@ -21,7 +21,7 @@ backward passes see exactly the spikes that the forward pass wrote.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -129,8 +129,23 @@ def _gradient(grad_y, deviation, scale, slope, offset):
 # ------------------------------------------------------------------------------------------- statistics of the channels
 
 
+@triton.jit
+def _store_part(parts_ptr, value, n, block, slot, channel_blocks, tiles, share, last_tile):
+    """A program's share of a sum over example n goes to row n of [N, channel_blocks, parts].
+
+    The tiles of one example belong to as many programs as there are parts, or to one less: then the last of these
+    fills up the row.
+    """
+    parts = (tiles + share - 2) // share + 1
+    part = slot - (n * tiles) // share
+    row_ptr = parts_ptr + (tl.full((), 1, tl.int64) * n * channel_blocks + block) * parts
+    tl.store(row_ptr + part, value)
+    if (last_tile == tiles) & (part == parts - 2):
+        tl.store(row_ptr + parts - 1, 0.0)
+
+
 # Numbers on which no kernel is specialised: other shapes of a batch find it compiled.
-_UNSPECIALISED = ("examples", "channel_blocks", "chunks", "program_examples", "chunk_tiles")
+_UNSPECIALISED = ("examples", "channel_blocks", "tiles", "share")
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
@@ -144,9 +159,8 @@ def _channel_statistics_kernel(
     x_stride_t,
     x_stride_n,
     channel_blocks,
-    chunks,
-    program_examples,
-    chunk_tiles,
+    tiles,  # of one example and block of channels
+    share,  # tiles of a program
     T: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -157,43 +171,39 @@ def _channel_statistics_kernel(
     program = tl.program_id(0)
     block = program % channel_blocks
     slot = program // channel_blocks
-    first_example = (slot // chunks) * program_examples
-    first_tile = (slot % chunks) * chunk_tiles
+    first = slot * share
+    last = tl.minimum(first + share, examples * tiles)
     channel_out = _block_channels(block, ROWS, COLUMNS, CHANNELS_LAST)
     channel = _along_tile(channel_out, CHANNELS_LAST)
     one = tl.full((), 1, tl.int64)
-    first_pixel = first_tile * (ROWS if CHANNELS_LAST else COLUMNS)
+    tile_pixels: tl.constexpr = ROWS if CHANNELS_LAST else COLUMNS
 
     # Deviations are taken from the first value of the channel here, so that a mean far from zero costs no digits.
-    pivot_offsets, pivot_inside = _tile_offsets(channel, first_pixel, channels, pixels, CHANNELS_LAST)
-    pivot = _load(x_ptr + one * first_example * x_stride_n + pivot_offsets, pivot_inside, MASKED)
+    pivot_offsets, pivot_inside = _tile_offsets(channel, (first % tiles) * tile_pixels, channels, pixels, CHANNELS_LAST)
+    pivot = _load(x_ptr + one * (first // tiles) * x_stride_n + pivot_offsets, pivot_inside, MASKED)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     squares = tl.zeros((ROWS, COLUMNS), tl.float32)
-    i = 0
-    while i < program_examples:
-        n = first_example + i
-        j = 0
-        while j < chunk_tiles:
-            offsets, inside = _tile_offsets(
-                channel, _tile_pixels(first_tile + j, ROWS, COLUMNS, CHANNELS_LAST), channels, pixels, CHANNELS_LAST
-            )
+    values = 0
+    n = first // tiles
+    tile = first - n * tiles
+    place = first
+    while place < last:
+        offsets, inside = _tile_offsets(
+            channel, _tile_pixels(tile, ROWS, COLUMNS, CHANNELS_LAST), channels, pixels, CHANNELS_LAST
+        )
+        step_ptr = x_ptr + one * n * x_stride_n
+        for _step in tl.static_range(T):
+            deviation = _load(step_ptr + offsets, inside, MASKED) - pivot
             if MASKED:
-                inside = inside & (n < examples)
-            step_ptr = x_ptr + one * n * x_stride_n
-            for _step in tl.static_range(T):
-                deviation = _load(step_ptr + offsets, inside, MASKED) - pivot
-                if MASKED:
-                    deviation = tl.where(inside, deviation, 0.0)
-                total += deviation
-                squares = tl.fma(deviation, deviation, squares)
-                step_ptr += x_stride_t
-            j += 1
-        i += 1
-    count = (
-        T
-        * tl.minimum(program_examples, examples - first_example)
-        * tl.minimum(chunk_tiles * (ROWS if CHANNELS_LAST else COLUMNS), pixels - first_pixel)
-    ).to(tl.float32)
+                deviation = tl.where(inside, deviation, 0.0)
+            total += deviation
+            squares = tl.fma(deviation, deviation, squares)
+            step_ptr += x_stride_t
+        values += tl.minimum(tile_pixels, pixels - tile * tile_pixels)
+        place += 1
+        n += tl.where(tile == tiles - 1, 1, 0)
+        tile = tl.where(tile == tiles - 1, 0, tile + 1)
+    count = (T * values).to(tl.float32)
     totals, all_squares = _sums_over_pixels(total, squares, CHANNELS_LAST)
     shift = totals / count
     where = slot * 2 * channels + channel_out
@@ -355,7 +365,7 @@ def _forward_kernel(
     rstd_ptr,
     weight_ptr,
     bias_ptr,
-    energy_ptr,  # partial sums of the squares of the output, [N, chunks * channel_blocks]
+    energy_ptr,  # partial sums of the squares of the output, [N, channel_blocks, parts]
     examples,
     channels,
     pixels,
@@ -364,9 +374,8 @@ def _forward_kernel(
     residual_stride_t,
     residual_stride_n,
     channel_blocks,
-    chunks,
-    program_examples,
-    chunk_tiles,
+    tiles,  # of one example and block of channels
+    share,  # tiles of a program
     tau,
     v_threshold,
     v_rest,
@@ -387,9 +396,8 @@ def _forward_kernel(
     program = tl.program_id(0)
     block = program % channel_blocks
     slot = program // channel_blocks
-    chunk = slot % chunks
-    first_example = (slot // chunks) * program_examples
-    first_tile = chunk * chunk_tiles
+    first = slot * share
+    last = tl.minimum(first + share, examples * tiles)
     channel = _along_tile(_block_channels(block, ROWS, COLUMNS, CHANNELS_LAST), CHANNELS_LAST)
     mean = _per_channel(mean_ptr, channel, channels, MASKED)
     scale = _per_channel(rstd_ptr, channel, channels, MASKED)
@@ -401,18 +409,16 @@ def _forward_kernel(
     size = channels * pixels
     out_stride_t = one * examples * size
 
-    i = 0
-    while i < program_examples:
-        n = first_example + program_examples - 1 - i
+    n = (last - 1) // tiles
+    while n >= first // tiles:
+        first_tile = tl.maximum(first - n * tiles, 0)
+        last_tile = tl.minimum(last - n * tiles, tiles)
         energy = tl.zeros((ROWS, COLUMNS), tl.float32)
-        j = 0
-        while j < chunk_tiles:
-            tile = first_tile + chunk_tiles - 1 - j
+        tile = last_tile - 1
+        while tile >= first_tile:
             offsets, inside = _tile_offsets(
                 channel, _tile_pixels(tile, ROWS, COLUMNS, CHANNELS_LAST), channels, pixels, CHANNELS_LAST
             )
-            if MASKED:
-                inside = inside & (n < examples)
             x_step = x_ptr + one * n * x_stride_n
             residual_step = residual_ptr + one * n * residual_stride_n
             out_step = out_ptr + one * n * size
@@ -448,12 +454,11 @@ def _forward_kernel(
             energy += tile_energy
             if STORE_V:
                 _store(v_ptr + one * n * size + offsets, v, inside, MASKED)
-            j += 1
+            tile -= 1
         if ENERGY:
             total = tl.sum(tl.sum(energy, axis=1), axis=0)
-            part = one * n * chunks * channel_blocks + chunk * channel_blocks + block
-            tl.store(energy_ptr + part, total, mask=n < examples)
-        i += 1
+            _store_part(energy_ptr, total, n, block, slot, channel_blocks, tiles, share, last_tile)
+        n -= 1
 
 
 # --------------------------------------------------------------------------------------------------------- backward
@@ -586,7 +591,7 @@ def _backward_kernel(
     bias_ptr,
     coefficients_ptr,  # [2, C]: what multiplies the deviation of x, and what is added, in the gradient of x
     sums_ptr,  # partial sums of the gradient and of its product with the deviation, [slots, 2, C]
-    norm_ptr,  # partial squared norms, [N, chunks * channel_blocks]
+    norm_ptr,  # partial squared norms, [N, channel_blocks, parts]
     examples,
     channels,
     pixels,
@@ -595,9 +600,8 @@ def _backward_kernel(
     grad_stride_t,
     grad_stride_n,
     channel_blocks,
-    chunks,
-    program_examples,
-    chunk_tiles,
+    tiles,  # of one example and block of channels
+    share,  # tiles of a program
     tau,
     v_threshold,
     v_rest,
@@ -624,9 +628,8 @@ def _backward_kernel(
     program = tl.program_id(0)
     block = program % channel_blocks
     slot = program // channel_blocks
-    chunk = slot % chunks
-    first_example = (slot // chunks) * program_examples
-    first_tile = chunk * chunk_tiles
+    first = slot * share
+    last = tl.minimum(first + share, examples * tiles)
     channel_out = _block_channels(block, ROWS, COLUMNS, CHANNELS_LAST)
     channel = _along_tile(channel_out, CHANNELS_LAST)
     mean = _per_channel(mean_ptr, channel, channels, MASKED)
@@ -647,22 +650,24 @@ def _backward_kernel(
 
     grad_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     product_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    first_n = first // tiles
+    last_n = (last - 1) // tiles
     i = 0
-    while i < program_examples:
-        n = first_example + i
+    while i <= last_n - first_n:
+        n = first_n + i
         if REVERSED:
-            n = first_example + program_examples - 1 - i
+            n = last_n - i
+        first_tile = tl.maximum(first - n * tiles, 0)
+        last_tile = tl.minimum(last - n * tiles, tiles)
         norm = tl.zeros((ROWS, COLUMNS), tl.float32)
         j = 0
-        while j < chunk_tiles:
+        while j < last_tile - first_tile:
             tile = first_tile + j
             if REVERSED:
-                tile = first_tile + chunk_tiles - 1 - j
+                tile = last_tile - 1 - j
             offsets, inside = _tile_offsets(
                 channel, _tile_pixels(tile, ROWS, COLUMNS, CHANNELS_LAST), channels, pixels, CHANNELS_LAST
             )
-            if MASKED:
-                inside = inside & (n < examples)
             deviation = tl.zeros((ROWS, COLUMNS), tl.float32)
             if X_CONSTANT:
                 deviation = _load(x_ptr + one * n * x_stride_n + offsets, inside, MASKED) - mean
@@ -713,8 +718,7 @@ def _backward_kernel(
             j += 1
         if NORM:
             total = tl.sum(tl.sum(norm * (scale * scale), axis=1), axis=0)
-            part = one * n * chunks * channel_blocks + chunk * channel_blocks + block
-            tl.store(norm_ptr + part, total, mask=n < examples)
+            _store_part(norm_ptr, total, n, block, slot, channel_blocks, tiles, share, last_tile)
         i += 1
     if SUM:
         grads, products = _sums_over_pixels(grad_sum, product_sum, CHANNELS_LAST)
@@ -808,22 +812,16 @@ class _Cut:
 
     rows: int
     columns: int
+    tiles: int  # of one example and block of channels
     channel_blocks: int
-    chunk_tiles: int  # tiles that a program walks over in one example
-    chunks: int
-    program_examples: int
-    groups: int
-    masked: bool
-
-    @property
-    def slots(self) -> int:
-        """Programs that share a channel: as many partial sums."""
-        return self.groups * self.chunks
+    share: int  # tiles of one program, in the order of the examples
+    slots: int  # programs that share a channel: as many partial sums
+    masked: bool  # whether some tile lies partly outside
 
     @property
     def parts(self) -> int:
-        """Programs that share an example."""
-        return self.chunks * self.channel_blocks
+        """Partial sums of one example."""
+        return self.channel_blocks * ((self.tiles + self.share - 2) // self.share + 1)
 
     @property
     def programs(self) -> int:
@@ -832,18 +830,30 @@ class _Cut:
 
 @dataclass(frozen=True)
 class Configuration:
-    """Launch configuration of the kernels of this file."""
+    """Launch configuration of a kernel of this file."""
 
     elements: int  # of a tile, per thread
-    warps: int
-    programs: int  # per multiprocessor, about
+    warps: int  # of a program
+    programs: int  # at a time on one multiprocessor, each with its share of the registers
+
+    def for_steps(self, steps: int) -> Configuration:
+        """Longer sequences need more registers, so fewer programs fit."""
+        return self if steps <= 4 else replace(self, programs=max(1, self.programs * 2 // 3 if steps <= 8 else 2))
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Of the compiler."""
+        registers = _REGISTERS // (32 * self.warps * self.programs)
+        return {"num_warps": self.warps, "maxnreg": min(255, registers // 8 * 8), "enable_fp_fusion": False}
 
 
-# Chosen on an H100 and checked on an H200 (benchmarks/README.md).
-STATISTICS = Configuration(elements=8, warps=4, programs=4)
-FORWARD = Configuration(elements=4, warps=4, programs=4)
-BACKWARD = Configuration(elements=4, warps=4, programs=4)
+_REGISTERS = 65536  # of one multiprocessor
 
+# For up to 4 steps; chosen on an H100 and checked on an H200 (benchmarks/README.md).
+STATISTICS = Configuration(elements=8, warps=4, programs=8)
+FORWARD = Configuration(elements=4, warps=4, programs=8)
+SUMS = Configuration(elements=4, warps=4, programs=6)
+GRADIENT = Configuration(elements=4, warps=4, programs=8)
 # Of the kernels that add partial sums.
 _FINISH = {"SLOTS": 256, "CHANNELS": 16, "num_warps": 8}
 _FINISH_EXAMPLES = {"EXAMPLES": 32, "PARTS": 16}
@@ -860,22 +870,16 @@ def _cut(
     tile_pixels, tile_channels = (rows, columns) if channels_last else (columns, rows)
     tiles = triton.cdiv(pixels, tile_pixels)
     channel_blocks = triton.cdiv(channels, tile_channels)
-    share = max(1, examples * tiles * channel_blocks // (config.programs * processors))
-    chunk_tiles = _part(tiles, share)
-    program_examples = _part(examples, share // tiles) if share > tiles else 1
-    chunks, groups = triton.cdiv(tiles, chunk_tiles), triton.cdiv(examples, program_examples)
-    whole = (
-        pixels == chunks * chunk_tiles * tile_pixels
-        and channels == channel_blocks * tile_channels
-        and examples == groups * program_examples
+    share = triton.cdiv(examples * tiles * channel_blocks, config.programs * processors)
+    return _Cut(
+        rows,
+        columns,
+        tiles,
+        channel_blocks,
+        share,
+        triton.cdiv(examples * tiles, share),
+        masked=pixels % tile_pixels != 0 or channels % tile_channels != 0,
     )
-    return _Cut(rows, columns, channel_blocks, chunk_tiles, chunks, program_examples, groups, masked=not whole)
-
-
-def _part(whole: int, most: int) -> int:
-    """A part of at most ``most``: if there is one above half of that, one that divides the whole: nothing is masked."""
-    most = min(whole, most)
-    return next((part for part in range(most, most // 2, -1) if whole % part == 0), most)
 
 
 @lru_cache
@@ -954,7 +958,8 @@ def _statistics(x: Tensor, layout: _Layout, norm: Normalisation) -> tuple[Tensor
     if not norm.use_batch:
         assert norm.running_mean is not None and norm.running_var is not None
         return norm.running_mean, torch.rsqrt(norm.running_var + norm.eps)
-    cut = layout.cut(STATISTICS, x.device)
+    config = STATISTICS
+    cut = layout.cut(config, x.device)
     count = x.new_empty(cut.slots, dtype=torch.float32)
     partial = x.new_empty((cut.slots, 2, layout.channels), dtype=torch.float32)
     mean, rstd = x.new_empty((2, layout.channels), dtype=torch.float32)
@@ -968,16 +973,14 @@ def _statistics(x: Tensor, layout: _Layout, norm: Normalisation) -> tuple[Tensor
         x.stride(0),
         x.stride(1),
         cut.channel_blocks,
-        cut.chunks,
-        cut.program_examples,
-        cut.chunk_tiles,
+        cut.tiles,
+        cut.share,
         T=layout.steps,
         ROWS=cut.rows,
         COLUMNS=cut.columns,
         CHANNELS_LAST=layout.channels_last,
         MASKED=cut.masked,
-        num_warps=STATISTICS.warps,
-        enable_fp_fusion=False,
+        **config.options,
     )
     update = norm.update and norm.running_mean is not None
     cumulative = update and norm.momentum is None
@@ -1027,7 +1030,8 @@ class _BatchNormLIF(torch.autograd.Function):
         out = sequence_like(whole, x.dtype)
         if residual is not None:
             residual = with_inner_order_of(whole, residual)
-        cut = layout.cut(FORWARD, x.device)
+        config = FORWARD.for_steps(steps)
+        cut = layout.cut(config, x.device)
         v = x.new_empty_strided(x.shape[1:], out.stride()[1:], dtype=torch.float32) if want_v else x.new_empty(0)
         parts = x.new_empty((layout.examples, cut.parts) if energies is not None else (0,), dtype=torch.float32)
         _forward_kernel[(cut.programs,)](
@@ -1048,9 +1052,8 @@ class _BatchNormLIF(torch.autograd.Function):
             0 if residual is None else residual.stride(0),
             0 if residual is None else residual.stride(1),
             cut.channel_blocks,
-            cut.chunks,
-            cut.program_examples,
-            cut.chunk_tiles,
+            cut.tiles,
+            cut.share,
             *neuron.scalars,
             T=steps,
             ROWS=cut.rows,
@@ -1063,8 +1066,7 @@ class _BatchNormLIF(torch.autograd.Function):
             STORE_V=want_v,
             ENERGY=energies is not None,
             **step_constants(neuron.dynamics),
-            num_warps=FORWARD.warps,
-            enable_fp_fusion=False,
+            **config.options,
         )
         ctx.save_for_backward(x, mean, rstd, weight, bias, parts)
         ctx.norm, ctx.neuron, ctx.repeat, ctx.layout, ctx.energies = norm, neuron, repeat, layout, energies
@@ -1084,7 +1086,9 @@ class _BatchNormLIF(torch.autograd.Function):
         x, mean, rstd, weight, bias, energy_parts = ctx.saved_tensors
         layout, neuron, energies = ctx.layout, ctx.neuron, ctx.energies
         grad = with_inner_order_of(x.expand(grad_out.shape[0], *x.shape[1:]), grad_out)
-        cut = layout.cut(BACKWARD, x.device)
+        steps = grad.shape[0]
+        sums_config = SUMS.for_steps(steps)
+        cut = layout.cut(sums_config, x.device)
         sums = x.new_empty((cut.slots, 2, layout.channels), dtype=torch.float32)
         coefficients = x.new_empty((2, layout.channels), dtype=torch.float32)
         norm_parts = x.new_empty((layout.examples, cut.parts) if energies is not None else (0,), dtype=torch.float32)
@@ -1092,7 +1096,8 @@ class _BatchNormLIF(torch.autograd.Function):
         grad_bias = None if bias is None else torch.empty_like(mean)
         grad_x = sequence_like(x, x.dtype)
 
-        def launch(reversed_: bool, sum_: bool, write: bool) -> None:
+        def launch(config: Configuration, reversed_: bool, sum_: bool, write: bool) -> None:
+            cut = layout.cut(config, x.device)
             _backward_kernel[(cut.programs,)](
                 x,
                 grad,
@@ -1112,12 +1117,11 @@ class _BatchNormLIF(torch.autograd.Function):
                 grad.stride(0),
                 grad.stride(1),
                 cut.channel_blocks,
-                cut.chunks,
-                cut.program_examples,
-                cut.chunk_tiles,
+                cut.tiles,
+                cut.share,
                 *neuron.scalars,
                 neuron.alpha,
-                T=grad.shape[0],
+                T=steps,
                 ROWS=cut.rows,
                 COLUMNS=cut.columns,
                 CHANNELS_LAST=layout.channels_last,
@@ -1132,12 +1136,11 @@ class _BatchNormLIF(torch.autograd.Function):
                 **step_constants(neuron.dynamics),
                 DETACH_RESET=neuron.dynamics.detach_reset,
                 SURROGATE=neuron.surrogate,
-                num_warps=BACKWARD.warps,
-                enable_fp_fusion=False,
+                **config.options,
             )
 
         # Statistics that are constants need no sums before the gradient can be written.
-        launch(False, True, not ctx.norm.use_batch)
+        launch(sums_config, False, True, not ctx.norm.use_batch)
         channel_programs = triton.cdiv(layout.channels, _FINISH["CHANNELS"])
         example_programs = 0 if energies is None else triton.cdiv(layout.examples, _FINISH_EXAMPLES["EXAMPLES"])
         _finish_backward_kernel[(channel_programs + example_programs,)](
@@ -1164,7 +1167,7 @@ class _BatchNormLIF(torch.autograd.Function):
             enable_fp_fusion=False,
         )
         if ctx.norm.use_batch:
-            launch(True, False, True)
+            launch(GRADIENT.for_steps(steps), True, False, True)
         if ctx.repeat is not None:
             grad_x = grad_x[0]
         return (
