@@ -3,7 +3,7 @@
 A row: ``suite``, ``measure`` (what is compared), ``implementation``, ``role`` ("ours", "peer" or "yardstick"), and,
 where something was timed, ``value`` in ``unit`` ("s", "B" or "ratio") on some ``clock``. A row with a floor also has
 ``floor`` in the value's unit and ``share`` = floor / value, and ``moved_bytes`` where it comes from bytes. ``goal``
-names a goal that the row is held to.
+names a goal that the row is held to; a row that is a ``detail`` is left out of the table.
 """
 
 from __future__ import annotations
@@ -35,8 +35,13 @@ class Bench:
         self.load_average = os.getloadavg()[0]
         self.device = Device()
         self.rows: list[Row] = []
+        self.copy_bandwidth_at_end: float | None = None
         if timing:
             _ = self.device.copy_bandwidth  # measured first, while the device is as it will be for what follows
+
+    def finish(self) -> None:
+        """Measure the copy bandwidth once more: whether the device is still as fast as the floors assume."""
+        self.copy_bandwidth_at_end = self.device.copy_bytes / self.device.copy_seconds((self.device.copy_bytes,))
 
     @contextmanager
     def row(self, suite: str, measure: str, implementation: str, role: str) -> Iterator[Row]:
@@ -73,6 +78,7 @@ class Bench:
             "environment": {**environment(self.device), "load_average_at_start": self.load_average},
             "copy": {
                 "bytes_per_second": self.device.copy_bandwidth,
+                "bytes_per_second_at_end": self.copy_bandwidth_at_end,
                 "bytes_read_and_written": self.device.copy_bytes,
             },
             "goals": [
@@ -144,11 +150,12 @@ HEADING = ("measure", "ours", "", "best peer", "its / ours", "floor", "share of 
 
 def table(report: dict[str, Any]) -> list[str]:
     """Lines of text from a report: every figure of ours beside its best peer and its floor, then the goals."""
-    facts, rows = report["environment"], report["rows"]
+    facts, rows, at_end = report["environment"], report["rows"], report["copy"]["bytes_per_second_at_end"]
     lines = [
         f"{facts['device']}, {facts['torch_threads']} CPU threads; driver {facts['driver'] or '-'}, "
         f"torch {facts['torch']}, triton {facts['triton']}, sadp_fast {facts['sadp_fast']}",
-        f"Copy bandwidth measured in this run: {report['copy']['bytes_per_second'] / 1e9:,.1f} GB/s, read + written.",
+        f"Copy bandwidth measured in this run: {report['copy']['bytes_per_second'] / 1e9:,.1f} GB/s, read + written"
+        + (f" ({at_end / 1e9:,.1f} at its end)." if at_end else "."),
         "Floor: the time in which that bandwidth moves the bytes that any implementation must move. Times are medians.",
     ]
     if facts["load_average_at_start"] > (facts["cpu_count"] or 1):
@@ -158,6 +165,7 @@ def table(report: dict[str, Any]) -> list[str]:
         )
     for suite in dict.fromkeys(row["suite"] for row in rows):
         ours = [row for row in rows if row["suite"] == suite and row["role"] == "ours" and "value" in row]
+        ours = [row for row in ours if not row.get("detail")]
         if ours:
             lines += ["", suite, *aligned([HEADING, *(_line(rows, row) for row in ours)])]
     if any(row.get("bound_by_host") for row in rows):

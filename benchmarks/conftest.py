@@ -40,9 +40,11 @@ def pytest_terminal_summary(terminalreporter, config):
     bench = config.stash.get(BENCH, None)
     if bench is None or config.getoption("benchmark_disable") or not bench.rows:
         return
+    bench.finish()
     report = bench.report()
     terminalreporter.section("sadp_fast against its floors and peers")
     for line in table(report):
         terminalreporter.write_line(line)
     if path := config.getoption("--results"):
+        write_json(report, path)
         terminalreporter.write_line(f"\nAll figures: {path}")

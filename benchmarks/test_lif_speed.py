@@ -187,6 +187,7 @@ def figures_of(bench, row: dict, case: Case, elements: int, data: Inputs, direct
     goal = ""
     if CUDA and direction == "forward + backward" and statistics_on:
         goal = "lif small" if case.shape == SMALL else "lif"
+    row["detail"] = direction != "forward + backward"
     if "device_seconds" in row:
         set_value(row, row["device_seconds"], "s", "device", goal)
     count, size = data.current[0].numel(), data.current[0].element_size()

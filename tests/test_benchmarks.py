@@ -105,6 +105,13 @@ def test_table_says_what_was_measured(bench):
     assert "40.0 % fast peer" in goal  # the peer's share of the same floor
 
 
+def test_details_are_kept_but_not_shown(bench):
+    add(bench, "LIFNode with a detail", "ours", 60e-6, 80e6)["detail"] = True
+    report = lif_report(bench)
+    assert any(row["implementation"] == "LIFNode with a detail" for row in report["rows"])
+    assert not any("with a detail" in line for line in table(report))
+
+
 def test_figures_for_people():
     assert [shown(v, "s") for v in (7.31e-6, 0.0021, 1.5)] == ["7.3 us", "2.1 ms", "1500 ms"]
     assert shown(1200 * 2**20, "B") == "1,200 MiB" and shown(0.975, "ratio") == "97.5 %"
