@@ -1,10 +1,10 @@
 """Which neuron feeds which weight layer: read from the autograd graph of one training step.
 
-The score of a weight layer needs the energy of its input and of the gradient at its output. Where the input is a
-neuron's spikes as they are, the neuron's count is that energy; where the output goes to one neuron alone, directly or
-through a batch normalisation, the neuron's gradient norm is the other. The graph that autograd records anyway says
-where this holds, for any model code: views and casts change neither, a residual sum, a pooling or a dropout does. What
-no neuron knows is measured by a reduction over the tensor itself.
+The score of a weight layer needs the energy (squared norm) of its input and of the gradient at its output. Where the
+input is a neuron's output as it is, the neuron knows the one; where the output goes to one neuron alone, directly or
+through a batch normalisation, the neuron knows the other. The graph that autograd records anyway says where this holds,
+for any model code: views and casts change neither, a pooling, a dropout or a sum outside of the neuron does. What no
+neuron knows is measured by a reduction over the tensor itself (``energies``).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .batch_norm_lif import CallEnergies
 from .neuron import BaseNode
-from .reference.lif import squared_norm_per_example
 from .score import WEIGHT_LAYERS, patch_multiplicity
 
 # Autograd nodes that leave every element as it is; the second group also moves dimensions.
@@ -37,9 +37,10 @@ class WeightLayer:
     Attributes:
         name: of the layer's module.
         multiplicity: ``patch_multiplicity``.
-        input_neuron: the neuron whose spikes are the layer's input, or None: reduce the input tensor.
-        norm: the batch normalisation that alone consumes the layer's output, or None. The gradient is then taken
-            behind it and scaled by gamma/sigma: exactly the gradient in front of it for frozen statistics.
+        input_neuron: the neuron whose output is the layer's input, or None: reduce the input tensor.
+        norm: the batch normalisation module that alone consumes the layer's output, or None. The gradient is then taken
+            behind it and scaled by gamma/sigma: exactly the gradient in front of it for frozen statistics. (A
+            ``BatchNormLIF`` is a neuron here, which does this by itself.)
         output_neuron: the neuron that alone consumes that output, or None: reduce the gradient tensor.
     """
 
@@ -56,9 +57,9 @@ class WeightLayer:
 
     def describe(self) -> str:
         """One line for people."""
-        spikes = f"spike count of {self.input_neuron}" if self.input_neuron else "reduction of its input"
+        spikes = f"output of {self.input_neuron}" if self.input_neuron else "reduction of its input"
         norm = f", scaled through {self.norm}" if self.norm else ""
-        delta = f"gradient norm of {self.output_neuron}" if self.output_neuron else "reduction of its output's gradient"
+        delta = f"gradient at {self.output_neuron}" if self.output_neuron else "reduction of its output's gradient"
         return f"{self.name}: {spikes} x {delta}{norm}"
 
 
@@ -67,6 +68,7 @@ class _Call:
     name: str
     input: Tensor
     output: Tensor
+    energies: CallEnergies | None  # of a neuron that keeps them
 
 
 @dataclass
@@ -101,9 +103,10 @@ class Probe:
 
     @staticmethod
     def _recorder(name: str, calls: list[_Call]) -> Callable[..., None]:
-        def record(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if torch.is_grad_enabled():
-                calls.append(_Call(name, inputs[0], output))
+                energies = getattr(module, "energies", None)
+                calls.append(_Call(name, inputs[0], output, energies[-1] if energies else None))
 
         return record
 
@@ -247,31 +250,3 @@ def batch_norm_scale(norm: _BatchNorm, output: Tensor) -> Tensor:
         inverse_sigma = torch.rsqrt(norm.running_var + norm.eps)
     scale = inverse_sigma.detach().float()
     return scale if norm.weight is None else scale * norm.weight.detach().float()
-
-
-def fold_batch(t: Tensor, steps: int, batch_size: int) -> Tensor | None:
-    """[T, B, *], [T * B, *] or [B, *] as a view [T or 1, B, *]; None if it is none of these."""
-    if steps > 1 and t.shape[0] == steps * batch_size:
-        return t.unflatten(0, (steps, batch_size))
-    if t.ndim > 1 and t.shape[0] == steps and t.shape[1] == batch_size:
-        return t
-    return t.unsqueeze(0) if t.shape[0] == batch_size else None
-
-
-def energy_per_example(t: Tensor, steps: int, batch_size: int, channel_scale: Tensor | None = None) -> Tensor:
-    """Sum over time of the squared norm of each example's part of t, float [B].
-
-    Args:
-        t: [T, B, *], [T * B, *] or [B, *].
-        channel_scale: [C], multiplies t along the first dimension behind the batch.
-
-    Raises:
-        ValueError: t's shape does not show its examples.
-    """
-    folded = fold_batch(t.detach(), steps, batch_size)
-    if folded is None:
-        raise ValueError(
-            f"cannot tell the {batch_size} examples apart in a tensor of shape {tuple(t.shape)}: expected [T, B, *], "
-            f"[T * B, *] or [B, *] with T = {steps}; use score='loss' or 'el2n' for this model"
-        )
-    return squared_norm_per_example(folded, channel_scale).sum(0)

@@ -15,15 +15,21 @@ from torch import Tensor
 
 from .pruner import SADP
 
-# Eager steps of each kind before it is recorded: kernels compile, cuDNN chooses, the optimizer creates its state.
-_WARMUP_STEPS = 3
+# Eager steps before anything is recorded: kernels compile, cuDNN chooses, the optimizer creates its state. Another kind
+# of step then needs one: a kernel may be new to it, and compiling is not allowed while a graph is recorded.
+_WARMUP_STEPS = 2
+
+_Kind = tuple[bool, bool, int]  # weighted, scored, batch size
 
 
 class _Recorded:
     """One recorded kind of step, with the tensors that a replay reads and writes."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, index: Tensor, weights: Tensor | None, loss: Tensor) -> None:
+    def __init__(
+        self, graph: torch.cuda.CUDAGraph, index: Tensor, weights: Tensor | None, loss: Tensor, taps: object
+    ) -> None:
         self.graph, self.index, self.weights, self.loss = graph, index, weights, loss
+        self.taps = taps  # what the graph measures with: their memory must stay
 
 
 class GraphedStep:
@@ -33,13 +39,20 @@ class GraphedStep:
         for index in sadp.batches(128):
             loss = step(index)
 
-    The first steps run eagerly, as do kinds of batches that are rare (the padded one at the end). What changes from
-    step to step must be a tensor on the device that is updated in place: learning rates too (``lr=torch.tensor(...)``,
-    and ``capturable=True`` where the optimizer has it).
+    The first steps run eagerly; then one graph is recorded for batches that are scored and, if training ends with
+    epochs that need no scores, one for those. Graphs share their memory, and that of the eager steps is given back
+    before: the peak is that of one step. The example weights are part of the graph also where all are 1, so a step's
+    loss may differ from an eager one's in its last bits.
+
+    What must hold, as for any CUDA graph: every step runs the same operations on tensors of the same shapes; nothing in
+    it waits for the host (no ``.item()``, no GradScaler, which skips steps); whatever changes from step to step is a
+    tensor on the device that is updated in place, learning rates too (``lr=torch.tensor(...)``, and ``capturable=True``
+    where the optimizer has it); parameters and optimizer state are not replaced by other tensors once it is recorded.
 
     Args:
-        step: one training step on the examples ``index`` (int64 [B], CUDA): forward, ``sadp.loss``, ``zero_grad(
-            set_to_none=True)``, backward, optimizer; returns the loss, detached. No host synchronisation.
+        step: one training step on the examples ``index`` (int64 [B], CUDA): ``zero_grad(set_to_none=True)``, forward,
+            ``sadp.loss``, backward, optimizer, reset; returns the loss, detached. Gradients set to None first rather
+            than behind the forward pass take up no memory beside the activations.
         sadp: whose batches are trained on.
         generators: CUDA random generators that the step draws from, other than torch's default one.
     """
@@ -48,10 +61,11 @@ class GraphedStep:
         self, step: Callable[[Tensor], Tensor], sadp: SADP, generators: Sequence[torch.Generator] = ()
     ) -> None:
         self._step, self._sadp, self._generators = step, sadp, generators
-        self._eager_steps: Counter[tuple[bool, bool] | None] = Counter()
-        self._recorded: dict[tuple[bool, bool], _Recorded] = {}
+        self._eager_steps: Counter[_Kind | None] = Counter()
+        self._recorded: dict[_Kind, _Recorded] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._side_stream = torch.cuda.Stream()
+        sadp._weigh_all = not sadp.passive
 
     def __call__(self, index: Tensor) -> Tensor:
         """The step's loss, 0-dim; the next call overwrites it."""
@@ -60,7 +74,7 @@ class GraphedStep:
         if recorded is not None:
             self._replay(recorded, index)
             return recorded.loss
-        if kind is None or self._eager_steps[kind] < _WARMUP_STEPS:
+        if kind is None or self._eager_steps[kind] == 0 or self._eager_steps.total() < _WARMUP_STEPS:
             self._eager_steps[kind] += 1
             return self._run_eagerly(index)
         self._recorded[kind] = recorded = self._record(index)
@@ -87,10 +101,11 @@ class GraphedStep:
         graph = torch.cuda.CUDAGraph()
         for generator in self._generators:
             graph.register_generator_state(generator)
+        # Entering gives the eager steps' free memory back (torch.cuda.empty_cache).
         with torch.cuda.graph(graph, pool=self._pool, stream=self._side_stream):
             loss = self._step(static_index)
             self._sadp.collect()
-        return _Recorded(graph, static_index, static_weights, loss)
+        return _Recorded(graph, static_index, static_weights, loss, batch.taps)
 
     def _replay(self, recorded: _Recorded, index: Tensor) -> None:
         batch = self._sadp._batch

@@ -10,7 +10,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from .batching import Drawn, EpochBatches, pack, shuffled
-from .dataflow import Probe, WeightLayer, batch_norm_scale, energy_per_example
-from .neuron import BaseNode, CallStatistics
+from .dataflow import Probe, WeightLayer
+from .energies import EnergyTaps, keeps_energies
 from .sampling import sample
 from .score import el2n_score, spike_aware_score
 from .selection import inclusion_probabilities, prune_ratios
@@ -40,9 +40,7 @@ class _Batch:
     indices: Tensor
     weights: Tensor | None  # None: every weight is 1
     scored: bool  # whether scores are taken from this batch
-    neuron_calls: dict[str, list[CallStatistics]] = field(default_factory=dict)
-    input_energy: dict[str, Tensor] = field(default_factory=dict)
-    delta_energy: dict[str, Tensor] = field(default_factory=dict)
+    taps: EnergyTaps | None = None  # what measures it
     forward_done: bool = False
     loss_gradient: Tensor | None = (
         None  # d(what backward() was called on) / d(loss): a GradScaler's factor, 1/accumulation
@@ -54,9 +52,6 @@ class _Batch:
     @property
     def size(self) -> int:
         return self.indices.shape[0]
-
-    def add(self, energies: dict[str, Tensor], name: str, value: Tensor) -> None:
-        energies[name] = energies[name] + value if name in energies else value
 
 
 class SADP:
@@ -160,13 +155,14 @@ class SADP:
         self._carried = self._nothing_drawn()
         self._batch: _Batch | None = None
         self._scores_before: Tensor | None = None  # under torch.distributed, the scores that all ranks know
+        self._weigh_all = False  # multiply by weights of 1 too, so that all batches run the same operations
         # The model's dataflow, read in the first scored batch.
         self._probe: Probe | None = None
         self._layers: list[WeightLayer] | None = None  # those that are scored
-        self._tapped_neurons: dict[str, BaseNode] = {}
-        self._multiplicity = torch.empty(0, device=self.device)
         self._steps = 1  # time steps that one call of the model's neurons covers
+        self._taps: EnergyTaps | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []  # for the running epoch
+        self._measuring = False  # whether neurons collect statistics
 
     def __getattr__(self, name: str) -> Any:
         # The settings read as attributes: sadp.prune_ratio, sadp.seed, ...
@@ -248,18 +244,18 @@ class SADP:
     def _epoch(self, batches: EpochBatches) -> Iterator[Tensor]:
         """Yield the index rows of one epoch, taking scores in between."""
         scored = self.score != "random" and any(self.ratios[self.epoch + 1 :])
-        weighted = self.ratios[self.epoch] > 0 or self._carried.indices.shape[0] > 0
+        weighted = self._weigh_all or self.ratios[self.epoch] > 0 or self._carried.indices.shape[0] > 0
+        count, batch_size = batches.indices.shape
         if scored and self.score in _GRADIENT_SCORES:
-            self._attach()
-        count = batches.indices.shape[0]
+            self._attach(batch_size)
         _, world = _rank_and_world()
         self._scores_before = self.scores.clone() if scored and world > 1 else None
         try:
             for k in range(count):
                 padding = batches.padding if k == count - 1 else 0
                 weights = batches.weights[k] if weighted or padding else None
-                self._begin(_Batch(batches.indices[k], weights, scored))
-                self.examples_trained += batches.indices.shape[1] * world - padding
+                self._begin(_Batch(batches.indices[k], weights, scored, self._taps))
+                self.examples_trained += batch_size * world - padding
                 yield batches.indices[k]
                 self.collect()
             self._share_scores()
@@ -300,76 +296,44 @@ class SADP:
 
     # Hooks exist only while an epoch runs, and act only between a batch's start and its loss.
 
-    def _attach(self) -> None:
+    def _attach(self, batch_size: int) -> None:
         if self._layers is None:
             self._probe = Probe(self.model)
             self._hooks = self._probe.hooks()
-        else:
-            self._hooks = self._tap_hooks(self._layers)
+            return
+        if self._taps is None or self._taps.batch_size != batch_size:
+            weight = self.model.get_submodule(self._layers[0].name).weight
+            self._taps = EnergyTaps(
+                self.model,
+                self._layers,
+                steps=self._steps,
+                batch_size=batch_size,
+                device=weight.device,  # type: ignore[arg-type]
+            )
+        self._hooks = self._taps.hooks(self._tapping)
 
     def _detach(self) -> None:
+        self._set_statistics(False)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         self._probe = None
-        self._set_statistics(False)
-        for node in self._tapped_neurons.values():
-            node.channel_scale = None
 
     def _set_statistics(self, on: bool) -> None:
-        for node in self._tapped_neurons.values():
-            node.collect_statistics = on
+        if on == self._measuring:
+            return
+        self._measuring = on
+        if self._probe is not None:
+            for node in self.model.modules():
+                if keeps_energies(node):
+                    node.collect_statistics = on  # type: ignore[assignment]
+        elif self._taps is not None:
+            self._taps.switch(on)
 
-    def _tap_hooks(self, layers: list[WeightLayer]) -> list[torch.utils.hooks.RemovableHandle]:
-        modules = dict(self.model.named_modules())
-        hooks = [node.register_forward_hook(self._neuron_hook(name)) for name, node in self._tapped_neurons.items()]
-        for layer in layers:
-            if layer.input_neuron is None:
-                hooks.append(modules[layer.name].register_forward_pre_hook(self._input_hook(layer.name)))
-            if layer.output_neuron is None or layer.norm is not None:
-                neuron = modules[layer.output_neuron] if layer.output_neuron else None
-                hooks.append(modules[layer.gradient_site].register_forward_hook(self._site_hook(layer, neuron)))
-        return hooks
-
-    def _tapping(self) -> _Batch | None:
-        """The batch whose forward pass is running, if this is it."""
+    def _tapping(self) -> bool:
+        """Whether this is the forward pass of the batch at hand."""
         batch = self._batch
-        return batch if batch is not None and not batch.forward_done and torch.is_grad_enabled() else None
-
-    def _neuron_hook(self, name: str) -> Callable:
-        def hook(node: BaseNode, _inputs: Any, _output: Any) -> None:
-            if (batch := self._tapping()) is not None:
-                batch.neuron_calls.setdefault(name, []).append(node.calls[-1])
-
-        return hook
-
-    def _input_hook(self, name: str) -> Callable:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if (batch := self._tapping()) is not None:
-                batch.add(batch.input_energy, name, self._energy(batch, inputs[0]))
-
-        return hook
-
-    def _site_hook(self, layer: WeightLayer, neuron: BaseNode | None) -> Callable:
-        def hook(module: Any, _inputs: Any, output: Tensor) -> None:
-            if (batch := self._tapping()) is None:
-                return
-            scale = batch_norm_scale(module, output) if layer.norm is not None else None
-            if neuron is not None:
-                neuron.channel_scale = scale
-            else:
-                self._reduce_gradient(batch, layer.name, output, scale)
-
-        return hook
-
-    def _reduce_gradient(self, batch: _Batch, name: str, output: Tensor, scale: Tensor | None) -> None:
-        def reduce(grad: Tensor) -> None:
-            batch.add(batch.delta_energy, name, self._energy(batch, grad, scale))
-
-        output.register_hook(reduce)
-
-    def _energy(self, batch: _Batch, t: Tensor, scale: Tensor | None = None) -> Tensor:
-        return energy_per_example(t, self._steps, batch.size, scale)
+        return batch is not None and not batch.forward_done and torch.is_grad_enabled()
 
     def _read_dataflow(self, batch: _Batch, loss: Tensor) -> None:
         """First scored batch: read the graph, and measure this batch by reductions over the tensors it has seen."""
@@ -385,20 +349,12 @@ class SADP:
             layers = layers[-1:]
         else:
             self._warn_of_uncovered(layers)
-        modules = dict(self.model.named_modules())
-        multi_step = [call for call in probe.neurons if modules[call.name].step_mode == "m"]
-        self._steps = max((call.input.shape[0] for call in multi_step), default=1)
-        for layer in layers:
-            for call in probe.layers:
-                if call.name == layer.name:
-                    batch.add(batch.input_energy, layer.name, self._energy(batch, call.input))
-            for call in (*probe.layers, *probe.norms):
-                if call.name == layer.gradient_site:
-                    scale = batch_norm_scale(modules[layer.norm], call.output) if layer.norm else None
-                    self._reduce_gradient(batch, layer.name, call.output, scale)
+        multi_step = [call for call in probe.neurons if self.model.get_submodule(call.name).step_mode == "m"]
+        self._steps = max((call.output.shape[0] for call in multi_step), default=1)
+        batch.taps = EnergyTaps.of_first_batch(self.model, layers, probe, steps=self._steps, batch_size=batch.size)
         self._detach()
-        self._tap(layers)
-        self._attach()
+        self._layers = layers
+        self._attach(batch.size)
 
     def _warn_of_uncovered(self, layers: list[WeightLayer]) -> None:
         covered = {id(self.model.get_submodule(layer.name).weight) for layer in layers}
@@ -411,19 +367,14 @@ class SADP:
                 stacklevel=4,
             )
 
-    def _tap(self, layers: list[WeightLayer]) -> None:
-        """From here on, the neurons measure these layers."""
-        self._layers = layers
-        names = {name for layer in layers for name in (layer.input_neuron, layer.output_neuron) if name is not None}
-        self._tapped_neurons = {name: self.model.get_submodule(name) for name in sorted(names)}  # type: ignore[misc]
-        self._multiplicity = torch.tensor([layer.multiplicity for layer in layers], device=self.device)
-
     # ---------------------------------------------------------------------------------------------- loss and scores
 
     def _begin(self, batch: _Batch) -> None:
         self._batch = batch
         if self._probe is not None:
             self._probe.forget()
+        if batch.taps is not None:
+            batch.taps.start()
         if batch.scored:
             self._set_statistics(True)
 
@@ -449,6 +400,7 @@ class SADP:
                 return criterion(output, target)
             raise RuntimeError("sadp.loss() belongs inside a loop over sadp.loader(...) or sadp.batches(...)")
         batch.forward_done = True
+        self._set_statistics(False)
         if self.passive and batch.weights is None:
             return criterion(output, target)
         reduction, unreduced = _without_reduction(criterion)
@@ -484,53 +436,60 @@ class SADP:
         self._close(batch)
         if not batch.scored:
             return
-        if self.score in _GRADIENT_SCORES:
-            if batch.loss_gradient is None:  # the batch was skipped: no loss, or no backward pass
-                return
-            value = self._bound(batch)
-            # Back to the unweighted loss: out go the scaler's factor, 1/B and the example's weight.
-            factor = batch.loss_gradient.abs() * batch.mean_factor
-            value = value / (factor if batch.weights is None else factor * batch.weights.to(value))
-        elif batch.direct_score is None:
+        if self.score not in _GRADIENT_SCORES:
+            if batch.direct_score is not None:
+                self._keep(batch, batch.direct_score)
             return
-        else:
-            value = batch.direct_score
-        value = value.to(self.device)
-        usable = torch.isfinite(value)
+        gradient, taps = batch.loss_gradient, batch.taps
+        if gradient is None or taps is None:  # the batch was skipped: no loss, or no backward pass
+            return
+        taps.finish()
+        if taps.energies.is_cuda and taps.energies.device == self._slots.device == gradient.device:
+            from .ops.score import update_scores  # Triton is imported where it is used
+
+            update_scores(
+                taps.energies,
+                taps.layer_rows,
+                taps.multiplicity,
+                gradient,
+                batch.mean_factor,
+                batch.weights,
+                batch.indices,
+                self._slots,
+            )
+            return
+        inputs, deltas = taps.energies[taps.layer_rows]
+        value = spike_aware_score(inputs, deltas, taps.multiplicity)
+        taps.forget()
+        # Back to the unweighted loss: out go the scaler's factor, 1/B and the example's weight.
+        factor = gradient.abs() * batch.mean_factor
+        self._keep(batch, value / (factor if batch.weights is None else factor * batch.weights.to(value)))
+
+    def _keep(self, batch: _Batch, score: Tensor) -> None:
+        """Write a batch's scores into its examples' slots, but for those that are not finite or of weight 0."""
+        score = score.to(self.device)
+        usable = torch.isfinite(score)
         if batch.weights is not None:
             usable &= batch.weights > 0
         slot = torch.where(usable, batch.indices, self.num_examples)
         # amax: independent of the order in which an example that occurs twice is written.
-        self._slots.scatter_reduce_(0, slot, value.float(), "amax", include_self=False)
+        self._slots.scatter_reduce_(0, slot, score.float(), "amax", include_self=False)
         self._slots[-1:].fill_(torch.nan)
-
-    def _bound(self, batch: _Batch) -> Tensor:
-        def calls(neuron: str | None) -> list[CallStatistics]:
-            return batch.neuron_calls.get(neuron, []) if neuron is not None else []
-
-        inputs, deltas = [], []
-        for layer in self._layers or []:
-            counts = [call.spike_count for call in calls(layer.input_neuron)]
-            norms = [call.grad_norm_sq for call in calls(layer.output_neuron) if call.grad_norm_sq is not None]
-            inputs.append(_over_time(batch.input_energy.get(layer.name), counts))
-            deltas.append(_over_time(batch.delta_energy.get(layer.name), norms))
-        return spike_aware_score(_sum_steps(inputs), _sum_steps(deltas), self._multiplicity)
 
     def _close(self, batch: _Batch) -> None:
         """Nothing more is to be measured in this batch."""
         batch.collected = batch.forward_done = True
-        self._set_statistics(False)
 
     @property
-    def batch_kind(self) -> tuple[bool, bool] | None:
-        """(weighted, scored) of the batch at hand: batches of one kind run the same operations.
+    def batch_kind(self) -> tuple[bool, bool, int] | None:
+        """(weighted, scored, size) of the batch at hand: batches of one kind run the same operations.
 
         None where there is no batch, or one that reads the model's dataflow.
         """
         batch = self._batch
         if batch is None or self._probe is not None:
             return None
-        return batch.weights is not None, batch.scored
+        return batch.weights is not None, batch.scored, batch.size
 
     # -------------------------------------------------------------------------------------------------------- state
 
@@ -567,8 +526,9 @@ class SADP:
         self.examples_trained = int(state["examples_trained"])
         # A first batch is measured in another way, equal up to rounding: resumed, there is no first batch.
         self._steps = state["steps"]
+        self._taps = None
         if state["layers"] is not None:
-            self._tap([WeightLayer(**layer) for layer in state["layers"]])
+            self._layers = [WeightLayer(**layer) for layer in state["layers"]]
 
 
 _LOADER_OPTIONS = (
@@ -669,25 +629,3 @@ def _per_example(losses: Tensor, batch_size: int) -> Tensor:
     if losses.ndim == 0 or losses.shape[0] != batch_size:
         raise ValueError(f"criterion with reduction='none' must give [{batch_size}, *], got {tuple(losses.shape)}")
     return losses if losses.ndim == 1 else losses.flatten(1).mean(1)
-
-
-def _over_time(reduced: Tensor | None, calls: list[Tensor]) -> Tensor:
-    """One layer's energies [T, B], from a reduction [B] or from a neuron's calls, each [t, B]."""
-    if reduced is not None:
-        return reduced.unsqueeze(0)
-    if not calls:
-        raise RuntimeError("a neuron that fed a weight layer in the first batch was not called in this one")
-    return calls[0] if len(calls) == 1 else torch.cat(calls)
-
-
-def _sum_steps(energies: list[Tensor]) -> Tensor:
-    """L tensors [T_l, B] -> float [L, B], in few kernels: layers of equal T are summed together."""
-    groups: dict[tuple[int, torch.dtype], list[int]] = {}
-    for i, e in enumerate(energies):
-        groups.setdefault((e.shape[0], e.dtype), []).append(i)
-    rows: list[Tensor | None] = [None] * len(energies)
-    for members in groups.values():
-        summed = torch.stack([energies[i] for i in members]).sum(1).float()
-        for i, row in zip(members, summed.unbind(0), strict=True):
-            rows[i] = row
-    return torch.stack([row for row in rows if row is not None])

@@ -7,6 +7,7 @@ import os
 import pickle
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from . import models
-from .data import Dataset, augment
+from .augmentation import crop_flip_normalise, draw_crops
+from .data import Dataset
 from .graphs import GraphedStep
 from .neuron import reset
 from .pruner import SADP
 from .selection import relative_variance
+from .spike_storage import packed_spikes
 
 METHODS = ("sadp", "full", "random")
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,7 +39,8 @@ class TrainError(RuntimeError):
 class TrainConfig:
     """All that decides a run's result, named as the options of `sadp-fast train`.
 
-    `method` is "sadp", "full" (nothing pruned) or "random" (uniform scores).
+    `method` is "sadp", "full" (nothing pruned) or "random" (uniform scores). `low_memory` keeps as bits the spikes that
+    wait for the backward pass, with the same results.
     """
 
     dataset: str = "digits"
@@ -48,6 +52,7 @@ class TrainConfig:
     lr: float = 2e-3
     label_smoothing: float = 0.0
     amp: str = "off"
+    low_memory: bool = False
     method: str = "sadp"
     prune_ratio: float = 0.5
     score: str = "all"
@@ -228,12 +233,14 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.history: list[dict[str, Any]] = []
 
-    def forward(self, images: Tensor) -> Tensor:
-        images = self.data.normalise(images)
-        if images.ndim == 4:
-            images = images.contiguous(memory_format=self.layout)
-        with torch.autocast(self.device.type, AMP[self.config.amp], enabled=self.config.amp != "off"):
-            return self.model(images)
+    def forward(self, images: Tensor, index: Tensor | None = None, draws: Tensor | None = None) -> Tensor:
+        """Logits of uint8 images; see `crop_flip_normalise` for `index` and `draws`."""
+        amp = AMP[self.config.amp]
+        x = crop_flip_normalise(
+            images, index, draws, self.data.mean, self.data.std, dtype=amp, memory_format=self.layout
+        )
+        with torch.autocast(self.device.type, amp, enabled=self.config.amp != "off"):
+            return self.model(x)
 
     def step(self, index: Tensor, lr: float) -> Tensor:
         """One optimizer step on the training examples `index` [B]; the loss stays on the device."""
@@ -246,11 +253,12 @@ class Trainer:
         return self.run_step(index)
 
     def _step(self, index: Tensor) -> Tensor:
-        images = self.data.train_images[index]
-        if self.data.augmented:
-            images = augment(images, self.generator)
-        loss = self.sadp.loss(self.criterion, self.forward(images), self.data.train_labels[index])
+        # First of all, so that no gradient takes up memory while the activations do.
         self.optimizer.zero_grad(set_to_none=True)
+        draws = draw_crops(len(index), self.generator) if self.data.augmented else None
+        with packed_spikes() if self.config.low_memory else nullcontext():
+            output = self.forward(self.data.train_images, index, draws)
+            loss = self.sadp.loss(self.criterion, output, self.data.train_labels[index])
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from unfused import unfused
 
-from sadp_fast import IFNode, LIFNode, reset
-from sadp_fast.dataflow import Probe, batch_norm_scale, energy_per_example, fold_batch
+from sadp_fast import SADP, BatchNormIF, BatchNormLIF, IFNode, LIFNode, reset
+from sadp_fast.dataflow import Probe, batch_norm_scale
+from sadp_fast.energies import energy_per_example
 
 T, N = 3, 4
 
@@ -178,6 +180,158 @@ def test_normalisation_over_moved_dimensions_is_reduced_at_the_normalisation():
     assert found(Tokens(), torch.rand(T, N, 7, 6))["linear"] == (None, "norm", None)
 
 
+class SEW(nn.Module):
+    """A stem that is repeated over time, and a residual sum within a neuron, whose output two layers read."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first = nn.Conv2d(2, 4, 3, padding=1), BatchNormLIF(4)
+        self.conv, self.neuron = OverTime(nn.Conv2d(4, 4, 3, padding=1)), BatchNormIF(4)
+        self.head, self.other = OverTime(nn.Conv2d(4, 3, 1)), OverTime(nn.Conv2d(4, 3, 1))
+
+    def forward(self, x):
+        x = self.first(self.stem(x), repeat=T)
+        x = self.neuron(self.conv(x), x)
+        return self.head(x) + self.other(x)
+
+
+def test_a_neuron_with_its_own_normalisation_measures_both_sides():
+    assert found(SEW(), torch.rand(N, 2, 6, 6) * 3) == {
+        "stem": (None, None, "first"),
+        "conv.0": ("first", None, "neuron"),
+        "head.0": ("neuron", None, None),
+        "other.0": ("neuron", None, None),
+    }
+
+
+def test_a_neuron_with_its_own_normalisation_behind_two_layers_measures_neither():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.neuron = nn.Linear(6, 6), nn.Linear(6, 6), BatchNormLIF(6)
+
+        def forward(self, x):
+            first = self.neuron(self.a(x))
+            reset(self)
+            return self.neuron(self.b(first))
+
+    layers = found(Shared(), torch.rand(T, N, 6) * 3)
+    assert layers == {"a": (None, None, None), "b": ("neuron", None, None)}
+
+
+def scores(model, x, epochs=3):
+    sadp = SADP(model, len(x), epochs=10, warmup_epochs=epochs)
+    for _ in range(epochs):
+        for index in sadp.batches(N):
+            output = model(x[index]).flatten(1)
+            sadp.loss(nn.CrossEntropyLoss(), output, index % output.shape[1]).backward()
+            reset(model)
+    return sadp.scores.clone()
+
+
+def test_energies_of_several_calls_are_summed(device):
+    """Step by step, and a layer with its neuron called twice: as the plain layers, which sum over their calls."""
+
+    class Stepwise(nn.Module):
+        def __init__(self, mode):
+            super().__init__()
+            self.a, self.first = nn.Linear(6, 8), BatchNormLIF(8, step_mode=mode)
+            self.b, self.second, self.c = nn.Linear(8, 8), BatchNormLIF(8, step_mode=mode), nn.Linear(8, 4)
+            self.mode = mode
+
+        def forward(self, x):
+            if self.mode == "s":
+                return sum(self.twice(self.first(self.a(x))) for _ in range(T)) / T
+            return self.twice(self.first(self.a(x).expand(T, -1, -1))).mean(0)
+
+        def twice(self, s):
+            s = self.second(self.b(s))
+            return self.c(s)
+
+    torch.manual_seed(0)
+    x = torch.randn(3 * N, 6, device=device) * 3
+    multi = Stepwise("m").to(device)
+    single = Stepwise("s").to(device)
+    for _ in range(20):
+        multi(x)
+        reset(multi)
+    single.load_state_dict(multi.state_dict())
+    expected = scores(unfused(single.eval()), x)
+    assert expected.min() > 0
+    torch.testing.assert_close(scores(single, x), expected, rtol=1e-3, atol=1e-7)
+
+
+def test_a_layer_and_a_neuron_called_twice(device):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.neuron, self.c = nn.Linear(6, 6), BatchNormLIF(6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            first = self.neuron(self.a(x.expand(T, -1, -1)))
+            reset(self)
+            return self.c(self.neuron(self.a(first))).mean(0)
+
+    torch.manual_seed(0)
+    model, x = Twice().to(device), torch.randn(3 * N, 6, device=device) * 3
+    for _ in range(20):
+        model(x)
+        reset(model)
+    expected = scores(unfused(model.eval()), x)
+    assert expected.min() > 0
+    torch.testing.assert_close(scores(model, x), expected, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("node", [BatchNormLIF, LIFNode])
+def test_forward_passes_that_change_are_errors(node):
+    class Changing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.c = nn.Linear(6, 6), nn.Linear(6, 4)
+            self.neuron = BatchNormLIF(6) if node is BatchNormLIF else lif()
+            self.skip = self.double = False
+
+        def forward(self, x):
+            y = self.a(x.expand(T, -1, -1))
+            y = torch.cat((y, y), 1) if self.double else y
+            return self.c(y if self.skip else self.neuron(y))[:, : len(x)].mean(0)
+
+    for change, error, message in (
+        ({"skip": True}, RuntimeError, "neuron was called in the first batch but not in this one"),
+        ({"double": True}, (ValueError, RuntimeError), r"neuron was called with 8 examples in a batch of 4|\(8\)"),
+    ):
+        model = Changing()
+        sadp = SADP(model, 12, epochs=8, warmup_epochs=2)
+        rows = sadp.batches(N)
+        with pytest.raises(error, match=message):
+            for index in rows:
+                sadp.loss(nn.CrossEntropyLoss(), model(torch.rand(N, 6)), index % 4).backward()
+                reset(model)
+                vars(model).update(change)
+        rows.close()
+
+
+def test_what_a_batch_does_not_measure_is_not_taken_from_the_one_before():
+    """A neuron whose output the loss does not see: its energies are not known, so neither is a score."""
+
+    class Detached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.neuron, self.c, self.cut = nn.Linear(6, 6), BatchNormLIF(6), nn.Linear(6, 4), False
+
+        def forward(self, x):
+            s = self.neuron(self.a(x.expand(T, -1, -1)))
+            return self.c(s.detach() if self.cut else s).mean(0)
+
+    model = Detached()
+    sadp = SADP(model, 3 * N, epochs=8, warmup_epochs=2)
+    for count, index in enumerate(sadp.batches(N)):
+        model.cut = count == 2
+        sadp.loss(nn.CrossEntropyLoss(), model(torch.randn(N, 6) * 3), index % 4).backward()
+        reset(model)
+    assert sadp.scores.isfinite().sum() == 2 * N and sadp.scores[index].isnan().all()
+
+
 def test_frozen_layers_are_left_out():
     model = nn.Sequential(nn.Linear(6, 6), lif(), nn.Linear(6, 2))
     model[0].weight.requires_grad_(False)
@@ -221,7 +375,7 @@ def test_batch_norm_scale_sees_through_views_and_half_types(device):
     torch.testing.assert_close(batch_norm_scale(norm, output), expected.detach(), rtol=1e-4, atol=1e-6)
 
 
-def test_fold_batch_and_energy():
+def test_energy_per_example():
     x = torch.randn(T, N, 5, 2)
     energy = x.square().sum((0, 2, 3))
     torch.testing.assert_close(energy_per_example(x, T, N), energy)
@@ -229,6 +383,5 @@ def test_fold_batch_and_energy():
     torch.testing.assert_close(energy_per_example(x[0], T, N), x[0].square().sum((1, 2)))
     scale = torch.rand(5)
     torch.testing.assert_close(energy_per_example(x, T, N, scale), (x * scale[:, None]).square().sum((0, 2, 3)))
-    assert fold_batch(torch.rand(5, 2), T, N) is None
     with pytest.raises(ValueError, match="cannot tell the 4 examples apart"):
         energy_per_example(torch.rand(5, 2), T, N)
