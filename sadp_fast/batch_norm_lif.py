@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .neuron import BaseNode, IFNode, LIFNode
 from .reference.lif import squared_norm_per_example
+from .spike_storage import mark, max_count
 
 
 class CallEnergies(NamedTuple):
@@ -142,7 +143,7 @@ class _BatchNormNode(BaseNode):
             energies=energies,
         )
         self.v = v if v.numel() else self.dynamics.v_rest
-        return out
+        return _mark_sum(out, 1, residual)
 
     def _new_energies(self, examples: int, device: torch.device) -> CallEnergies | None:
         if not (self.collect_statistics and torch.is_grad_enabled()):
@@ -176,7 +177,7 @@ class _BatchNormNode(BaseNode):
         out = spikes if residual is None else spikes + residual
         if energies is not None:
             energies.output.copy_(_energy(out.detach().unsqueeze(0) if single else out.detach()))
-        return out
+        return _mark_sum(out, max_count(spikes), residual)
 
     def _normalise(self, x: Tensor) -> Tensor:
         """Batch normalisation of x [M, C, *]."""
@@ -225,6 +226,12 @@ class _BatchNormNode(BaseNode):
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
             f"track_running_stats={self.track_running_stats}, {super().extra_repr()}"
         )
+
+
+def _mark_sum(out: Tensor, count: int | None, residual: Tensor | None) -> Tensor:
+    """Mark the largest value of spikes (at most ``count``) + residual, for ``packed_spikes``."""
+    most = 0 if residual is None else max_count(residual)
+    return out if count is None or most is None else mark(out, count + most)
 
 
 def _energy(t: Tensor, gain: Tensor | None = None) -> Tensor:

@@ -179,8 +179,11 @@ def _channel_statistics_kernel(
     tile_pixels: tl.constexpr = ROWS if CHANNELS_LAST else COLUMNS
 
     # Deviations are taken from the first value of the channel here, so that a mean far from zero costs no digits.
-    pivot_offsets, pivot_inside = _tile_offsets(channel, (first % tiles) * tile_pixels, channels, pixels, CHANNELS_LAST)
-    pivot = _load(x_ptr + one * (first // tiles) * x_stride_n + pivot_offsets, pivot_inside, MASKED)
+    pivot_ptr = x_ptr + one * (first // tiles) * x_stride_n
+    pivot_pixel = first % tiles * tile_pixels
+    pivot_offsets, exists = _tile_offsets(channel, pivot_pixel, channels, pixels, CHANNELS_LAST)
+    pivot_offsets = tl.broadcast_to(pivot_offsets, (ROWS, COLUMNS))
+    pivot = _load(pivot_ptr + pivot_offsets, tl.broadcast_to(exists, (ROWS, COLUMNS)), MASKED)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     squares = tl.zeros((ROWS, COLUMNS), tl.float32)
     values = 0
@@ -207,7 +210,8 @@ def _channel_statistics_kernel(
     totals, all_squares = _sums_over_pixels(total, squares, CHANNELS_LAST)
     shift = totals / count
     where = slot * 2 * channels + channel_out
-    pivots = tl.reshape(pivot, channel_out.shape)
+    out_offsets, out_exists = _tile_offsets(channel_out, pivot_pixel, channels, pixels, CHANNELS_LAST)
+    pivots = _load(pivot_ptr + out_offsets, out_exists, MASKED)
     tl.store(partial_ptr + where, pivots + shift, mask=channel_out < channels)
     tl.store(partial_ptr + channels + where, all_squares - totals * shift, mask=channel_out < channels)
     if block == 0:
@@ -850,12 +854,12 @@ class Configuration:
 _REGISTERS = 65536  # of one multiprocessor
 
 # For up to 4 steps; chosen on an H100 and checked on an H200 (benchmarks/README.md).
-STATISTICS = Configuration(elements=8, warps=4, programs=8)
+STATISTICS = Configuration(elements=8, warps=4, programs=4)
 FORWARD = Configuration(elements=4, warps=4, programs=8)
 SUMS = Configuration(elements=4, warps=4, programs=6)
 GRADIENT = Configuration(elements=4, warps=4, programs=8)
 # Of the kernels that add partial sums.
-_FINISH = {"SLOTS": 256, "CHANNELS": 16, "num_warps": 8}
+_FINISH = {"SLOTS": 512, "CHANNELS": 8, "num_warps": 8}
 _FINISH_EXAMPLES = {"EXAMPLES": 32, "PARTS": 16}
 
 
