@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "sadp/inclusion.h"
 #include "sadp/launch.h"
 #include "sadp/sample.h"
 
@@ -19,6 +20,18 @@ T* pointer(std::uintptr_t address) {
 sadp::Probabilities probabilities(std::uintptr_t p, bool is_double, int64_t n) {
     return {pointer<const void>(p), is_double, n};
 }
+
+#ifdef SADP_WITH_CUDA
+sadp::cuda::Draw cuda_draw(std::uintptr_t p, bool is_double, int64_t n, uint64_t seed, int64_t epoch,
+                           std::uintptr_t epoch_pointer, int device, std::uintptr_t workspace, std::uintptr_t stream) {
+    return {probabilities(p, is_double, n),
+            {seed, static_cast<uint64_t>(epoch)},
+            pointer<const int64_t>(epoch_pointer),
+            device,
+            pointer<void>(workspace),
+            pointer<void>(stream)};
+}
+#endif
 
 }  // namespace
 
@@ -58,33 +71,60 @@ PYBIND11_MODULE(_native, module) {
         py::arg("workspace"), py::arg("indices"), py::arg("weights"), py::arg("capacity"), Release());
 
 #ifdef SADP_WITH_CUDA
+    py::class_<sadp::cuda::Shape>(module, "Shape")
+        .def(py::init<int64_t, int, bool>(), py::arg("blocks"), py::arg("room"), py::arg("cooperative"))
+        .def_readonly("blocks", &sadp::cuda::Shape::blocks)
+        .def_readonly("room", &sadp::cuda::Shape::room)
+        .def_readonly("cooperative", &sadp::cuda::Shape::cooperative);
+    module.def("cuda_shape", &sadp::cuda::shape, py::arg("n"), py::arg("device"));
+    module.def("cuda_workspace", &sadp::cuda::workspace_size, py::arg("blocks"));
     module.def(
-        "cuda_plan",
-        [](int64_t n) {
-            const sadp::cuda::Plan plan = sadp::cuda::plan(n);
-            return py::make_tuple(plan.workspace, plan.blocks);
+        "cuda_draw",
+        [](std::uintptr_t p, bool is_double, int64_t n, uint64_t seed, int64_t epoch, std::uintptr_t epoch_pointer,
+           int device, std::uintptr_t workspace, std::uintptr_t stream, const sadp::cuda::Shape& shape,
+           std::uintptr_t indices, std::uintptr_t weights, int64_t capacity, std::uintptr_t count) {
+            sadp::cuda::draw(cuda_draw(p, is_double, n, seed, epoch, epoch_pointer, device, workspace, stream), shape,
+                             {pointer<int64_t>(indices), pointer<float>(weights), capacity}, pointer<int64_t>(count));
         },
-        py::arg("n"));
+        Release());
     module.def(
         "cuda_select",
         [](std::uintptr_t p, bool is_double, int64_t n, uint64_t seed, int64_t epoch, std::uintptr_t epoch_pointer,
-           std::uintptr_t workspace, int64_t blocks, std::uintptr_t stream) {
-            sadp::cuda::select(probabilities(p, is_double, n), {seed, static_cast<uint64_t>(epoch)},
-                               pointer<const int64_t>(epoch_pointer), pointer<void>(workspace), blocks,
-                               pointer<void>(stream));
+           int device, std::uintptr_t workspace, std::uintptr_t stream, const sadp::cuda::Shape& shape) {
+            sadp::cuda::select(cuda_draw(p, is_double, n, seed, epoch, epoch_pointer, device, workspace, stream),
+                               shape);
         },
-        py::arg("p"), py::arg("is_double"), py::arg("n"), py::arg("seed"), py::arg("epoch"), py::arg("epoch_pointer"),
-        py::arg("workspace"), py::arg("blocks"), py::arg("stream"), Release());
+        Release());
+    module.def(
+        "cuda_totals",
+        [](std::uintptr_t workspace, int64_t blocks) {
+            const sadp::cuda::Drawn drawn = sadp::cuda::totals(pointer<const void>(workspace), blocks);
+            return py::make_tuple(drawn.count, drawn.invalid);
+        },
+        py::arg("workspace"), py::arg("blocks"));
     module.def(
         "cuda_write",
-        [](std::uintptr_t p, bool is_double, int64_t n, std::uintptr_t workspace, int64_t blocks,
-           std::uintptr_t indices, std::uintptr_t weights, int64_t capacity, std::uintptr_t count,
-           std::uintptr_t stream) {
-            sadp::cuda::write(probabilities(p, is_double, n), pointer<const void>(workspace), blocks,
-                              {pointer<int64_t>(indices), pointer<float>(weights), capacity}, pointer<int64_t>(count),
-                              pointer<void>(stream));
+        [](std::uintptr_t p, bool is_double, int64_t n, uint64_t seed, int64_t epoch, std::uintptr_t epoch_pointer,
+           int device, std::uintptr_t workspace, std::uintptr_t stream, const sadp::cuda::Shape& shape,
+           std::uintptr_t indices, std::uintptr_t weights, int64_t capacity, std::uintptr_t count) {
+            sadp::cuda::write(cuda_draw(p, is_double, n, seed, epoch, epoch_pointer, device, workspace, stream), shape,
+                              {pointer<int64_t>(indices), pointer<float>(weights), capacity}, pointer<int64_t>(count));
         },
-        py::arg("p"), py::arg("is_double"), py::arg("n"), py::arg("workspace"), py::arg("blocks"), py::arg("indices"),
-        py::arg("weights"), py::arg("capacity"), py::arg("count"), py::arg("stream"), Release());
+        Release());
+
+    module.def("cuda_inclusion_blocks", &sadp::cuda::inclusion_blocks, py::arg("n"), py::arg("device"));
+    module.def("cuda_inclusion_workspace", &sadp::cuda::inclusion_workspace_size, py::arg("blocks"));
+    module.def(
+        "cuda_inclusion",
+        [](std::uintptr_t scores, int64_t n, double keep, double unknown_cost, double too_many_unknown, double uniform,
+           double floor, double lowest, double optimum_share, double added, std::uintptr_t p, int device,
+           int64_t blocks, std::uintptr_t workspace, std::uintptr_t stream) {
+            const auto rounded = [](double x) { return static_cast<float>(x); };
+            sadp::cuda::inclusion(
+                {pointer<const float>(scores), n, keep, unknown_cost, too_many_unknown, rounded(uniform),
+                 rounded(floor), rounded(lowest), added > 0, rounded(optimum_share), rounded(added)},
+                pointer<float>(p), device, blocks, pointer<void>(workspace), pointer<void>(stream));
+        },
+        Release());
 #endif
 }

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 try:
-    from . import _native  # type: ignore[attr-defined]
+    from . import _native
 except ImportError as error:
     raise ImportError(
         "sadp_fast's native library is not built for this Python; run `pip install .` in the repository and start "
         "Python outside of it, or run `pip install -e .`."
     ) from error
+
+
+def current_stream(device: int) -> int:
+    """Handle of the current stream of a CUDA device."""
+    return torch._C._cuda_getCurrentRawStream(device)  # what Triton asks; a tenth of torch.cuda.current_stream's time
 
 
 class Sample(NamedTuple):
@@ -56,20 +62,33 @@ def sample(p: Tensor, *, seed: int, epoch: int | Tensor = 0, capacity: int | Non
         RuntimeError: p is on a CUDA device and sadp_fast was built without CUDA; a CUDA error.
     """
     _check_p(p)
-    if not isinstance(seed, Integral):
-        raise TypeError(f"seed must be an integer, got {type(seed).__name__}; pass int(seed).")
+    if type(seed) is not int:  # the abstract class is slow to ask
+        if not isinstance(seed, Integral):
+            raise TypeError(f"seed must be an integer, got {type(seed).__name__}; pass int(seed).")
+        seed = int(seed)
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must be in [0, 2**64), got {seed}; pass seed % 2**64.")
-    _check_epoch(epoch, p.device)
+    _check_epoch(epoch, p)
     if capacity is not None:
-        if not isinstance(capacity, Integral):
-            raise TypeError(f"capacity must be an integer or None, got {type(capacity).__name__}; pass int(capacity).")
+        if type(capacity) is not int:
+            if not isinstance(capacity, Integral):
+                raise TypeError(
+                    f"capacity must be an integer or None, got {type(capacity).__name__}; pass int(capacity)."
+                )
+            capacity = int(capacity)
         if capacity < 0:
             raise ValueError(
                 f"capacity must not be negative, got {capacity}; pass 0 or more, or None for an exact size."
             )
-    draw = _sample_cuda if p.is_cuda else _sample_cpu
-    return draw(p.detach().contiguous(), int(seed), epoch, None if capacity is None else int(capacity))
+    if not p.is_contiguous():
+        p = p.detach().contiguous()
+    if not p.is_cuda:
+        return _sample_cpu(p, seed, epoch, capacity)
+    index = p.device.index
+    if index == torch.cuda.current_device():
+        return _sample_cuda(p, seed, epoch, capacity)
+    with torch.cuda.device(index):
+        return _sample_cuda(p, seed, epoch, capacity)
 
 
 def _check_p(p: Tensor) -> None:
@@ -90,16 +109,16 @@ def _check_p(p: Tensor) -> None:
         )
 
 
-def _check_epoch(epoch: int | Tensor, device: torch.device) -> None:
+def _check_epoch(epoch: int | Tensor, p: Tensor) -> None:
     if isinstance(epoch, Tensor):
         if epoch.dtype != torch.int64 or epoch.dim() != 0:
             raise TypeError(
                 f"epoch must be an integer or a 0-dim int64 tensor, got {epoch.dtype} of shape {tuple(epoch.shape)}; "
                 "pass torch.tensor(epoch) of an int."
             )
-        if epoch.device != device:
-            raise ValueError(f"epoch must be on p's device {device}, got {epoch.device}; pass epoch.to(p.device).")
-    elif not isinstance(epoch, Integral):
+        if epoch.device != p.device:
+            raise ValueError(f"epoch must be on p's device {p.device}, got {epoch.device}; pass epoch.to(p.device).")
+    elif type(epoch) is not int and not isinstance(epoch, Integral):
         raise TypeError(
             f"epoch must be an integer or a 0-dim int64 tensor, got {type(epoch).__name__}; pass int(epoch)."
         )
@@ -115,7 +134,10 @@ def _invalid(p: Tensor, index: int) -> ValueError:
 
 
 def _outputs(p: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    return p.new_empty(length, dtype=torch.int64), p.new_empty(length, dtype=torch.float32)
+    device = p.device
+    return torch.empty(length, dtype=torch.int64, device=device), torch.empty(
+        length, dtype=torch.float32, device=device
+    )
 
 
 def _sample_cpu(p: Tensor, seed: int, epoch: int | Tensor, capacity: int | None) -> Sample:
@@ -131,28 +153,31 @@ def _sample_cpu(p: Tensor, seed: int, epoch: int | Tensor, capacity: int | None)
     return Sample(indices, weights, torch.tensor(selection.count))
 
 
+@lru_cache(maxsize=256)
+def _launch_shape(n: int, device: int) -> tuple[Any, int]:
+    """How n items are drawn on a device, and the 8-byte words of the workspace."""
+    shape = _native.cuda_shape(n, device)
+    return shape, _native.cuda_workspace(shape.blocks)
+
+
 def _sample_cuda(p: Tensor, seed: int, epoch: int | Tensor, capacity: int | None) -> Sample:
-    source = (p.data_ptr(), p.dtype == torch.float64, p.numel())
-    with torch.cuda.device(p.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        size, blocks = _native.cuda_plan(p.numel())
-        workspace = p.new_empty(size, dtype=torch.int64)
-        epoch_value, epoch_pointer = (0, epoch.data_ptr()) if isinstance(epoch, Tensor) else (int(epoch), 0)
-        _native.cuda_select(*source, seed, epoch_value, epoch_pointer, workspace.data_ptr(), blocks, stream)
-        if capacity is None:
-            drawn, _, first_invalid = workspace[: 3 * blocks].view(3, blocks).cpu()  # the one wait for the host
-            invalid = int(first_invalid.min())
-            if invalid != _native.NO_INVALID:
-                raise _invalid(p, invalid)
-            length = int(drawn.sum())
-        else:
-            length = capacity
-        indices, weights = _outputs(p, length)
-        count = p.new_empty((), dtype=torch.int64)
-        _native.cuda_write(
-            *source,
-            *(workspace.data_ptr(), blocks),
-            *(indices.data_ptr(), weights.data_ptr(), length, count.data_ptr()),
-            stream,
-        )
+    """On p's device, which is the current one. Short on the host: that is what a draw of a million items waits for."""
+    n, device = p.numel(), p.device
+    shape, words = _launch_shape(n, device.index)
+    workspace = torch.empty(words + 1, dtype=torch.int64, device=device)
+    count, base = workspace[words], workspace.data_ptr()
+    number, pointer = (0, epoch.data_ptr()) if isinstance(epoch, Tensor) else (int(epoch), 0)
+    draw = (p.data_ptr(), p.dtype == torch.float64, n, seed, number, pointer, device.index, base)
+    stream = current_stream(device.index)
+    if capacity is None:
+        _native.cuda_select(*draw, stream, shape)
+        found = workspace[: 3 * shape.blocks].cpu()  # the one wait for the host
+        capacity, invalid = _native.cuda_totals(found.data_ptr(), shape.blocks)
+        if invalid != _native.NO_INVALID:
+            raise _invalid(p, invalid)
+        write = _native.cuda_write
+    else:
+        write = _native.cuda_draw
+    indices, weights = _outputs(p, capacity)
+    write(*draw, stream, shape, indices.data_ptr(), weights.data_ptr(), capacity, base + 8 * words)
     return Sample(indices, weights, count)

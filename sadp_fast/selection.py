@@ -1,9 +1,14 @@
 """Scores to inclusion probabilities, and a prune ratio to one per epoch: pure functions of tensors and numbers."""
 
 import math
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .sampling import _native, current_stream
 
 POLICIES = ("mix", "floor")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -35,9 +40,9 @@ def inclusion_probabilities(scores: Tensor, keep: float, *, smoothing: float = 0
     give each of them a positive p of at least smoothing * u, knowledge is too thin and p = u for all. Zero scores
     share evenly what the positive ones, all at the optimum p = 1, leave over. keep = N gives exactly 1 for all.
 
-    The solver [ours] sorts once and then brackets alpha twice: as many passes for every distribution (Newton's method
-    was seen to take 2 to 26), nothing waits for the device, and on one device the same scores give the same p in
-    every run.
+    The solver [ours] brackets alpha in as many passes for every distribution (Newton's method was seen to take 2 to
+    26), nothing waits for the device, and the same scores give the same p in every run. On CUDA it is one kernel, which
+    bisects histograms of integers (float64 scores, and builds without CUDA: torch operations, as on the CPU).
 
     Args:
         scores: [N], any floating dtype; >= 0, in any unit (only ratios matter); NaN = never scored.
@@ -69,20 +74,70 @@ def inclusion_probabilities(scores: Tensor, keep: float, *, smoothing: float = 0
         return torch.full_like(scores, uniform, dtype=torch.float32)
     least = smoothing * uniform
     mixed, floor = (smoothing, 0.0) if policy == "mix" else (0.0, least)
+    problem = _Problem(
+        keep=keep,
+        # The never scored stay at 1 where mixing would lower them, so what is mixed for the others sums to less.
+        unknown_cost=(mixed - mixed * uniform) / (1 - mixed),
+        too_many_unknown=(keep - least * count) / (1 - least),
+        uniform=uniform,
+        floor=floor,
+        lowest=max(floor, _SMALLEST),
+        optimum_share=1 - mixed,
+        added=mixed * uniform,
+    )
+    if scores.is_cuda and scores.dtype != torch.float64 and _native.has_cuda:
+        index = scores.device.index
+        blocks, words = _launch_shape(count, index)
+        if blocks > 0:
+            with nullcontext() if index == torch.cuda.current_device() else torch.cuda.device(index):
+                return _solve_native(scores.float().contiguous(), problem, blocks, words)
+    return _solve_in_torch(scores, problem)
 
+
+class _Problem(NamedTuple):
+    """p = clip(s / alpha, lowest, 1) for scaled scores s, with sum clip(s / alpha, floor, 1) the target; then mixed."""
+
+    keep: float
+    unknown_cost: float  # target = keep - unknown_cost * (number never scored)
+    too_many_unknown: float  # from so many on, p = uniform
+    uniform: float
+    floor: float
+    lowest: float
+    optimum_share: float  # p = optimum_share * optimum + added
+    added: float
+
+
+@lru_cache(maxsize=256)
+def _launch_shape(count: int, device: int) -> tuple[int, int]:
+    """Blocks of the native solver (0: the device cannot run it) and 8-byte words of its workspace."""
+    blocks = _native.cuda_inclusion_blocks(count, device)
+    return blocks, _native.cuda_inclusion_workspace(blocks)
+
+
+def _solve_native(scores: Tensor, problem: _Problem, blocks: int, words: int) -> Tensor:
+    """The same p as `_solve_in_torch`, from one kernel launch, for contiguous float32 scores on the current device."""
+    device = scores.device
+    p = torch.empty_like(scores)
+    workspace = torch.empty(words, dtype=torch.int64, device=device)
+    _native.cuda_inclusion(
+        *(scores.data_ptr(), scores.numel(), *problem),
+        *(p.data_ptr(), device.index, blocks, workspace.data_ptr(), current_stream(device.index)),
+    )
+    return p
+
+
+def _solve_in_torch(scores: Tensor, problem: _Problem) -> Tensor:
     scaled = (scores if scores.dtype == torch.float64 else scores.float()).nan_to_num(-1.0, -1.0, -1.0)
     unknown = scaled < 0
     unknown_count = unknown.sum(dtype=torch.float64)
     unit = scaled.amax().div_(_LARGEST).clamp_(min=torch.finfo(scaled.dtype).tiny)
     scaled = scaled.div_(unit).float().clamp_(min=_SMALLEST).masked_fill_(unknown, _NEVER_SCORED)
 
-    # The never scored stay at 1 where mixing would lower them, so what is mixed for the others has to sum to less.
-    target = keep - unknown_count * ((mixed - mixed * uniform) / (1 - mixed))
-    p = scaled.div_(_alpha(scaled, target, floor)).clamp_(max(floor, _SMALLEST), 1.0)
-    if mixed:
-        p.mul_(1 - mixed).add_(least).masked_fill_(unknown, 1.0)
-    too_thin = unknown_count >= (keep - least * count) / (1 - least)
-    return p.masked_fill_(too_thin, uniform)
+    target = problem.keep - unknown_count * problem.unknown_cost
+    p = scaled.div_(_alpha(scaled, target, problem.floor)).clamp_(problem.lowest, 1.0)
+    if problem.added > 0:
+        p.mul_(problem.optimum_share).add_(problem.added).masked_fill_(unknown, 1.0)
+    return p.masked_fill_(unknown_count >= problem.too_many_unknown, problem.uniform)
 
 
 def _alpha(scores: Tensor, target: Tensor, floor: float) -> Tensor:

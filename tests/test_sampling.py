@@ -393,22 +393,42 @@ def test_cuda_gives_the_bits_of_the_cpu(keep, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("blocks", [1, 2, 7, 100, 1000])
-def test_cuda_gives_the_same_bits_for_any_launch_shape(blocks):
-    p = probabilities(100_001)
-    indices, weights = oracle(p, 5)
-    p, native, stream = p.cuda(), sampling._native, torch.cuda.current_stream().cuda_stream
-    source = (p.data_ptr(), False, p.numel())
-    workspace = torch.empty(native.cuda_plan(p.numel())[0] + 16 * blocks, dtype=torch.int64, device="cuda")
-    drawn = Sample(
-        torch.empty(len(indices), dtype=torch.int64, device="cuda"),
-        torch.empty(len(indices), device="cuda"),
-        torch.empty((), dtype=torch.int64, device="cuda"),
-    )
-    native.cuda_select(*source, 5, 0, 0, workspace.data_ptr(), blocks, stream)
-    outputs = (drawn.indices.data_ptr(), drawn.weights.data_ptr(), len(indices), drawn.count.data_ptr())
-    native.cuda_write(*source, workspace.data_ptr(), blocks, *outputs, stream)
-    assert_same_bits(drawn, indices, weights)
+@pytest.mark.parametrize("cooperative", [True, False])
+@pytest.mark.parametrize("room", [128, 398, 4000])
+@pytest.mark.parametrize("blocks", [1, 2, 7, 60])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cuda_gives_the_same_bits_for_any_launch_shape(dtype, blocks, room, cooperative, monkeypatch):
+    """`room` decides how much of the draw stays on the chip between the phases: all, a part, or one tile a warp."""
+    if room * 192 > torch.cuda.get_device_properties(0).shared_memory_per_block_optin - 2048:
+        pytest.skip("more shared memory than this device has")
+    native = sampling._native
+    shape = native.Shape(min(blocks, torch.cuda.get_device_properties(0).multi_processor_count), room, cooperative)
+    monkeypatch.setattr(sampling, "_launch_shape", lambda n, device: (shape, native.cuda_workspace(shape.blocks)))
+    for n in (100_001, 2_000_003):
+        p = probabilities(n, dtype)
+        indices, weights = oracle(p, 5)
+        for capacity in (None, len(indices), 1000):
+            drawn = sample(p.cuda(), seed=5, capacity=capacity)
+            kept = len(indices) if capacity is None else capacity
+            expected = Sample(torch.from_numpy(indices[:kept]), torch.from_numpy(weights[:kept]), drawn.count)
+            assert torch.equal(drawn.indices.cpu(), expected.indices) and drawn.count.item() == len(indices)
+            assert torch.equal(drawn.weights.cpu().view(torch.int32), expected.weights.view(torch.int32))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_cuda_keeps_rare_draws_on_the_chip_no_further_than_16_bits_reach():
+    """A warp that draws little fills its share of the chip slowly; places beyond 2^16 items are read a second time."""
+    if torch.cuda.mem_get_info()[0] < 4 * 2**30:
+        pytest.skip("needs 4 GiB of free GPU memory")
+    p = torch.full((600_000_000,), 1e-5, device="cuda")  # above 2^16 items a warp on up to 286 multiprocessors
+    p[-1000:] = 1.0
+    drawn = sample(p, seed=2, capacity=10_000)
+    expected = sample(p.cpu(), seed=2)
+    count = expected.count.item()
+    assert drawn.count.item() == count
+    assert torch.equal(drawn.indices[:count].cpu(), expected.indices)
+    assert torch.equal(drawn.weights[:count].cpu(), expected.weights)
 
 
 @pytest.mark.gpu

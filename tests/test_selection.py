@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sadp_fast import selection
 from sadp_fast.selection import MAX_RATIO, POLICIES, SCHEDULES, inclusion_probabilities, prune_ratios, relative_variance
 
 SIZES = [1, 2, 3, 17, 1000, 100_003]
@@ -424,7 +425,54 @@ def test_same_on_the_gpu_in_every_run_and_as_on_the_cpu(policy):
     p = inclusion_probabilities(scores.cuda(), 4e5, policy=policy)
     for _ in range(5):
         assert torch.equal(inclusion_probabilities(scores.cuda(), 4e5, policy=policy), p)
-    assert_same(p, inclusion_probabilities(scores, 4e5, policy=policy))
+    assert torch.equal(p.cpu(), inclusion_probabilities(scores, 4e5, policy=policy))
+
+
+def with_never_scored(scores: torch.Tensor) -> torch.Tensor:
+    scores = scores.clone()
+    for place, value in enumerate([math.nan, math.inf, -math.inf, -1.0, -0.0, 0.0]):
+        scores[place + 3 :: 41] = value
+    return scores
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_kernel_gives_the_bits_of_the_torch_operations(name, policy, smoothing):
+    for count in (1, 2, 5, 1000, 4097, 100_003):
+        for share in SHARES:
+            for scores in (draw_scores(name, count), with_never_scored(draw_scores(name, count))):
+                # From one on: not aligned for 16-byte loads.
+                for part in (scores, scores[1:]) if count > 1 else (scores,):
+                    options = {"smoothing": smoothing, "policy": policy}
+                    p = inclusion_probabilities(part.cuda(), share * len(part), **options)
+                    assert torch.equal(p.cpu(), inclusion_probabilities(part, share * len(part), **options))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", POLICIES)
+def test_kernel_gives_the_same_bits_for_any_launch_shape(policy, monkeypatch):
+    """On one block, 3,000,001 scores take three chunks, between which its sums are emptied."""
+    scores = with_never_scored(draw_scores("lognormal", 3_000_001)).cuda()
+    expected = inclusion_probabilities(scores, 1e6, policy=policy)
+    for blocks in (1, 2, 19):
+        words = selection._native.cuda_inclusion_workspace(blocks)
+        monkeypatch.setattr(selection, "_launch_shape", lambda count, device, shape=(blocks, words): shape)
+        assert torch.equal(inclusion_probabilities(scores, 1e6, policy=policy), expected)
+    monkeypatch.setattr(selection, "_launch_shape", lambda count, device: (0, 0))  # torch operations, on the GPU
+    assert torch.equal(inclusion_probabilities(scores, 1e6, policy=policy), expected)
+
+
+@pytest.mark.gpu
+def test_kernel_runs_on_the_scores_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    scores = draw_scores("lognormal", 1000)
+    for index in range(2):
+        p = inclusion_probabilities(scores.to(f"cuda:{index}"), 300.0)
+        assert p.device.index == index and torch.cuda.current_device() == 0
+        assert torch.equal(p.cpu(), inclusion_probabilities(scores, 300.0))
 
 
 # The variance estimate

@@ -1,5 +1,5 @@
-// The entry points of the native library. A draw has two passes over a caller-owned workspace: `select` decides, counts
-// and sums; `write` compacts into outputs that the caller has sized. Nothing here allocates device memory or waits.
+// Drawing a subset. A draw has two passes over a caller-owned workspace: `select` decides, counts and sums; `write`
+// compacts into outputs that the caller has sized. Nothing here allocates device memory or waits.
 #pragma once
 
 #include <cstdint>
@@ -40,18 +40,37 @@ void write(Probabilities p, Selection selection, int threads, const uint64_t* wo
 
 namespace cuda {
 
-// The launch shape for n items on the current device; the workspace begins with three rows of `blocks` int64: items
-// drawn, sum of thresholds, first invalid index (kNoInvalid where there is none) of each block.
-struct Plan {
-    int64_t workspace;  // in 8-byte words
+// How a draw is launched; the result does not depend on it.
+struct Shape {
     int64_t blocks;
+    int room;          // drawn items that a warp keeps on the chip, even, at least 128
+    bool cooperative;  // one launch, whose blocks wait for each other
 };
-Plan plan(int64_t n);
+Shape shape(int64_t n, int device);
+// Size of the workspace in 8-byte words; the first 3 * blocks are what totals() reads.
+int64_t workspace_size(int64_t blocks);
 
-// `epoch` is a device pointer that replaces stream.epoch, or null. Both enqueue one kernel on `stream_handle`.
-void select(Probabilities p, Stream stream, const int64_t* epoch, void* workspace, int64_t blocks, void* stream_handle);
-// `count` (device) gets the number drawn, which may exceed the capacity, or -1 (and all is padding) for an invalid p.
-void write(Probabilities p, const void* workspace, int64_t blocks, Output output, int64_t* count, void* stream_handle);
+struct Draw {
+    Probabilities p;
+    Stream stream;
+    const int64_t* epoch;  // on the device, in place of stream.epoch; or null
+    int device;            // the current one
+    void* workspace;
+    void* stream_handle;
+};
+
+// All enqueue work on the stream. `count` (device) gets the number drawn, which may exceed the capacity, or -1 (and all
+// is padding) where p has an entry that is no probability. draw() is select(), then write(), in one launch if possible.
+void draw(const Draw& draw, const Shape& shape, Output output, int64_t* count);
+void select(const Draw& draw, const Shape& shape);
+void write(const Draw& draw, const Shape& shape, Output output, int64_t* count);
+
+// What select() found, from a copy of the first 3 * blocks words of the workspace on the host.
+struct Drawn {
+    int64_t count;
+    int64_t invalid;  // the first index whose p is no probability, or kNoInvalid
+};
+Drawn totals(const void* workspace, int64_t blocks);
 
 }  // namespace cuda
 
