@@ -1,4 +1,4 @@
-"""Data sets as uint8 tensors in memory, ready to live on the training device, and augmentation there."""
+"""Data sets as uint8 tensors in memory, ready to live on the training device."""
 
 import codecs
 import gzip
@@ -47,8 +47,9 @@ class Dataset:
     """A labelled data set in memory.
 
     Images are uint8 [N, C, H, W], or event frames uint8 [N, T, C, H, W]; labels are int64 [N]. `mean` and `std`
-    (float32 [C], in units of the raw uint8 values) normalise an image; event frames are only scaled, so that an
-    empty pixel stays 0. `augmented` says whether training images are to be cropped and flipped at random.
+    (float32 [C], in units of the raw uint8 values) normalise an image: (x - mean) / std in each channel; event frames
+    are only scaled, so that an empty pixel stays 0. `augmented` says whether training images are to be cropped and
+    flipped at random.
     """
 
     name: str
@@ -70,27 +71,6 @@ class Dataset:
         """The same data set with every tensor on `device`."""
         tensors = {key: value.to(device) for key, value in vars(self).items() if isinstance(value, Tensor)}
         return Dataset(**{**vars(self), **tensors})
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """uint8 images [N, ..., C, H, W] as float32 of the same shape: (x - mean) / std in each channel."""
-        return (images - self.mean[:, None, None]) / self.std[:, None, None]
-
-
-def augment(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
-    """Random crop (padding mirrored at the border) and horizontal flip of uint8 images [N, C, H, W], on their device.
-
-    One draw and one gather of constant shapes, without waiting for the host; `generator` lives on the same device.
-    """
-    count, channels, height, width = images.shape
-    device = images.device
-    draw = torch.rand(3, count, 1, device=device, generator=generator)
-    top, left = (draw[:2] * (2 * padding + 1)).long() - padding
-    rows = _mirror(top + torch.arange(height, device=device), height)
-    columns = _mirror(left + torch.arange(width, device=device), width)
-    columns = torch.where(draw[2] < 0.5, columns, columns.flip(1))
-    example = torch.arange(count, device=device)[:, None, None, None]
-    channel = torch.arange(channels, device=device)[None, :, None, None]
-    return images[example, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
 def load(name: str, data_dir: str | os.PathLike[str] | None = None, *, image_size: int = 32) -> Dataset:
@@ -259,11 +239,6 @@ def _channels_first(images: np.ndarray) -> Tensor:
     elif images.ndim == 4:
         images = images.transpose(0, 3, 1, 2)
     return torch.from_numpy(np.require(images, requirements=["C", "W"]))
-
-
-def _mirror(position: Tensor, size: int) -> Tensor:
-    """Positions beyond [0, size) mirrored at the border pixel."""
-    return (size - 1 - (size - 1 - position.abs()).abs()).clamp_(0, size - 1)
 
 
 def _first(candidates: list[Path], what: str) -> Path:

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from sadp_fast import augmentation, data
+from sadp_fast import augmentation
 from sadp_fast.augmentation import crop_flip_normalise, draw_crops
 from sadp_fast.reference import augment as reference
 
@@ -116,18 +116,6 @@ def test_every_shift_and_flip_is_drawn_equally_often():
     flipped = (draws[2] >= 0.5).float().mean()
     assert shift.min() > 0.8 * count / 9 and shift.max() < 1.2 * count / 9
     assert 0.45 < flipped < 0.55
-
-
-def test_agrees_with_the_data_set(device):
-    """The same generator gives what ``data.augment`` and ``Dataset.normalise`` give."""
-    images, index, _, mean, std = example((3, 32, 32), device)
-    labels = torch.zeros(len(images), dtype=torch.int64, device=device)
-    dataset = data.Dataset("", images, labels, images, labels, 1, mean, std, True)
-    generators = [torch.Generator(device).manual_seed(5) for _ in range(2)]
-    expected = dataset.normalise(data.augment(images[index], generators[0]))
-    out = crop_flip_normalise(images, index, draw_crops(len(index), generators[1]), mean, std)
-    assert torch.equal(out, expected)
-    assert torch.equal(crop_flip_normalise(images[3:7], None, None, mean, std), dataset.normalise(images[3:7]))
 
 
 def test_an_index_out_of_range_is_never_read(kernel, kernel_device):

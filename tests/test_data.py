@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sadp_fast import data
+from sadp_fast.augmentation import crop_flip_normalise
 
 PIL_Image = pytest.importorskip("PIL.Image")
 REAL_DATA = Path(os.environ.get("SADP_DATA") or "no folder")
@@ -63,7 +64,7 @@ def test_digits_are_embedded_and_split_evenly():
     assert digits.train_images.max() == 16 and not digits.augmented
     assert digits.test_labels.bincount().min() >= 34 and digits.num_classes == 10
     assert torch.equal(digits.train_images, data.load("digits").train_images)
-    normalised = digits.normalise(digits.train_images)
+    normalised = crop_flip_normalise(digits.train_images, None, None, digits.mean, digits.std)
     assert abs(normalised.mean()) < 1e-4 and abs(normalised.std() - 1) < 1e-4
 
 
@@ -195,7 +196,7 @@ def test_npz_shapes(tmp_path, stored, shape):
     assert some.augmented == (shape[0] == 3 and len(shape) == 3)
     if len(shape) == 4:
         assert some.mean.tolist() == [0, 0]  # an empty pixel of an event frame stays 0
-    assert some.normalise(some.train_images).shape == some.train_images.shape
+    assert crop_flip_normalise(some.train_images, None, None, some.mean, some.std).shape == some.train_images.shape
 
 
 def test_image_folder(tmp_path):
@@ -320,22 +321,3 @@ def test_data_folder_is_asked_for(monkeypatch, tmp_path):
         data.load("npz", tmp_path)
     with pytest.raises(data.DataError, match="unknown data set"):
         data.load("imagenet", tmp_path)
-
-
-def test_augmented_image_is_a_window_of_the_padded_image(device):
-    images = torch.randint(0, 256, (200, 3, 12, 10), dtype=torch.uint8, device=device)
-    generator = torch.Generator(device).manual_seed(3)
-    augmented = data.augment(images, generator)
-    assert augmented.shape == images.shape and augmented.dtype == torch.uint8
-    padded = torch.nn.functional.pad(images.float(), (4, 4, 4, 4), mode="reflect").byte()
-    windows = padded.unfold(2, 12, 1).unfold(3, 10, 1)  # [N, C, 9, 9, 12, 10]
-    plain = (windows == augmented[:, :, None, None]).all(dim=(5, 4)).all(dim=1)
-    flipped = (windows == augmented.flip(3)[:, :, None, None]).all(dim=(5, 4)).all(dim=1)
-    found = plain | flipped
-    assert found.sum(dim=(1, 2)).eq(1).all()
-    # Each of 9 offsets a row is missed by 200 draws with probability 9 (8/9)^200 < 1e-9; fewer than 60 or more than 140
-    # flips come with probability < 1e-7.
-    assert found.any(0).any(0).all() and found.any(0).any(1).all()
-    assert 60 <= int(flipped.sum()) <= 140
-    again = data.augment(images, torch.Generator(device).manual_seed(3))
-    assert torch.equal(augmented, again)

@@ -40,7 +40,8 @@ def train(graphed, score, optimizer_class):
         for i, index in enumerate(sadp.batches(BATCH)):
             rate.fill_(0.01 * (epoch + 1) / (1 + i % 3))
             losses.append(run(index).clone())
-    assert not graphed or len(run._recorded) >= (1 if score == "random" else 2)
+    # One for the epochs that take scores, full and pruned, and one for those at the end that take none.
+    assert not graphed or len(run._recorded) == (1 if score == "random" else 2)
     return torch.stack(losses), sadp.scores, [p.detach().clone() for p in model.parameters()]
 
 
@@ -52,3 +53,51 @@ def test_graphed_training_is_eager_training(score, optimizer_class):
     torch.testing.assert_close(graphed[1], eager[1], rtol=1e-3, atol=1e-6, equal_nan=True)
     for a, b in zip(graphed[2], eager[2], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_every_batch_but_the_first_two_of_a_kind_is_replayed():
+    """Full and pruned epochs are of one kind, and so is the padded batch at the end."""
+    model = nn.Sequential(nn.Linear(20, 64), LIFNode(step_mode="m"), nn.Linear(64, 5)).cuda()
+    x, y = torch.randn(N, 20, device="cuda"), torch.randint(5, (N,), device="cuda")
+    sadp = SADP(model, N, epochs=EPOCHS)
+    calls = []
+
+    def step(index):
+        calls.append(sadp.batch_kind)
+        model.zero_grad(set_to_none=True)
+        loss = sadp.loss(nn.CrossEntropyLoss(), model(x[index].expand(T, -1, -1)).mean(0), y[index])
+        loss.backward()
+        sadp_fast.reset(model)
+        return loss.detach()
+
+    run = GraphedStep(step, sadp)
+    for _ in range(EPOCHS):
+        for index in sadp.batches(BATCH):
+            run(index)
+    assert calls == [None, *[(True, True, BATCH)] * 2, *[(True, False, BATCH)] * 2]
+
+
+def test_a_change_of_the_batch_size_is_another_graph():
+    def scores(graphed):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 32), LIFNode(step_mode="m"), nn.Linear(32, 5)).cuda()
+        x, y = torch.randn(N, 20, device="cuda"), torch.arange(N, device="cuda") % 5
+        sadp = SADP(model, N, epochs=10, warmup_epochs=4)
+
+        def step(index):
+            model.zero_grad(set_to_none=True)
+            loss = sadp.loss(nn.CrossEntropyLoss(), model(x[index].expand(T, -1, -1)).mean(0), y[index])
+            loss.backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 0.1 * parameter.grad
+            sadp_fast.reset(model)
+            return loss.detach()
+
+        run = GraphedStep(step, sadp) if graphed else step
+        for size in (64, 128, 64, 128):
+            for index in sadp.batches(size):
+                run(index)
+        return sadp.scores
+
+    torch.testing.assert_close(scores(True), scores(False), rtol=1e-3, atol=1e-6)

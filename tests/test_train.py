@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from sadp_fast import train
+from sadp_fast import spike_storage, train
 from sadp_fast.data import Dataset
 from sadp_fast.train import TrainConfig, Trainer, TrainError
 
@@ -200,6 +200,39 @@ def test_mixed_precision_scores_and_learns(tmp_path, amp):
     assert all(math.isfinite(entry["loss"]) for entry in result.history)
     scores = checkpoint(tmp_path)["sadp"]
     assert any(isinstance(value, torch.Tensor) and value.nan_to_num().max() > 0 for value in scores.values())
+
+
+@pytest.mark.parametrize("method", ["sadp", "full"])
+def test_low_memory_trains_alike_with_spikes_as_bits(tmp_path, monkeypatch, method):
+    packed = []
+    pack = spike_storage._pack_bits
+    monkeypatch.setattr(spike_storage, "_pack_bits", lambda *args: packed.append(args) or pack(*args))
+    config = replace(CONFIG.of(method), model="sew_resnet18", epochs=3, prune_ratio=0.4 if method == "sadp" else 0.0)
+    histories = []
+    for low_memory in (False, True):
+        assert not packed
+        history = train.run(replace(config, low_memory=low_memory), colour_data(), tmp_path / str(low_memory)).history
+        histories.append(without_seconds(history))
+    assert histories[0] == histories[1]
+    assert_same(checkpoint(tmp_path / "False")["model"], checkpoint(tmp_path / "True")["model"])
+    # All inputs of convolutions that are outputs of neurons: all but the image's, blocks of two sharing one with the
+    # shortcut's.
+    steps = sum(entry["steps"] for entry in histories[1])
+    assert len(packed) == 16 * steps
+
+
+def test_training_images_are_cropped_and_test_images_are_not(monkeypatch):
+    seen = []
+    original = train.crop_flip_normalise
+    monkeypatch.setattr(
+        train, "crop_flip_normalise", lambda *args, **options: seen.append(args) or original(*args, **options)
+    )
+    trainer = Trainer(CONFIG, colour_data())
+    trainer.throw_away_steps()
+    assert len(seen) == 2 and all(args[0] is trainer.data.train_images and args[2].shape == (3, 16) for args in seen)
+    assert not torch.equal(seen[0][2], seen[1][2])
+    trainer.evaluate()
+    assert seen[2][1] is None and seen[2][2] is None and torch.equal(seen[2][0], trainer.data.test_images)
 
 
 def test_prepare_checks_the_batch_size_and_leaves_nothing():
