@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,38 +36,73 @@ def _constant(name: str) -> Any:
     return property(get, set)
 
 
-class CallStatistics(NamedTuple):
+class CallStatistics:
     """Per-example statistics of one forward call and of its backward pass, both [T, N] (T = 1 for a single step).
 
-    ``spike_count`` (int32) holds after the forward pass; ``grad_norm_sq`` (float32) is NaN until the backward pass
-    writes it, and None for a forward pass that has no backward.
+    The fused kernels leave partial sums [T, N, programs], which are added (in a fixed order) at every read.
+
+    Args:
+        awaits_norms: whether there may be a backward pass.
     """
 
-    spike_count: Tensor
-    grad_norm_sq: Tensor | None
+    __slots__ = ("_awaits_norms", "_norms", "_spikes")
+
+    def __init__(self, awaits_norms: bool) -> None:
+        self._awaits_norms = awaits_norms
+        self._norms: Tensor | None = None
+
+    def record_spikes(self, sums: Tensor) -> None:
+        """Take the forward pass's counts, int32 [T, N] or partial sums."""
+        self._spikes = sums
+
+    def record_norms(self, sums: Tensor) -> None:
+        """Take the backward pass's sums of squares, float32 [T, N] or partial sums."""
+        self._norms = sums
+
+    @property
+    def spike_count(self) -> Tensor:
+        """int32, known after the forward pass."""
+        return _added(self._spikes)
+
+    @property
+    def grad_norm_sq(self) -> Tensor | None:
+        """float32, NaN until the backward pass has been, None for a forward pass without gradients."""
+        if self._norms is not None:
+            return _added(self._norms)
+        return torch.full(self._spikes.shape[:2], torch.nan, device=self._spikes.device) if self._awaits_norms else None
+
+
+def _added(sums: Tensor) -> Tensor:
+    """[T, N] from itself or from partial sums along a third dimension."""
+    if sums.ndim == 2:
+        return sums
+    return sums.squeeze(2) if sums.shape[2] == 1 else sums.sum(2, dtype=sums.dtype)
 
 
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
+class _State:
+    """What calls change: not attributes of the module, which are slow to set."""
+
+    def __init__(self, v: float) -> None:
+        self.v: Any = v  # a number, a tensor, or what computes the tensor
+        self.v_seq: Tensor | None = None
+        self.calls: list[CallStatistics] = []
+        self.keeps_v = False  # whether v has been read where it was not written
+
+
 class BaseNode(nn.Module):
     """State, step modes and statistics common to the neurons.
 
-    The membrane potential ``v`` is a float until the first forward pass, then a tensor [N, *] (float32, or float64 for
-    float64 input) that keeps its graph, so that gradients cross calls until ``reset()`` or ``detach()``.
-
     Attributes:
-        v: membrane potential.
-        v_seq: with ``store_v_seq``, the potential after every step since the last reset ('s') or of the last call
-            ('m'): [T, N, *]. Otherwise None.
         collect_statistics: whether the passes also emit per-example statistics; off, they cost nothing.
         channel_scale: None, or float32 [C]: ``grad_norm_sq`` is then that of the gradient times this scale along the
             channel dimension (dimension 1 of one step's input). With gamma/sigma of a normalisation in front of the
             neuron, it is the norm of the gradient before that normalisation.
     """
 
-    v: Tensor | float
     v_threshold = _constant("v_threshold")
     v_reset = _constant("v_reset")
     detach_reset = _constant("detach_reset")
@@ -93,6 +128,7 @@ class BaseNode(nn.Module):
             raise TypeError(f"detach_reset must be True or False, got {detach_reset!r}")
         self.dynamics = Dynamics(tau, decay_input, v_threshold, v_reset, detach_reset)
         self.surrogate_function = surrogates.Sigmoid() if surrogate_function is None else surrogate_function
+        self._state = _State(self.dynamics.v_rest)
         self.step_mode = step_mode
         self.backend = backend
         self.store_v_seq = store_v_seq
@@ -100,7 +136,6 @@ class BaseNode(nn.Module):
         self.channel_scale: Tensor | None = None
         self._said_not_fused = False
         self._last_gradient_buffer: Tensor | None = None
-        self.reset()
 
     @property
     def step_mode(self) -> str:
@@ -138,15 +173,50 @@ class BaseNode(nn.Module):
     @store_v_seq.setter
     def store_v_seq(self, value: bool) -> None:
         self._store_v_seq = value
-        self.v_seq: Tensor | None = None
+        self._state.v_seq = None
 
     # ------------------------------------------------------------------------------------------------------ state
 
+    @property
+    def v(self) -> Tensor | float:
+        """Membrane potential: a float until the first forward pass, then a tensor [N, *] (float32, or float64 for
+        float64 input) that keeps its graph, so that gradients cross calls until ``reset()`` or ``detach()``.
+
+        A fused multi-step call that records gradients does not write it: it is computed when it is first read. A node
+        whose potential has been read that way once (by its next call too) writes it in every call from then on.
+        """
+        state = self._state
+        if not isinstance(state.v, (Tensor, float, int)):
+            state.v, state.keeps_v = state.v(), True
+        return state.v
+
+    @v.setter
+    def v(self, value: Tensor | float) -> None:
+        self._state.v = value
+
+    @property
+    def v_seq(self) -> Tensor | None:
+        """With ``store_v_seq``, the potential after every step since the last reset ('s') or of the last call ('m'):
+        [T, N, *]. Otherwise None."""
+        return self._state.v_seq
+
+    @v_seq.setter
+    def v_seq(self, value: Tensor | None) -> None:
+        self._state.v_seq = value
+
+    @property
+    def calls(self) -> list[CallStatistics]:
+        """Statistics of the last call ('m') or of every call since the last reset ('s')."""
+        return self._state.calls
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.v  # noqa: B018  computed now: what computes it cannot be copied
+        return self.__dict__
+
     def reset(self) -> None:
         """Return ``v`` to its initial float and forget ``v_seq`` and the statistics."""
-        self.v = self.dynamics.v_rest
-        self.v_seq = None
-        self.calls: list[CallStatistics] = []
+        state = self._state
+        state.v, state.v_seq, state.calls = self.dynamics.v_rest, None, []
 
     def detach(self) -> None:
         """Cut the graph behind ``v`` and ``v_seq`` (truncated back-propagation through time)."""
@@ -162,13 +232,14 @@ class BaseNode(nn.Module):
             self.v_seq = fn(self.v_seq)
         return super()._apply(fn, recurse)
 
-    def _initial_v(self, x: Tensor) -> Tensor | float:
-        """``v`` fit for one step's input x [N, *]: a new shape starts from rest, dtype and device are cast."""
-        if not isinstance(self.v, Tensor):
-            return float(self.v)
-        if self.v.shape != x.shape:
+    def _initial_v(self, x_seq: Tensor) -> Tensor | float:
+        """``v`` fit for input x_seq [T, N, *]: a new shape starts from rest, dtype and device are cast."""
+        v = self.v
+        if not isinstance(v, Tensor):
+            return float(v)
+        if v.shape != x_seq.shape[1:]:
             return self.dynamics.v_rest
-        return self.v.to(device=x.device, dtype=reference.state_dtype(x.dtype))
+        return v.to(device=x_seq.device, dtype=reference.state_dtype(x_seq.dtype))
 
     # ------------------------------------------------------------------------------------------------- statistics
 
@@ -195,17 +266,19 @@ class BaseNode(nn.Module):
         """NaN [T, N] for the backward pass to write into."""
         if not (self.collect_statistics and torch.is_grad_enabled()):
             return None
-        buffer = self._last_gradient_buffer
-        if torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
+            self._last_gradient_buffer = torch.full(x_seq.shape[:2], torch.nan, device=x_seq.device)
+        elif not self._has_buffer_for(x_seq):
             # A compiled graph can only write, in its backward, into a tensor that exists before it runs.
-            if buffer is None or buffer.shape != x_seq.shape[:2] or buffer.device != x_seq.device:
-                raise RuntimeError(
-                    "collect_statistics under torch.compile writes into an existing buffer: run one forward pass with "
-                    f"this [T, N] = {tuple(x_seq.shape[:2])} uncompiled first"
-                )
-            return buffer
-        self._last_gradient_buffer = torch.full(x_seq.shape[:2], torch.nan, device=x_seq.device)
+            raise RuntimeError(
+                "collect_statistics under torch.compile writes into an existing buffer: run one forward pass with "
+                f"this [T, N] = {tuple(x_seq.shape[:2])} uncompiled first"
+            )
         return self._last_gradient_buffer
+
+    def _has_buffer_for(self, x_seq: Tensor) -> bool:
+        buffer = self._last_gradient_buffer
+        return buffer is not None and buffer.shape == x_seq.shape[:2] and buffer.device == x_seq.device
 
     # ---------------------------------------------------------------------------------------------------- forward
 
@@ -220,11 +293,12 @@ class BaseNode(nn.Module):
             )
         if not runs_kernels or x.ndim < 2 or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return None
-        index = surrogates.fused_index(self.surrogate_function)
+        surrogate = self.surrogate_function
+        index = surrogates.fused_index(surrogate)
         if index is None and not self._said_not_fused:
             self._said_not_fused = True
             warnings.warn(
-                f"the surrogate {type(self.surrogate_function).__name__} is not fused: this neuron runs step by step "
+                f"the surrogate {type(surrogate).__name__} is not fused: this neuron runs step by step "
                 f"in plain torch; fused are {', '.join(c.__name__ for c in surrogates.FUSED)}",
                 stacklevel=3,
             )
@@ -234,44 +308,93 @@ class BaseNode(nn.Module):
         """All steps of x_seq [T, N, *]; updates the state and the statistics."""
         if self.collect_statistics and x_seq.ndim < 2:
             raise ValueError(f"collect_statistics needs a batch dimension, got input of shape {tuple(x_seq.shape)}")
-        v = self._initial_v(x_seq[0])
-        grad_norm_sq = self._gradient_buffer(x_seq)
+        v = self._initial_v(x_seq)
         fused = self._fused_surrogate(x_seq)
-        if fused is not None:
-            from .ops.lif import lif  # Triton is imported where it is used, so that CPU users need no Triton
-
-            spikes, v, v_seq, spike_count = lif(
-                x_seq,
-                v,
-                self.dynamics,
-                fused,
-                self.surrogate_function.alpha,  # type: ignore[union-attr]
-                store_v_seq=self.store_v_seq,
-                count_spikes=self.collect_statistics,
-                grad_norm_sq=grad_norm_sq,
-                channel_scale=self.channel_scale,
-            )
+        if fused is None:
+            spikes, v_seq, statistics = self._run_reference(x_seq, v)
+            binary = surrogates.fused_index(self.surrogate_function) is not None
         else:
-            if not isinstance(v, Tensor):
-                v = torch.full_like(x_seq[0], v, dtype=reference.state_dtype(x_seq.dtype), requires_grad=False)
-            if grad_norm_sq is not None:
-                x_seq = reference.GradientNormTap.apply(x_seq, grad_norm_sq, self.channel_scale)
-            spikes, v, v_seq = reference.multi_step(x_seq, v, self.dynamics, self.surrogate_function, self.store_v_seq)
-            spike_count = reference.spike_count(spikes) if self.collect_statistics else None
-        self.v = v
-        if spike_count is not None:
-            call = CallStatistics(spike_count, grad_norm_sq)
-            self.calls = [call] if self.step_mode == "m" else [*self.calls, call]
+            spikes, v_seq, statistics = self._run_kernels(x_seq, v, fused)
+            binary = True
+        state = self._state
+        if statistics is not None:
+            state.calls = [statistics] if self._step_mode == "m" else [*state.calls, statistics]
         if v_seq is not None:
-            earlier = self.v_seq if self.step_mode == "s" else None
+            earlier = state.v_seq if self._step_mode == "s" else None
             grows = earlier is not None and (earlier.shape[1:], earlier.dtype, earlier.device) == (
                 v_seq.shape[1:],
                 v_seq.dtype,
                 v_seq.device,
             )
-            self.v_seq = torch.cat((earlier, v_seq)) if grows else v_seq  # type: ignore[arg-type]
-        binary = fused is not None or surrogates.fused_index(self.surrogate_function) is not None
+            state.v_seq = torch.cat((earlier, v_seq)) if grows else v_seq  # type: ignore[arg-type]
         return mark(spikes, 1) if binary else spikes
+
+    def _run_reference(self, x_seq: Tensor, v: Tensor | float) -> tuple[Tensor, Tensor | None, CallStatistics | None]:
+        """Spikes, v_seq and statistics by plain torch; sets the potential."""
+        if not isinstance(v, Tensor):
+            v = torch.full_like(x_seq[0], v, dtype=reference.state_dtype(x_seq.dtype), requires_grad=False)
+        norms = self._gradient_buffer(x_seq)
+        if norms is not None:
+            x_seq = reference.GradientNormTap.apply(x_seq, norms, self.channel_scale)
+        spikes, self._state.v, v_seq = reference.multi_step(
+            x_seq, v, self.dynamics, self.surrogate_function, self._store_v_seq
+        )
+        if not self.collect_statistics:
+            return spikes, v_seq, None
+        return spikes, v_seq, self._statistics(reference.spike_count(spikes), norms)
+
+    def _statistics(self, spike_count: Tensor, norms: Tensor | None) -> CallStatistics:
+        statistics = CallStatistics(norms is not None)
+        statistics.record_spikes(spike_count)
+        if norms is not None:
+            statistics.record_norms(norms)
+        return statistics
+
+    def _run_kernels(
+        self, x_seq: Tensor, v: Tensor | float, surrogate: int
+    ) -> tuple[Tensor, Tensor | None, CallStatistics | None]:
+        """Spikes, v_seq and statistics by the fused kernels; sets the potential."""
+        from .ops import lif as ops  # Triton is imported where it is used, so that CPU users need no Triton
+
+        alpha = self.surrogate_function.alpha  # type: ignore[union-attr]
+        counts = self.collect_statistics
+        if not ops.runs_directly():
+            norms = self._gradient_buffer(x_seq)
+            spikes, self._state.v, v_seq, count = ops.lif(
+                x_seq,
+                v,
+                self.dynamics,
+                surrogate,
+                alpha,
+                store_v_seq=self._store_v_seq,
+                count_spikes=counts,
+                grad_norm_sq=norms,
+                channel_scale=self.channel_scale,
+            )
+            return spikes, v_seq, None if count is None else self._statistics(count, norms)
+        ops.check(x_seq, v, self.channel_scale)
+        statistics = record_norms = None
+        if counts:
+            statistics = CallStatistics(torch.is_grad_enabled())
+            if torch.is_grad_enabled():
+                record_norms = statistics.record_norms
+                if not self._has_buffer_for(x_seq):  # for later calls under torch.compile
+                    self._gradient_buffer(x_seq)
+        spikes, self._state.v, v_seq, count = ops.multi_step(
+            x_seq,
+            v,
+            self.dynamics,
+            surrogate,
+            alpha,
+            self._store_v_seq,
+            counts,
+            record_norms,
+            self.channel_scale,
+            defer_v=not self._state.keeps_v,
+        )
+        if statistics is not None and count is not None:
+            statistics.record_spikes(count)
+        return spikes, v_seq, statistics
 
     def forward(self, x: Tensor) -> Tensor:
         """Input current to spikes, same shape and dtype: [N, *] in step mode 's', [T, N, *] in 'm'.

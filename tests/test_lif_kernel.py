@@ -23,16 +23,31 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sadp_fast.dynamics import Dynamics
-from sadp_fast.ops.lif import CHUNK, lif
+from sadp_fast.ops import lif as ops
+from sadp_fast.ops.lif import lif
 from sadp_fast.reference import lif as reference
 from sadp_fast.surrogate import FUSED
 
+CHUNK = 8  # steps of a chunk in these tests: several chunks without many steps, which the interpreter is slow at
 MARGIN = 1e-4
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ON_GPU = torch.cuda.is_available()
 
 LIF = Dynamics(tau=2.0, decay_input=True, v_threshold=1.0, v_reset=0.0, detach_reset=False)
 SIGMOID, ATAN, RECT = 0, 1, 7
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch, request):
+    if "real_chunks" not in request.fixturenames:
+        monkeypatch.setattr(ops, "LONGEST_CHUNK", {4: CHUNK, 2: CHUNK})
+    for plans in ("_forward_plans", "_backward_plans"):
+        monkeypatch.setattr(ops, plans, {})
+
+
+@pytest.fixture
+def real_chunks():
+    """Marks a test that runs with the chunks that users get."""
 
 
 def shapes(small, large=()):
@@ -336,6 +351,17 @@ def test_spikes_do_not_flip_near_the_threshold(tau, decay_input, kernel_device):
     assert 0.1 < expected[0][1:].mean() < 0.9
     for name, want, got in zip(("spikes", "v", "v_seq"), expected, found, strict=False):
         assert torch.equal(got.cpu(), want), name
+
+
+@pytest.mark.parametrize("steps, dtype", [(17, torch.float32), (33, torch.float32), (33, torch.bfloat16)], ids=str)
+def test_chunks_of_real_length(steps, dtype, real_chunks, kernel_device):
+    """Lengths that do not divide into chunks; at most 1/16 of the input's bytes are saved beyond it."""
+    check((steps, 1, 90), dtype, v=0.1, device=kernel_device)
+    for t in range(1, 200):
+        size = dtype.itemsize
+        chunk = ops.chunk_steps(t, size)
+        checkpoints = -(-t // chunk) - 1
+        assert 1 <= chunk <= ops.LONGEST_CHUNK[size] and checkpoints * 4 * 16 <= t * size
 
 
 # ------------------------------------------------------------------------------------------------- memory layouts

@@ -1,25 +1,28 @@
 """Multi-step integrate-and-fire, forward and backward, each one pass over memory.
 
-Reading order: forward kernel, backward kernel, launchers, registered operators,
-autograd function, ``lif`` (what the rest of the package calls).
+Reading order: kernels, launch plans, registered operators, autograd functions, ``multi_step`` (what a neuron calls) and
+``lif`` (the same as a function of tensors).
 
 How the kernels work. A program owns one example and BLOCK of its elements and walks the T steps with the membrane
-potential in registers; the time axis is never split over programs, so nothing is synchronised. The backward kernel
-saves nothing but the input: it walks forward again, and because that walk is a compile-time recursion over time, the
-potentials of all its steps are live in registers when it turns round. For T > CHUNK the forward pass also writes the
-potential at every CHUNK-th step, and the backward pass recomputes one chunk at a time.
+potential in registers; the time axis is never split over programs, so nothing is synchronised. Both kernels walk a
+chunk of steps by a compile-time recursion over time that loads on the way in and stores on the way out: all loads of a
+chunk are in flight before its first store. The backward kernel needs nothing but the input: the way in walks the
+potential forward again, the way out walks the gradient back. For T beyond one chunk the forward pass also writes the
+potential between chunks, and the backward pass starts each chunk from there.
 
 State and arithmetic are float32 whatever the tensors' dtype. Floating-point contraction is off and divisions are
 exact, so that a spike is the same, bit for bit, as in the plain torch reference.
 
-Per-example statistics: each program reduces its block for each step and writes one partial sum; partial sums are
-added by one torch reduction in a fixed order, so the results are deterministic.
+Per-example statistics: each program reduces its block for each step and writes one partial sum; what reads them adds
+the partial sums in a fixed order, so the results are deterministic.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,24 +31,63 @@ from torch import Tensor
 
 from ..dynamics import Dynamics
 from .equations import LEAK, LEAK_WITH_INPUT_DECAY, NO_LEAK, charge, reset, surrogate_gradient
-from .layout import laid_out, sequence_like, sequence_strides, v_like, v_strides, with_dense_inner, with_inner_order_of
-
-# Steps held in registers by the backward kernel; the spacing of saved potentials for longer sequences.
-CHUNK = 8
+from .launch import Launch
+from .layout import (
+    has_strides,
+    inner_is_dense,
+    laid_out,
+    sequence_like,
+    sequence_strides,
+    v_like,
+    v_strides,
+    with_dense_inner,
+    with_inner_order_of,
+)
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+# ------------------------------------------------------------------------------------------------------- the tuning
+
+# By bytes of an element of x: the most steps of a chunk. One float32 potential a chunk is 1/16 of the input's bytes.
+LONGEST_CHUNK = {4: 16, 2: 32}
+
+# Elements of a step that a thread holds, by direction and bytes of an element: (steps of a chunk up to, elements), ...
+# Sixteen bytes where registers allow it: both kernels hold a chunk of x, the backward kernel its potentials too.
+ELEMENTS = {
+    ("forward", 4): ((16, 4),),
+    ("forward", 2): ((8, 8), (32, 4)),
+    ("backward", 4): ((16, 4),),
+    ("backward", 2): ((8, 8), (16, 4), (32, 2)),
+}
+
+# One warp a program: its reductions are shuffles, without barriers.
+WARPS = 1
+
+# Threads hold fewer elements where there would be fewer warps than this for each of the GPU's multiprocessors.
+WARPS_PER_MULTIPROCESSOR = 8
+
+
+def chunk_steps(steps: int, element_size: int) -> int:
+    """Steps of a chunk: as few chunks as LONGEST_CHUNK allows, of one length."""
+    return triton.cdiv(steps, triton.cdiv(steps, LONGEST_CHUNK[element_size]))
+
+
 # ---------------------------------------------------------------------------------------------------- the kernels
+
+# A function that recurses over time gets itself as RECURSE: Triton before 3.5 hashes a function with all that it
+# names, without end for one that names itself. RAGGED: the last chunk has steps beyond T, in which nothing happens.
 
 
 @triton.jit
-def _forward_chunk(
+def _forward_steps(
     x_ptr,
     spikes_ptr,
     v_seq_ptr,
     count_ptr,
     offsets,
     mask,
+    first,
+    T,
     x_stride_t,
     dense_stride_t,
     count_stride_t,
@@ -53,29 +95,67 @@ def _forward_chunk(
     tau,
     v_threshold,
     v_rest,
+    STEP: tl.constexpr,
     STEPS: tl.constexpr,
+    RAGGED: tl.constexpr,
     DYNAMICS: tl.constexpr,
     EXACT_RECIPROCAL: tl.constexpr,
     SOFT_RESET: tl.constexpr,
+    STORE_SPIKES: tl.constexpr,
     STORE_V_SEQ: tl.constexpr,
     COUNT_SPIKES: tl.constexpr,
+    RECURSE: tl.constexpr,
 ):
-    """Forward through STEPS steps from potential v; returns the potential after the last."""
-    for _ in tl.static_range(STEPS):
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        h = charge(x, v, tau, v_rest, DYNAMICS, EXACT_RECIPROCAL)
-        fired = h - v_threshold >= 0
-        v = reset(h, fired, v_threshold, v_rest, SOFT_RESET)
-        tl.store(spikes_ptr + offsets, tl.where(fired, 1.0, 0.0).to(spikes_ptr.dtype.element_ty), mask=mask)
-        if STORE_V_SEQ:
-            tl.store(v_seq_ptr + offsets, v, mask=mask)
-        if COUNT_SPIKES:
-            tl.store(count_ptr, tl.sum((fired & mask).to(tl.int32), axis=0))
-        x_ptr += x_stride_t
-        spikes_ptr += dense_stride_t
-        v_seq_ptr += dense_stride_t
-        count_ptr += count_stride_t
-    return v
+    """From step STEP of a chunk of STEPS, that starts at step ``first`` of T and at the pointers, to its end.
+
+    v is the potential before; returns that after the last step.
+    """
+    if RAGGED:
+        mask = mask & (first + STEP < T)
+    x = tl.load(x_ptr + STEP * x_stride_t + offsets, mask=mask, other=0.0).to(tl.float32)
+    h = charge(x, v, tau, v_rest, DYNAMICS, EXACT_RECIPROCAL)
+    fired = h >= v_threshold
+    spikes = tl.where(fired & mask if COUNT_SPIKES else fired, 1.0, 0.0)
+    v_after = reset(h, fired, v_threshold, v_rest, SOFT_RESET)
+    if RAGGED:
+        v_after = tl.where(mask, v_after, v)
+    v_end = v_after
+    if STEP + 1 < STEPS:
+        v_end = RECURSE(
+            x_ptr,
+            spikes_ptr,
+            v_seq_ptr,
+            count_ptr,
+            offsets,
+            mask,
+            first,
+            T,
+            x_stride_t,
+            dense_stride_t,
+            count_stride_t,
+            v_after,
+            tau,
+            v_threshold,
+            v_rest,
+            STEP + 1,
+            STEPS,
+            RAGGED,
+            DYNAMICS,
+            EXACT_RECIPROCAL,
+            SOFT_RESET,
+            STORE_SPIKES,
+            STORE_V_SEQ,
+            COUNT_SPIKES,
+            RECURSE,
+        )
+    if STORE_SPIKES:
+        tl.store(spikes_ptr + STEP * dense_stride_t + offsets, spikes.to(spikes_ptr.dtype.element_ty), mask=mask)
+    if STORE_V_SEQ:
+        tl.store(v_seq_ptr + STEP * dense_stride_t + offsets, v_after, mask=mask)
+    if COUNT_SPIKES:  # at most 2^24 spikes a program: exact in float32, and cheaper to add than integers
+        count = tl.sum(spikes, axis=0).to(tl.int32)
+        tl.store(count_ptr + STEP * count_stride_t, count, mask=first + STEP < T if RAGGED else None)
+    return v_end
 
 
 @triton.jit
@@ -102,87 +182,67 @@ def _lif_forward_kernel(
     DYNAMICS: tl.constexpr,
     EXACT_RECIPROCAL: tl.constexpr,
     SOFT_RESET: tl.constexpr,
+    REST_AT_ZERO: tl.constexpr,
+    EVEN: tl.constexpr,
     HAS_V_INIT: tl.constexpr,
+    STORE_SPIKES: tl.constexpr,
     STORE_V: tl.constexpr,
     STORE_V_SEQ: tl.constexpr,
     STORE_CHECKPOINTS: tl.constexpr,
     COUNT_SPIKES: tl.constexpr,
 ):
+    if REST_AT_ZERO:
+        v_rest = 0.0  # known to the compiler, which then leaves out what it is subtracted from
     program = tl.program_id(0)
     one = tl.full((), 1, tl.int64)  # offsets between examples and steps can pass 2^31 elements
     n = one * (program // blocks)
     offsets = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < size
+    mask = tl.full((BLOCK,), True, tl.int1) if EVEN else offsets < size
     state_size = one * examples * size  # every tensor but x is dense, [T,] N, *
     state_offset = n * size
-    count_stride_t = examples * blocks
-    x_ptr += n * x_stride_n
-    spikes_ptr += state_offset
-    v_seq_ptr += state_offset
-    checkpoint_ptr += state_offset
-    count_ptr += program
+    count_stride_t = one * examples * blocks
     if HAS_V_INIT:
         v = tl.load(v_init_ptr + state_offset + offsets, mask=mask, other=0.0)
     else:
         v = tl.full((BLOCK,), v_init, tl.float32)
-
-    FULL: tl.constexpr = T // CHUNK
-    REST: tl.constexpr = T % CHUNK
-    for chunk in range(FULL):
-        first = one * chunk * CHUNK
-        v = _forward_chunk(
-            x_ptr + first * x_stride_t,
-            spikes_ptr + first * state_size,
-            v_seq_ptr + first * state_size,
-            count_ptr + first * count_stride_t,
+    for first in range(0, T, CHUNK):
+        t = one * first
+        v = _forward_steps(
+            x_ptr + n * x_stride_n + t * x_stride_t,
+            spikes_ptr + state_offset + t * state_size,
+            v_seq_ptr + state_offset + t * state_size,
+            count_ptr + program + t * count_stride_t,
             offsets,
             mask,
-            x_stride_t,
+            first,
+            T,
+            one * x_stride_t,
             state_size,
             count_stride_t,
             v,
             tau,
             v_threshold,
             v_rest,
+            0,
             CHUNK,
+            T % CHUNK != 0,
             DYNAMICS,
             EXACT_RECIPROCAL,
             SOFT_RESET,
+            STORE_SPIKES,
             STORE_V_SEQ,
             COUNT_SPIKES,
+            _forward_steps,
         )
         if STORE_CHECKPOINTS:
-            if chunk * CHUNK + CHUNK < T:
-                tl.store(checkpoint_ptr + chunk * state_size + offsets, v, mask=mask)
-    if REST > 0:
-        first = one * FULL * CHUNK
-        v = _forward_chunk(
-            x_ptr + first * x_stride_t,
-            spikes_ptr + first * state_size,
-            v_seq_ptr + first * state_size,
-            count_ptr + first * count_stride_t,
-            offsets,
-            mask,
-            x_stride_t,
-            state_size,
-            count_stride_t,
-            v,
-            tau,
-            v_threshold,
-            v_rest,
-            REST,
-            DYNAMICS,
-            EXACT_RECIPROCAL,
-            SOFT_RESET,
-            STORE_V_SEQ,
-            COUNT_SPIKES,
-        )
+            if first + CHUNK < T:
+                tl.store(checkpoint_ptr + state_offset + (t // CHUNK) * state_size + offsets, v, mask=mask)
     if STORE_V:
         tl.store(v_final_ptr + state_offset + offsets, v, mask=mask)
 
 
 @triton.jit
-def _backward_from(
+def _backward_steps(
     x_ptr,
     grad_spikes_ptr,
     grad_v_seq_ptr,
@@ -190,6 +250,8 @@ def _backward_from(
     norm_ptr,
     offsets,
     mask,
+    first,
+    T,
     scale,
     x_stride_t,
     gs_stride_t,
@@ -201,80 +263,89 @@ def _backward_from(
     v_threshold,
     v_rest,
     alpha,
+    STEP: tl.constexpr,
     STEPS: tl.constexpr,
+    RAGGED: tl.constexpr,
     DYNAMICS: tl.constexpr,
     EXACT_RECIPROCAL: tl.constexpr,
     SOFT_RESET: tl.constexpr,
     DETACH_RESET: tl.constexpr,
     HAS_GRAD_V_SEQ: tl.constexpr,
+    HAS_CHANNEL_SCALE: tl.constexpr,
     GRAD_NORM: tl.constexpr,
     SURROGATE: tl.constexpr,
     RECURSE: tl.constexpr,
 ):
-    """Backward through STEPS steps whose first starts from potential v; carry is dL/dv after the last.
+    """From step STEP of a chunk of STEPS to its end and back; ``first``, T and the pointers as in ``_forward_steps``.
 
-    Returns dL/dv before the first. The recursion is over time and unrolled by the compiler. RECURSE is this function:
-    Triton before 3.5 hashes a function with all that it names, without end for one that names itself.
+    v is the potential before, carry dL/dv after the chunk's last step; returns dL/dv before step STEP.
     """
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    # Loaded before the recursion, so that every load of the chunk is in flight before its first store.
-    grad_spike = tl.load(grad_spikes_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if RAGGED:
+        mask = mask & (first + STEP < T)
+    x = tl.load(x_ptr + STEP * x_stride_t + offsets, mask=mask, other=0.0).to(tl.float32)
+    # Converted on the way out, to save registers.
+    grad_spike = tl.load(grad_spikes_ptr + STEP * gs_stride_t + offsets, mask=mask, other=0.0)
     h = charge(x, v, tau, v_rest, DYNAMICS, EXACT_RECIPROCAL)
-    fired = h - v_threshold >= 0
-    if STEPS > 1:
+    if STEP + 1 < STEPS:
         carry = RECURSE(
-            x_ptr + x_stride_t,
-            grad_spikes_ptr + gs_stride_t,
-            grad_v_seq_ptr + dense_stride_t,
-            grad_x_ptr + dense_stride_t,
-            norm_ptr + norm_stride_t,
+            x_ptr,
+            grad_spikes_ptr,
+            grad_v_seq_ptr,
+            grad_x_ptr,
+            norm_ptr,
             offsets,
             mask,
+            first,
+            T,
             scale,
             x_stride_t,
             gs_stride_t,
             dense_stride_t,
             norm_stride_t,
-            reset(h, fired, v_threshold, v_rest, SOFT_RESET),
+            reset(h, h >= v_threshold, v_threshold, v_rest, SOFT_RESET),
             carry,
             tau,
             v_threshold,
             v_rest,
             alpha,
-            STEPS - 1,
+            STEP + 1,
+            STEPS,
+            RAGGED,
             DYNAMICS,
             EXACT_RECIPROCAL,
             SOFT_RESET,
             DETACH_RESET,
             HAS_GRAD_V_SEQ,
+            HAS_CHANNEL_SCALE,
             GRAD_NORM,
             SURROGATE,
             RECURSE,
         )
+    grad_v = carry
     if HAS_GRAD_V_SEQ:
-        carry += tl.load(grad_v_seq_ptr + offsets, mask=mask, other=0.0)
-    surrogate = surrogate_gradient(h - v_threshold, alpha, SURROGATE)
+        grad_v += tl.load(grad_v_seq_ptr + STEP * dense_stride_t + offsets, mask=mask, other=0.0)
+    # grad_h = grad_v * dv/dh + grad_spike * surrogate; dv/dh has a surrogate term of its own unless it is detached.
+    times_surrogate = grad_spike.to(tl.float32)
     if SOFT_RESET:
-        grad_h = carry
+        kept = grad_v
         if not DETACH_RESET:
-            grad_h -= carry * v_threshold * surrogate
+            times_surrogate -= grad_v * v_threshold
     else:
-        grad_h = tl.where(fired, 0.0, carry)
+        kept = tl.where(h >= v_threshold, 0.0, grad_v)
         if not DETACH_RESET:
-            grad_h += carry * (v_rest - h) * surrogate
-    grad_h += grad_spike * surrogate
+            times_surrogate = tl.fma(grad_v, v_rest - h, times_surrogate)
+    grad_h = tl.fma(surrogate_gradient(h - v_threshold, alpha, SURROGATE), times_surrogate, kept)
     if DYNAMICS == LEAK_WITH_INPUT_DECAY:
         grad_x = grad_h * (1.0 / tau)
     else:
         grad_x = grad_h
-    tl.store(grad_x_ptr + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
-    if GRAD_NORM:
-        scaled = tl.where(mask, grad_x * scale, 0.0)
-        tl.store(norm_ptr, tl.sum(scaled * scaled, axis=0))
-    if DYNAMICS == NO_LEAK:
-        return grad_h
-    else:
-        return grad_h * (1.0 - 1.0 / tau)
+    tl.store(grad_x_ptr + STEP * dense_stride_t + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+    if GRAD_NORM:  # no mask: beyond the end every gradient is zero
+        scaled = grad_x * scale if HAS_CHANNEL_SCALE else grad_x
+        norm = tl.sum(scaled * scaled, axis=0)
+        tl.store(norm_ptr + STEP * norm_stride_t, norm, mask=first + STEP < T if RAGGED else None)
+    grad_v_before = grad_h if DYNAMICS == NO_LEAK else grad_h * (1.0 - 1.0 / tau)
+    return tl.where(mask, grad_v_before, carry) if RAGGED else grad_v_before
 
 
 @triton.jit
@@ -309,6 +380,8 @@ def _lif_backward_kernel(
     DYNAMICS: tl.constexpr,
     EXACT_RECIPROCAL: tl.constexpr,
     SOFT_RESET: tl.constexpr,
+    REST_AT_ZERO: tl.constexpr,
+    EVEN: tl.constexpr,
     DETACH_RESET: tl.constexpr,
     HAS_V_INIT: tl.constexpr,
     HAS_GRAD_V_FINAL: tl.constexpr,
@@ -318,19 +391,16 @@ def _lif_backward_kernel(
     GRAD_NORM: tl.constexpr,
     SURROGATE: tl.constexpr,
 ):
+    if REST_AT_ZERO:
+        v_rest = 0.0
     program = tl.program_id(0)
     one = tl.full((), 1, tl.int64)
     n = one * (program // blocks)
     offsets = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < size
+    mask = tl.full((BLOCK,), True, tl.int1) if EVEN else offsets < size
     state_size = one * examples * size
     state_offset = n * size
-    norm_stride_t = examples * blocks
-    x_ptr += n * x_stride_n
-    grad_spikes_ptr += n * gs_stride_n
-    grad_x_ptr += state_offset
-    grad_v_seq_ptr += state_offset
-    norm_ptr += program
+    norm_stride_t = one * examples * blocks
     scale = 1.0
     if HAS_CHANNEL_SCALE:
         scale = tl.load(channel_scale_ptr + (offsets // channel_stride) % channels, mask=mask, other=0.0)
@@ -338,29 +408,29 @@ def _lif_backward_kernel(
         carry = tl.load(grad_v_final_ptr + state_offset + offsets, mask=mask, other=0.0)
     else:
         carry = tl.zeros((BLOCK,), tl.float32)
-
-    FULL: tl.constexpr = T // CHUNK
-    REST: tl.constexpr = T % CHUNK
-    # The last, shorter chunk first; then the full ones, from the last to the first.
-    if REST > 0:
-        if FULL > 0:
-            v = tl.load(checkpoint_ptr + (FULL - 1) * state_size + state_offset + offsets, mask=mask, other=0.0)
-        elif HAS_V_INIT:
-            v = tl.load(v_init_ptr + state_offset + offsets, mask=mask, other=0.0)
-        else:
-            v = tl.full((BLOCK,), v_init, tl.float32)
-        first = one * FULL * CHUNK
-        carry = _backward_from(
-            x_ptr + first * x_stride_t,
-            grad_spikes_ptr + first * gs_stride_t,
-            grad_v_seq_ptr + first * state_size,
-            grad_x_ptr + first * state_size,
-            norm_ptr + first * norm_stride_t,
+    for i in range(0, T, CHUNK):  # from the last chunk to the first
+        first = (T - 1) // CHUNK * CHUNK - i
+        t = one * first
+        v = tl.full((BLOCK,), v_init, tl.float32)
+        if T > CHUNK:
+            # Two masks rather than a branch: loads of one chunk move past those of another only without one.
+            before = state_offset + (t // CHUNK - 1) * state_size
+            v = tl.load(checkpoint_ptr + before + offsets, mask=mask & (first > 0), other=v_init)
+        if HAS_V_INIT:
+            v = tl.load(v_init_ptr + state_offset + offsets, mask=mask & (first == 0), other=v)
+        carry = _backward_steps(
+            x_ptr + n * x_stride_n + t * x_stride_t,
+            grad_spikes_ptr + n * gs_stride_n + t * gs_stride_t,
+            grad_v_seq_ptr + state_offset + t * state_size,
+            grad_x_ptr + state_offset + t * state_size,
+            norm_ptr + program + t * norm_stride_t,
             offsets,
             mask,
+            first,
+            T,
             scale,
-            x_stride_t,
-            gs_stride_t,
+            one * x_stride_t,
+            one * gs_stride_t,
             state_size,
             norm_stride_t,
             v,
@@ -369,261 +439,306 @@ def _lif_backward_kernel(
             v_threshold,
             v_rest,
             alpha,
-            REST,
-            DYNAMICS,
-            EXACT_RECIPROCAL,
-            SOFT_RESET,
-            DETACH_RESET,
-            HAS_GRAD_V_SEQ,
-            GRAD_NORM,
-            SURROGATE,
-            _backward_from,
-        )
-    for i in range(FULL):
-        chunk = one * (FULL - 1 - i)
-        if chunk > 0:
-            v = tl.load(checkpoint_ptr + (chunk - 1) * state_size + state_offset + offsets, mask=mask, other=0.0)
-        elif HAS_V_INIT:
-            v = tl.load(v_init_ptr + state_offset + offsets, mask=mask, other=0.0)
-        else:
-            v = tl.full((BLOCK,), v_init, tl.float32)
-        first = chunk * CHUNK
-        carry = _backward_from(
-            x_ptr + first * x_stride_t,
-            grad_spikes_ptr + first * gs_stride_t,
-            grad_v_seq_ptr + first * state_size,
-            grad_x_ptr + first * state_size,
-            norm_ptr + first * norm_stride_t,
-            offsets,
-            mask,
-            scale,
-            x_stride_t,
-            gs_stride_t,
-            state_size,
-            norm_stride_t,
-            v,
-            carry,
-            tau,
-            v_threshold,
-            v_rest,
-            alpha,
+            0,
             CHUNK,
+            T % CHUNK != 0,
             DYNAMICS,
             EXACT_RECIPROCAL,
             SOFT_RESET,
             DETACH_RESET,
             HAS_GRAD_V_SEQ,
+            HAS_CHANNEL_SCALE,
             GRAD_NORM,
             SURROGATE,
-            _backward_from,
+            _backward_steps,
         )
     if STORE_GRAD_V_INIT:
         tl.store(grad_v_init_ptr + state_offset + offsets, carry, mask=mask)
 
 
-# ------------------------------------------------------------------------------------------------------ launchers
+# -------------------------------------------------------------------------------------------------- launch plans
 
 
-class _Grid(NamedTuple):
-    """How one tensor [T, N, *] is cut into programs."""
+class Constants(NamedTuple):
+    """A neuron's numbers in the order of the operators' schema."""
 
-    steps: int
-    examples: int
-    size: int
-    block: int
-    blocks: int
+    v_init: float
+    tau: float
+    leak: bool
+    decay_input: bool
+    v_threshold: float
+    v_rest: float
+    soft_reset: bool
 
-    @classmethod
-    def of(cls, x: Tensor, values_per_element: int) -> _Grid:
-        """``values_per_element``: how many of a chunk's values the kernel holds for each element of a step."""
-        steps, examples = x.shape[0], x.shape[1]
-        size = math.prod(x.shape[2:])
-        # One warp a program: its reductions are shuffles, without barriers. Eight elements a thread (two 16-byte
-        # accesses for float32, one for half types) where they fit in the registers, else four.
-        widest = 32 * (8 if values_per_element <= 4 else 4)
-        block = max(32, min(widest, triton.next_power_of_2(size)))
-        return cls(steps, examples, size, block, triton.cdiv(size, block))
 
-    @property
-    def programs(self) -> tuple[int]:
-        return (self.examples * self.blocks,)
+@functools.lru_cache
+def constants_of(dynamics: Dynamics, v_init: float) -> Constants:
+    d = dynamics
+    tau = 1.0 if d.tau is None else d.tau
+    return Constants(v_init, tau, d.tau is not None, d.decay_input, d.v_threshold, d.v_rest, d.v_reset is None)
 
-    def constants(self, tau: float, decay_input: bool, leak: bool, soft_reset: bool) -> dict:
-        if not leak:
+
+class Stores(NamedTuple):
+    """What a forward pass writes."""
+
+    spikes: bool = True
+    v: bool = True
+    v_seq: bool = False
+    checkpoints: bool = False
+    counts: bool = False
+
+
+class _Grid:
+    """How one tensor [T, N, *] with dense inner dimensions is cut into programs."""
+
+    def __init__(self, x: Tensor, direction: str) -> None:
+        self.steps, self.examples = x.shape[:2]
+        self.size = math.prod(x.shape[2:])
+        self.chunk = chunk_steps(self.steps, x.element_size())
+        elements = next(n for steps, n in ELEMENTS[direction, x.element_size()] if self.chunk <= steps)
+        multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 0
+        needed = 32 * WARPS_PER_MULTIPROCESSOR * multiprocessors
+        while elements > 1 and self.examples * self.size < elements * needed:
+            elements //= 2
+        self.block = max(32 * WARPS, min(32 * WARPS * elements, triton.next_power_of_2(self.size)))
+        self.blocks = triton.cdiv(self.size, self.block)
+        self.programs = self.examples * self.blocks
+        self.partials = (self.steps, self.examples, self.blocks)
+
+    def constants(self, neuron: Constants) -> dict[str, Any]:
+        if not neuron.leak:
             dynamics = NO_LEAK
         else:
-            dynamics = LEAK_WITH_INPUT_DECAY if decay_input else LEAK
+            dynamics = LEAK_WITH_INPUT_DECAY if neuron.decay_input else LEAK
         return {
             "T": self.steps,
-            "CHUNK": CHUNK,
+            "CHUNK": self.chunk,
             "BLOCK": self.block,
             "DYNAMICS": dynamics,
-            "EXACT_RECIPROCAL": math.frexp(tau)[0] == 0.5,
-            "SOFT_RESET": soft_reset,
-            "num_warps": 1,
+            "EXACT_RECIPROCAL": math.frexp(neuron.tau)[0] == 0.5,
+            "SOFT_RESET": neuron.soft_reset,
+            "REST_AT_ZERO": neuron.v_rest == 0.0,
+            "EVEN": self.size % self.block == 0,  # no thread is beyond an example's end
+            "num_warps": WARPS,
             "enable_fp_fusion": False,
         }
 
 
-def _checkpoints_like(x: Tensor) -> Tensor:
-    return x.new_empty((max(0, triton.cdiv(x.shape[0], CHUNK) - 1), *x.shape[1:]), dtype=torch.float32)
+class _Sequence:
+    """Makes tensors of x's shape [T, N, *], dense, in x's inner order."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.shape, self.strides = x.shape, sequence_strides(x)
+        self.alike = x.stride() == self.strides
+
+    def empty(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.alike:
+            return torch.empty_like(x, dtype=dtype)
+        return torch.empty_strided(self.shape, self.strides, dtype=dtype, device=x.device)
 
 
-def _nothing(x: Tensor) -> Tensor:
-    return x.new_empty(0, dtype=torch.float32)
+class _ForwardPlan:
+    """A forward pass prepared for one shape, layout, dtype and neuron."""
+
+    def __init__(self, x: Tensor, neuron: Constants, has_v_init: bool, stores: Stores) -> None:
+        grid = _Grid(x, "forward")
+        self.stores, self.sequence, self.v_strides = stores, _Sequence(x), v_strides(x)
+        self.checkpoints = (triton.cdiv(grid.steps, grid.chunk) - 1, *x.shape[1:]) if stores.checkpoints else None
+        self.partials = grid.partials
+        self.launch = None
+        if x.numel() > 0:
+            constants = grid.constants(neuron) | {
+                "HAS_V_INIT": has_v_init,
+                "STORE_SPIKES": stores.spikes,
+                "STORE_V": stores.v,
+                "STORE_V_SEQ": stores.v_seq,
+                "STORE_CHECKPOINTS": stores.checkpoints,
+                "COUNT_SPIKES": stores.counts,
+            }
+            numbers = (grid.size, grid.blocks, grid.examples, *x.stride()[:2])
+            numbers += (neuron.v_init, neuron.tau, neuron.v_threshold, neuron.v_rest)
+            self.launch = Launch(_lif_forward_kernel, x.device, grid.programs, numbers, constants)
+
+    def run(self, x: Tensor, v_init: Tensor | None) -> tuple[Tensor | None, ...]:
+        stores, sequence = self.stores, self.sequence
+        if v_init is not None:
+            v_init = laid_out(v_init, self.v_strides)
+        spikes = sequence.empty(x, x.dtype) if stores.spikes else None
+        v = v_like(x) if stores.v else None
+        v_seq = sequence.empty(x, torch.float32) if stores.v_seq else None
+        checkpoints = None if self.checkpoints is None else x.new_empty(self.checkpoints, dtype=torch.float32)
+        count = x.new_empty(self.partials, dtype=torch.int32) if stores.counts else None
+        if self.launch is not None:
+            tensors = (v_init, spikes, v, v_seq, checkpoints, count)
+            self.launch(x, *[x if t is None else t for t in tensors])
+        return spikes, v, v_seq, checkpoints, count
 
 
-def _launch_forward(
+class _BackwardPlan:
+    """A backward pass prepared for one shape, layout, dtype, neuron and flow of gradients."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        grad_spikes: Tensor,
+        neuron: Constants,
+        options: tuple[bool, int, float],
+        has: tuple[bool, bool, bool, bool],
+        want_grad_v_init: bool,
+        want_norms: bool,
+    ) -> None:
+        grid = _Grid(x, "backward")
+        detach_reset, surrogate, alpha = options
+        has_v_init, has_grad_v, has_grad_v_seq, has_channel_scale = has
+        self.sequence, self.v_strides = _Sequence(x), v_strides(x)
+        self.want_grad_v_init = want_grad_v_init
+        self.partials = grid.partials if want_norms else None
+        self.launch = None
+        if x.numel() > 0:
+            constants = grid.constants(neuron) | {
+                "DETACH_RESET": detach_reset,
+                "HAS_V_INIT": has_v_init,
+                "HAS_GRAD_V_FINAL": has_grad_v,
+                "HAS_GRAD_V_SEQ": has_grad_v_seq,
+                "STORE_GRAD_V_INIT": want_grad_v_init,
+                "HAS_CHANNEL_SCALE": has_channel_scale,
+                "GRAD_NORM": want_norms,
+                "SURROGATE": surrogate,
+            }
+            channels = (x.shape[2], x.stride(2)) if has_channel_scale else (1, 1)
+            numbers = (grid.size, grid.blocks, grid.examples, *channels, *x.stride()[:2], *grad_spikes.stride()[:2])
+            numbers += (neuron.v_init, neuron.tau, neuron.v_threshold, neuron.v_rest, alpha)
+            self.launch = Launch(_lif_backward_kernel, x.device, grid.programs, numbers, constants)
+
+    def run(
+        self,
+        x: Tensor,
+        v_init: Tensor | None,
+        checkpoints: Tensor | None,
+        grad_spikes: Tensor,
+        grad_v: Tensor | None,
+        grad_v_seq: Tensor | None,
+        channel_scale: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        v_init, grad_v = laid_out(v_init, self.v_strides), laid_out(grad_v, self.v_strides)
+        grad_v_seq = laid_out(grad_v_seq, self.sequence.strides)
+        grad_x = self.sequence.empty(x, x.dtype)
+        grad_v_init = v_like(x) if self.want_grad_v_init else None
+        norms = None if self.partials is None else x.new_empty(self.partials, dtype=torch.float32)
+        if self.launch is not None:
+            tensors = (v_init, checkpoints, grad_spikes, grad_v, grad_v_seq, channel_scale, grad_x, grad_v_init, norms)
+            self.launch(x, *[x if t is None else t for t in tensors])
+        return grad_x, grad_v_init, norms
+
+
+# By what they are prepared for; None where the input has to be rearranged first. Emptied when there are very many.
+_forward_plans: dict[tuple, _ForwardPlan | None] = {}
+_backward_plans: dict[tuple, _BackwardPlan | None] = {}
+_MOST_PLANS = 4096
+
+
+def _keep(plans: dict, key: tuple, plan: Any) -> Any:
+    if len(plans) >= _MOST_PLANS:
+        plans.clear()
+    plans[key] = plan
+    return plan
+
+
+def _forward(x: Tensor, v_init: Tensor | None, neuron: Constants, stores: Stores) -> tuple[Tensor | None, ...]:
+    """spikes, final v, v_seq, checkpoints and partial spike counts [T, N, blocks]; None for what is not stored."""
+    key = (x.shape, x.stride(), x.dtype, x.get_device(), neuron, v_init is None, stores)
+    try:
+        plan = _forward_plans[key]
+    except KeyError:
+        plan = _ForwardPlan(x, neuron, v_init is not None, stores) if inner_is_dense(x) else None
+        _keep(_forward_plans, key, plan)
+    if plan is None:
+        return _forward(x.contiguous(), v_init, neuron, stores)
+    return plan.run(x, v_init)
+
+
+def _backward(
     x: Tensor,
     v_init: Tensor | None,
-    v_init_value: float,
-    tau: float,
-    leak: bool,
-    decay_input: bool,
-    v_threshold: float,
-    v_rest: float,
-    soft_reset: bool,
-    store_v_seq: bool,
-    store_checkpoints: bool,
-    count_spikes: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x = with_dense_inner(x)
-    v_init = laid_out(v_init, v_strides(x))
-    grid = _Grid.of(x, values_per_element=1)
-    spikes = sequence_like(x, x.dtype)
-    v = v_like(x)
-    v_seq = sequence_like(x, torch.float32) if store_v_seq else _nothing(x)
-    checkpoints = _checkpoints_like(x) if store_checkpoints else _nothing(x)
-    count_shape = (grid.steps, grid.examples, grid.blocks) if count_spikes else (0,)
-    count = x.new_empty(count_shape, dtype=torch.int32)
-    if x.numel() == 0:
-        return spikes, v, v_seq, checkpoints, _add_partials(count)
-    with torch.cuda.device_of(x):
-        _lif_forward_kernel[grid.programs](
-            x,
-            x if v_init is None else v_init,
-            spikes,
-            v,
-            v_seq,
-            checkpoints,
-            count,
-            grid.size,
-            grid.blocks,
-            grid.examples,
-            x.stride(0),
-            x.stride(1),
-            v_init_value,
-            tau,
-            v_threshold,
-            v_rest,
-            **grid.constants(tau, decay_input, leak, soft_reset),
-            HAS_V_INIT=v_init is not None,
-            STORE_V=True,
-            STORE_V_SEQ=store_v_seq,
-            STORE_CHECKPOINTS=checkpoints.numel() > 0,
-            COUNT_SPIKES=count_spikes,
-        )
-    return spikes, v, v_seq, checkpoints, _add_partials(count)
-
-
-def _add_partials(partials: Tensor) -> Tensor:
-    """[T, N, blocks] -> [T, N], in a fixed order."""
-    if partials.ndim == 1:
-        return partials
-    return partials.squeeze(-1) if partials.shape[-1] == 1 else partials.sum(-1, dtype=partials.dtype)
-
-
-def _launch_backward(
-    x: Tensor,
-    v_init: Tensor | None,
-    checkpoints: Tensor,
+    checkpoints: Tensor | None,
     grad_spikes: Tensor | None,
     grad_v: Tensor | None,
     grad_v_seq: Tensor | None,
     channel_scale: Tensor | None,
-    v_init_value: float,
-    tau: float,
-    leak: bool,
-    decay_input: bool,
-    v_threshold: float,
-    v_rest: float,
-    soft_reset: bool,
-    detach_reset: bool,
-    surrogate: int,
-    alpha: float,
+    neuron: Constants,
+    options: tuple[bool, int, float],
     want_grad_v_init: bool,
-    want_grad_norm: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = with_dense_inner(x)
-    v_init = laid_out(v_init, v_strides(x))
-    grad_v = laid_out(grad_v, v_strides(x))
-    grad_v_seq = laid_out(grad_v_seq, sequence_strides(x))
+    want_norms: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """grad_x, grad_v_init or None, partial sums [T, N, blocks] of grad_x's squares or None."""
     if grad_spikes is None:
         grad_spikes = x.new_zeros((1,) * x.ndim).expand(x.shape)
-    grad_spikes = with_inner_order_of(x, grad_spikes)
-    grid = _Grid.of(x, values_per_element=min(x.shape[0], CHUNK))
-    grad_x = sequence_like(x, x.dtype)
-    grad_v_init = v_like(x) if want_grad_v_init else _nothing(x)
-    norm_shape = (grid.steps, grid.examples, grid.blocks) if want_grad_norm else (0,)
-    grad_norm_sq = x.new_empty(norm_shape, dtype=torch.float32)
-    if x.numel() == 0:
-        return grad_x, grad_v_init, _add_partials(grad_norm_sq)
-    with torch.cuda.device_of(x):
-        _lif_backward_kernel[grid.programs](
-            x,
-            x if v_init is None else v_init,
-            checkpoints,
-            grad_spikes,
-            x if grad_v is None else grad_v,
-            x if grad_v_seq is None else grad_v_seq,
-            x if channel_scale is None else channel_scale,
-            grad_x,
-            grad_v_init,
-            grad_norm_sq,
-            grid.size,
-            grid.blocks,
-            grid.examples,
-            1 if channel_scale is None else x.shape[2],
-            1 if channel_scale is None else x.stride(2),
-            x.stride(0),
-            x.stride(1),
-            grad_spikes.stride(0),
-            grad_spikes.stride(1),
-            v_init_value,
-            tau,
-            v_threshold,
-            v_rest,
-            alpha,
-            **grid.constants(tau, decay_input, leak, soft_reset),
-            DETACH_RESET=detach_reset,
-            HAS_V_INIT=v_init is not None,
-            HAS_GRAD_V_FINAL=grad_v is not None,
-            HAS_GRAD_V_SEQ=grad_v_seq is not None,
-            STORE_GRAD_V_INIT=want_grad_v_init,
-            HAS_CHANNEL_SCALE=channel_scale is not None,
-            GRAD_NORM=want_grad_norm,
-            SURROGATE=surrogate,
-        )
-    return grad_x, grad_v_init, _add_partials(grad_norm_sq)
+    has = (v_init is not None, grad_v is not None, grad_v_seq is not None, channel_scale is not None)
+    layouts = (x.shape, x.stride(), x.dtype, grad_spikes.stride(), grad_spikes.dtype, x.get_device())
+    key = (layouts, neuron, options, has, want_grad_v_init, want_norms)
+    try:
+        plan = _backward_plans[key]
+    except KeyError:
+        fits = inner_is_dense(x) and has_strides(grad_spikes, x.stride(), 2)
+        plan = _BackwardPlan(x, grad_spikes, neuron, options, has, want_grad_v_init, want_norms) if fits else None
+        _keep(_backward_plans, key, plan)
+    if plan is None:
+        x = with_dense_inner(x)
+        grad_spikes = with_inner_order_of(x, grad_spikes)
+        given = (x, v_init, checkpoints, grad_spikes, grad_v, grad_v_seq, channel_scale)
+        return _backward(*given, neuron, options, want_grad_v_init, want_norms)
+    return plan.run(x, v_init, checkpoints, grad_spikes, grad_v, grad_v_seq, channel_scale)
+
+
+def add_partials(partials: Tensor) -> Tensor:
+    """[T, N, blocks] -> [T, N], in a fixed order."""
+    return partials.squeeze(-1) if partials.shape[-1] == 1 else partials.sum(-1, dtype=partials.dtype)
 
 
 # ---------------------------------------------------------------------------------------------- registered operators
 
-_DYNAMICS_SCHEMA = (
+# For torch.compile and dispatch modes; eager calls go straight to the functions above.
+
+_NEURON_SCHEMA = (
     "float v_init_value, float tau, bool leak, bool decay_input, float v_threshold, float v_rest, bool soft_reset"
 )
 
 torch.library.define(
     "sadp_fast::lif_forward",
-    f"(Tensor x, Tensor? v_init, {_DYNAMICS_SCHEMA}, bool store_v_seq, bool store_checkpoints, bool count_spikes)"
+    f"(Tensor x, Tensor? v_init, {_NEURON_SCHEMA}, bool store_v_seq, bool store_checkpoints, bool count_spikes)"
     " -> (Tensor spikes, Tensor v, Tensor v_seq, Tensor checkpoints, Tensor spike_count)",
 )
 torch.library.define(
     "sadp_fast::lif_backward",
     "(Tensor x, Tensor? v_init, Tensor checkpoints, Tensor? grad_spikes, Tensor? grad_v, Tensor? grad_v_seq,"
-    f" Tensor? channel_scale, {_DYNAMICS_SCHEMA}, bool detach_reset, int surrogate, float alpha,"
+    f" Tensor? channel_scale, {_NEURON_SCHEMA}, bool detach_reset, int surrogate, float alpha,"
     " bool want_grad_v_init, bool want_grad_norm) -> (Tensor grad_x, Tensor grad_v_init, Tensor grad_norm_sq)",
 )
+
+
+def _nothing(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return x.new_empty(0, dtype=dtype)
+
+
+def _launch_forward(x: Tensor, v_init: Tensor | None, *constants_and_flags: Any) -> tuple[Tensor, ...]:
+    *neuron, store_v_seq, store_checkpoints, count_spikes = constants_and_flags
+    stores = Stores(True, True, store_v_seq, store_checkpoints, count_spikes)
+    *outputs, count = _forward(x, v_init, Constants(*neuron), stores)
+    count = _nothing(x, torch.int32) if count is None else add_partials(count)
+    return *[_nothing(x) if t is None else t for t in outputs], count
+
+
+def _launch_backward(
+    x: Tensor, v_init: Tensor | None, checkpoints: Tensor, *grads_and_constants: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads, neuron = grads_and_constants[:4], Constants(*grads_and_constants[4:11])
+    *options, want_grad_v_init, want_norms = grads_and_constants[11:]
+    given = (x, v_init, checkpoints, *grads, neuron, tuple(options), want_grad_v_init, want_norms)
+    grad_x, grad_v_init, norms = _backward(*given)
+    norms = _nothing(x) if norms is None else add_partials(norms)
+    return grad_x, _nothing(x) if grad_v_init is None else grad_v_init, norms
+
+
 # The CPU implementation is the same kernel in Triton's interpreter.
 for _device in ("cuda", "cpu"):
     torch.library.impl("sadp_fast::lif_forward", _device, _launch_forward)
@@ -634,11 +749,12 @@ for _device in ("cuda", "cpu"):
 def _(x, v_init, *constants_and_flags):
     store_v_seq, store_checkpoints, count_spikes = constants_and_flags[-3:]
     x = with_dense_inner(x)
+    chunks = triton.cdiv(x.shape[0], chunk_steps(x.shape[0], x.element_size()))
     return (
         sequence_like(x, x.dtype),
         v_like(x),
         sequence_like(x, torch.float32) if store_v_seq else _nothing(x),
-        _checkpoints_like(x) if store_checkpoints else _nothing(x),
+        x.new_empty((chunks - 1, *x.shape[1:]), dtype=torch.float32) if store_checkpoints else _nothing(x),
         x.new_empty(x.shape[:2] if count_spikes else (0,), dtype=torch.int32),
     )
 
@@ -654,13 +770,111 @@ def _(x, *rest):
     )
 
 
-# ------------------------------------------------------------------------------------------------- autograd function
+# ------------------------------------------------------------------------------------------------ autograd functions
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "the fused neuron has no second derivative: call backward() without create_graph=True, or set the "
+            "node's backend='torch'"
+        )
+
+
+class _Call:
+    """What one eager call's forward pass leaves for its backward pass, beside the tensors that autograd saves."""
+
+    __slots__ = ("grad_v", "neuron", "options", "record_norms", "stores")
+
+    def __init__(
+        self,
+        neuron: Constants,
+        stores: Stores,
+        options: tuple[bool, int, float],
+        record_norms: Callable[[Tensor], None] | None,
+    ) -> None:
+        self.neuron, self.stores, self.options, self.record_norms = neuron, stores, options, record_norms
+        self.grad_v: Tensor | None = None  # from _FinalPotential's backward pass to that of _LIF
 
 
 class _LIF(torch.autograd.Function):
+    """The eager path. Without stores.v its second output has no element: _FinalPotential hangs on it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, v_init: Tensor | None, channel_scale: Tensor | None, call: _Call):
+        spikes, v, v_seq, checkpoints, count = _forward(x, v_init, call.neuron, call.stores)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, v_init, checkpoints, channel_scale)
+        ctx.call = call
+        if count is not None:
+            ctx.mark_non_differentiable(count)
+        return spikes, _nothing(x) if v is None else v, v_seq, count
+
+    @staticmethod
+    def backward(ctx: Any, grad_spikes: Tensor | None, grad_v: Tensor | None, grad_v_seq: Tensor | None, _: None):
+        _refuse_second_derivative()
+        x, v_init, checkpoints, channel_scale = ctx.saved_tensors
+        call = ctx.call
+        if grad_v is not None and not call.stores.v:
+            grad_v, call.grad_v = call.grad_v, None
+        wants_v_init = ctx.needs_input_grad[1]
+        given = (x, v_init, checkpoints, grad_spikes, grad_v, grad_v_seq, channel_scale, call.neuron, call.options)
+        grad_x, grad_v_init, norms = _backward(*given, wants_v_init, call.record_norms is not None)
+        if norms is not None:
+            call.record_norms(norms)
+        return grad_x, grad_v_init, None, None
+
+
+class _FinalPotential(torch.autograd.Function):
+    """The potential after the last step of a call, by a forward pass that writes nothing else.
+
+    Its gradient goes through ``call`` and the handle's makes autograd wait for it, so that the call has one backward
+    pass, whatever was read.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, handle: Tensor, x: Tensor, v_init: Tensor | None, call: _Call) -> Tensor:
+        ctx.call = call
+        v = _forward(x, v_init, call.neuron, Stores(spikes=False))[1]
+        assert v is not None
+        return v
+
+    @staticmethod
+    def backward(ctx: Any, grad_v: Tensor):
+        _refuse_second_derivative()
+        ctx.call.grad_v = grad_v
+        return _nothing(grad_v), None, None, None
+
+
+class PendingPotential:
+    """The potential after a call's last step; a call computes it, with its graph."""
+
+    __slots__ = ("_call", "_handle", "_v_init", "_versions", "_x")
+
+    def __init__(self, x: Tensor, v_init: Tensor | None, handle: Tensor, call: _Call) -> None:
+        self._x, self._v_init, self._handle, self._call = x, v_init, handle, call
+        self._versions = self._current_versions()
+
+    def _current_versions(self) -> tuple[int, int]:
+        return self._x._version, 0 if self._v_init is None else self._v_init._version
+
+    def __call__(self) -> Tensor:
+        if self._current_versions() != self._versions:
+            raise RuntimeError(
+                "the neuron's potential v is computed when it is first read, and the input of its last call has been "
+                "changed in place since; read v before that, or change a clone"
+            )
+        v_init = None if self._v_init is None else self._v_init.detach()
+        with torch.inference_mode(False), torch.enable_grad():
+            return _FinalPotential.apply(self._handle, self._x.detach(), v_init, self._call)
+
+
+class _RegisteredLIF(torch.autograd.Function):
+    """The path of torch.compile and dispatch modes, through the registered operators."""
+
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         x: Tensor,
         v_init: Tensor | None,
         v_init_value: float,
@@ -682,8 +896,9 @@ class _LIF(torch.autograd.Function):
             dynamics.v_rest,
             dynamics.v_reset is None,
         )
+        several_chunks = x.shape[0] > LONGEST_CHUNK[x.element_size()]
         spikes, v, v_seq, checkpoints, spike_count = torch.ops.sadp_fast.lif_forward(
-            x, v_init, *constants, store_v_seq, will_backward and x.shape[0] > CHUNK, count_spikes
+            x, v_init, *constants, store_v_seq, will_backward and several_chunks, count_spikes
         )
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(spike_count)
@@ -695,12 +910,8 @@ class _LIF(torch.autograd.Function):
         return spikes, v, v_seq, spike_count
 
     @staticmethod
-    def backward(ctx, grad_spikes: Tensor | None, grad_v: Tensor | None, grad_v_seq: Tensor | None, _):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "the fused neuron has no second derivative: call backward() without create_graph=True, or set the "
-                "node's backend='torch'"
-            )
+    def backward(ctx: Any, grad_spikes: Tensor | None, grad_v: Tensor | None, grad_v_seq: Tensor | None, _: None):
+        _refuse_second_derivative()
         x, v_init, checkpoints, channel_scale = ctx.saved_tensors
         if grad_v_seq is not None and grad_v_seq.numel() == 0:
             grad_v_seq = None
@@ -722,7 +933,67 @@ class _LIF(torch.autograd.Function):
         return grad_x, grad_v_init if ctx.needs_input_grad[1] else None, *([None] * 9)
 
 
-# ------------------------------------------------------------------------------------------------------ entry point
+# ----------------------------------------------------------------------------------------------------- entry points
+
+
+def runs_directly() -> bool:
+    """Whether calls may bypass the registered operators: not under torch.compile or a dispatch mode."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+
+
+# Saved-tensor hooks (checkpointing, offloading) mean that the input shall not be kept; torch before 2.7 cannot tell.
+_saved_tensor_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore: None)
+
+
+def multi_step(
+    x: Tensor,
+    v: Tensor | float,
+    dynamics: Dynamics,
+    surrogate: int,
+    alpha: float,
+    store_v_seq: bool,
+    count_spikes: bool,
+    record_norms: Callable[[Tensor], None] | None,
+    channel_scale: Tensor | None,
+    defer_v: bool,
+) -> tuple[Tensor, Tensor | PendingPotential, Tensor | None, Tensor | None]:
+    """Run a layer eagerly; ``lif`` says what the arguments are and what is refused.
+
+    Args:
+        record_norms: called by the backward pass with partial sums of squares, float32 [T, N, blocks].
+        defer_v: whether the final v may come as a ``PendingPotential``, which saves writing it.
+
+    Returns:
+        spikes, final v, v_seq or None, partial spike counts (int32 [T, N, blocks]) or None.
+    """
+    v_init, v_init_value = (v, 0.0) if isinstance(v, Tensor) else (None, float(v))
+    steps = x.shape[0]
+    neuron = constants_of(dynamics, v_init_value)
+    if not (torch.is_grad_enabled() and (x.requires_grad or (v_init is not None and v_init.requires_grad))):
+        stores = Stores(v_seq=store_v_seq, counts=count_spikes)
+        spikes, v_final, v_seq, _, count = _forward(x, v_init, neuron, stores)
+        return spikes, v_final, v_seq, count  # type: ignore[return-value]
+    defer_v = defer_v and steps > 1 and _saved_tensor_hooks(True) is None
+    stores = Stores(True, not defer_v, store_v_seq, steps > LONGEST_CHUNK[x.element_size()], count_spikes)
+    call = _Call(neuron, stores, (dynamics.detach_reset, surrogate, alpha), record_norms)
+    spikes, v_final, v_seq, count = _LIF.apply(x, v_init, channel_scale, call)
+    return spikes, PendingPotential(x, v_init, v_final, call) if defer_v else v_final, v_seq, count
+
+
+def check(x: Tensor, v: Tensor | float, channel_scale: Tensor | None) -> None:
+    """Raises ValueError for what the kernels cannot take; ``lif`` lists it."""
+    if x.dtype not in SUPPORTED_DTYPES:
+        raise ValueError(f"x must be float32, float16 or bfloat16, got {x.dtype}; cast it or use the reference")
+    if x.ndim < 2 or x.shape[0] == 0:
+        raise ValueError(f"x must be [T, N, *] with at least one step, got shape {tuple(x.shape)}")
+    if isinstance(v, Tensor) and v.shape != x.shape[1:]:
+        raise ValueError(f"v must have the shape of one step, {tuple(x.shape[1:])}, got {tuple(v.shape)}")
+    if math.prod(x.shape[2:]) >= 2**31:
+        raise ValueError(f"one example of x must have fewer than 2^31 elements, got {math.prod(x.shape[2:])}; split it")
+    if channel_scale is not None and channel_scale.shape != x.shape[2:3]:
+        raise ValueError(
+            f"channel_scale must have shape {tuple(x.shape[2:3])} (dimension 2 of x), got {tuple(channel_scale.shape)}"
+        )
 
 
 def lif(
@@ -757,21 +1028,16 @@ def lif(
     Raises:
         ValueError: x has another dtype, fewer than two dimensions or no steps, or v does not have the shape of x[0].
     """
-    if x.dtype not in SUPPORTED_DTYPES:
-        raise ValueError(f"x must be float32, float16 or bfloat16, got {x.dtype}; cast it or use the reference")
-    if x.ndim < 2 or x.shape[0] == 0:
-        raise ValueError(f"x must be [T, N, *] with at least one step, got shape {tuple(x.shape)}")
-    v_init, v_init_value = (v, 0.0) if isinstance(v, Tensor) else (None, float(v))
-    if v_init is not None and v_init.shape != x.shape[1:]:
-        raise ValueError(f"v must have the shape of one step, {tuple(x.shape[1:])}, got {tuple(v_init.shape)}")
-    if math.prod(x.shape[2:]) >= 2**31:
-        raise ValueError(f"one example of x must have fewer than 2^31 elements, got {math.prod(x.shape[2:])}; split it")
-    if channel_scale is not None and channel_scale.shape != x.shape[2:3]:
-        raise ValueError(
-            f"channel_scale must have shape {tuple(x.shape[2:3])} (dimension 2 of x), got {tuple(channel_scale.shape)}"
+    check(x, v, channel_scale)
+    if runs_directly():
+        record = None if grad_norm_sq is None else functools.partial(_write_norms, grad_norm_sq)
+        spikes, v_final, v_seq, count = multi_step(
+            x, v, dynamics, surrogate, alpha, store_v_seq, count_spikes, record, channel_scale, defer_v=False
         )
+        return spikes, v_final, v_seq, None if count is None else add_partials(count)  # type: ignore[return-value]
+    v_init, v_init_value = (v, 0.0) if isinstance(v, Tensor) else (None, float(v))
     will_backward = torch.is_grad_enabled() and (x.requires_grad or (v_init is not None and v_init.requires_grad))
-    spikes, v_final, v_seq, spike_count = _LIF.apply(
+    spikes, v_final, v_seq, spike_count = _RegisteredLIF.apply(
         x,
         v_init,
         v_init_value,
@@ -785,3 +1051,7 @@ def lif(
         will_backward,
     )
     return spikes, v_final, v_seq if store_v_seq else None, spike_count if count_spikes else None
+
+
+def _write_norms(grad_norm_sq: Tensor, partials: Tensor) -> None:
+    torch.sum(partials, -1, out=grad_norm_sq)
