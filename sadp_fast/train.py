@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import models
 from .augmentation import crop_flip_normalise, draw_crops
+from .casting import cast_weights_at_once
 from .data import Dataset
 from .graphs import GraphedStep
 from .neuron import reset
@@ -202,6 +203,8 @@ class Trainer:
         self.layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         self.model = models.build(config.model, data.shape, data.num_classes, config.time_steps)
         self.model.to(device=self.device, memory_format=self.layout)  # type: ignore[call-overload]
+        if config.amp != "off":
+            cast_weights_at_once(self.model)
         self.sadp = SADP(
             self.model,
             len(data.train_labels),
