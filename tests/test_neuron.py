@@ -5,8 +5,10 @@ fused kernels (on the GPU, or in Triton's interpreter). Spikes and potentials ha
 """
 
 import copy
+import gc
 import math
 import warnings
+import weakref
 from typing import NamedTuple
 
 import pytest
@@ -317,6 +319,125 @@ def test_step_mode_can_be_switched(path, sj):
         node.step_mode = "m"
         node(x[1:].to(where))
     assert_same_state(ours, theirs)
+
+
+# ------------------------------------------------------------------------------------------- a potential read late
+
+
+def is_pending(node) -> bool:
+    """Whether the last call has left its potential to whoever reads it."""
+    return not isinstance(node._state.v, (Tensor, float))
+
+
+def pending_node(kernel_device, **options):
+    """A node of ours after a multi-step call that recorded gradients, its input and its spikes."""
+    node = LIFNode(tau=3.0, step_mode="m", backend="triton", **options)
+    x = current(4, 2, 15).to(kernel_device).requires_grad_()
+    return node, x, node(x)
+
+
+def test_the_potential_is_computed_when_it_is_read(kernel_device):
+    node, x, _ = pending_node(kernel_device)
+    assert is_pending(node)
+    plain = LIFNode(tau=3.0, step_mode="m", backend="torch")
+    plain(x.cpu())
+    assert torch.equal(node.v.cpu(), plain.v) and not is_pending(node) and node.v is node.v
+    node(x), plain(x.cpu())  # goes on from there, and now writes it
+    assert not is_pending(node) and torch.equal(node.v.cpu(), plain.v)
+
+
+def test_the_potential_is_written_where_no_gradient_is_recorded(kernel_device):
+    x = current(4, 2, 15).to(kernel_device)
+    for mode, steps, wants in (("m", 4, False), ("m", 1, True), ("s", 4, True)):
+        node = LIFNode(step_mode=mode, backend="triton")
+        run(node, x[:steps].clone().requires_grad_(wants))
+        assert not is_pending(node), (mode, steps, wants)
+
+
+@pytest.mark.parametrize("when", ["before the backward pass", "after it", "without gradients"])
+def test_when_the_potential_is_read(when, path):
+    """Its value is the same; its gradient comes in where it is used in the loss, also if it was read in no_grad."""
+    x = current(4, 2, 15)
+    results = []
+    for node, x_in in (
+        (LIFNode(step_mode="m", backend="torch"), leaf(x, Path("cpu", ""))),
+        (LIFNode(step_mode="m", backend=path.backend), leaf(x, path)),
+    ):
+        spikes = node(x_in)
+        loss = (spikes * weights(spikes)).sum()
+        if when == "without gradients":
+            with torch.no_grad():
+                node.v  # noqa: B018
+        if when != "after it":
+            loss = loss + (node.v * weights(node.v, 12)).sum()
+        loss.backward()
+        results.append((node.v.detach().cpu(), x_in.grad.cpu()))
+    assert torch.equal(results[0][0], results[1][0])
+    assert_gradients_close(results[1][1], results[0][1])
+
+
+def test_gradients_through_the_potential_again_and_alone(path):
+    """A retained graph gives the same gradients twice; the potential alone gives its own."""
+    x = leaf(current(4, 2, 15), path)
+    node = LIFNode(step_mode="m", backend=path.backend)
+    spikes = node(x)
+    losses = {"spikes": (spikes * weights(spikes)).sum(), "v": node.v.square().sum()}
+    grads = {name: torch.autograd.grad(loss, x, retain_graph=True)[0] for name, loss in losses.items()}
+    for _ in range(2):
+        (both,) = torch.autograd.grad(losses["spikes"] + losses["v"], x, retain_graph=True)
+        assert_gradients_close(both, (grads["spikes"] + grads["v"]).cpu())
+
+
+def test_a_changed_input_is_an_error(kernel_device):
+    node, x, _ = pending_node(kernel_device)
+    x.detach().add_(1)
+    with pytest.raises(RuntimeError, match="changed in place since; read v before"):
+        node.v  # noqa: B018
+    node.reset()
+    assert node.v == 0.0
+
+
+def test_a_pending_potential_keeps_the_rules_of_state(kernel_device):
+    node, x, _ = pending_node(kernel_device)
+    node.detach()
+    assert not node.v.requires_grad and node.v.abs().max() > 0.1
+    node, x, _ = pending_node(kernel_device)
+    node.v = 0.25
+    assert node.v == 0.25
+    node, x, _ = pending_node(kernel_device)
+    node.to(torch.float64)
+    assert node.v.dtype == torch.float64
+    node, x, _ = pending_node(kernel_device, store_v_seq=True)
+    assert torch.equal(node.v, node.v_seq[-1])
+    node, x, _ = pending_node(kernel_device)
+    node.step_mode = "s"
+    plain = LIFNode(tau=3.0, backend="torch")
+    run(plain, x.cpu())
+    assert torch.equal(node(x[0]).cpu(), plain(x[0].cpu())) and torch.equal(node.v.cpu(), plain.v)
+
+
+def test_saved_tensor_hooks_are_not_circumvented(kernel_device):
+    """Where tensors for the backward pass are kept elsewhere, the input does not stay for the potential's sake."""
+    if not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
+        pytest.skip("this torch does not tell whether there are hooks")
+    with torch.autograd.graph.save_on_cpu():
+        node, _, _ = pending_node(kernel_device)
+    assert not is_pending(node)
+
+
+def test_no_reference_cycle_keeps_the_input(kernel_device):
+    node, x, spikes = pending_node(kernel_device)
+    intermediate = x * 1.0
+    node.reset()
+    spikes = node(intermediate)
+    alive = weakref.ref(intermediate)
+    node.reset()
+    gc.disable()
+    try:
+        del spikes, intermediate
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 # ------------------------------------------------------------------------------------------------ dtypes and devices
@@ -772,6 +893,18 @@ def test_one_layer_used_twice_in_one_forward_pass(path):
     expected = x.grad.double().square().sum(-1)
     norms = torch.cat((first_call.grad_norm_sq, node.grad_norm_sq)).double()
     torch.testing.assert_close(norms, expected, rtol=1e-5, atol=1e-12)
+
+
+def test_statistics_of_large_examples(path):
+    """Over several programs, read several times, and after another backward pass through the same graph."""
+    node = statistics_node(path)
+    x = leaf(current(2, 2, 1500), path)
+    spikes = node(x)
+    for factor in (1.0, 3.0):
+        (gradient,) = torch.autograd.grad(spikes.sum() * factor, x, retain_graph=True)
+        for _ in range(2):
+            torch.testing.assert_close(node.grad_norm_sq, gradient.square().sum(-1), rtol=1e-5, atol=0)
+            assert torch.equal(node.spike_count, spikes.detach().sum(-1).int())
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
