@@ -59,7 +59,9 @@ class EnergyTaps:
         own = [name for name, node in self.neurons.items() if keeps_energies(node)]
         rows = {*inputs, *deltas, *(("output", name) for name in own), *(("delta", name) for name in own)}
         self._row = {row: i for i, row in enumerate(sorted(rows, key=self._order))}
-        self.energies = torch.full((len(rows), batch_size), torch.nan, device=device)
+        # Rows begin at multiples of 16 bytes: kernels are compiled anew for addresses that are aligned in another way.
+        stride = -(-batch_size // 4) * 4
+        self.energies = torch.full((len(rows), stride), torch.nan, device=device)[:, :batch_size]
         self._views = self.energies.unbind(0)
         self.layer_rows = torch.tensor([[self._row[row] for row in side] for side in (inputs, deltas)], device=device)
         self.multiplicity = torch.tensor([layer.multiplicity for layer in layers], device=device)

@@ -82,6 +82,7 @@ class GraphedStep:
         return recorded.loss
 
     def _run_eagerly(self, index: Tensor) -> Tensor:
+        index, _ = self._own_batch(index)
         # On a side stream, as recording does it: autograd remembers the stream that a parameter was first used on.
         current = torch.cuda.current_stream()
         self._side_stream.wait_stream(current)
@@ -93,11 +94,7 @@ class GraphedStep:
 
     def _record(self, index: Tensor) -> _Recorded:
         """Record the step on the batch at hand; recording runs nothing."""
-        batch = self._sadp._batch
-        assert batch is not None
-        static_index = index.clone()
-        static_weights = None if batch.weights is None else batch.weights.clone()
-        batch.indices, batch.weights = static_index, static_weights
+        static_index, static_weights = self._own_batch(index)
         graph = torch.cuda.CUDAGraph()
         for generator in self._generators:
             graph.register_generator_state(generator)
@@ -105,7 +102,20 @@ class GraphedStep:
         with torch.cuda.graph(graph, pool=self._pool, stream=self._side_stream):
             loss = self._step(static_index)
             self._sadp.collect()
+        batch = self._sadp._batch
+        assert batch is not None
         return _Recorded(graph, static_index, static_weights, loss, batch.taps)
+
+    def _own_batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Give the batch at hand an index and weights of its own, rather than rows of the epoch's.
+
+        A graph reads its batch there, and addresses are aligned as they will be in it: kernels compile before.
+        """
+        batch = self._sadp._batch
+        assert batch is not None
+        batch.indices = index.clone()
+        batch.weights = None if batch.weights is None else batch.weights.clone()
+        return batch.indices, batch.weights
 
     def _replay(self, recorded: _Recorded, index: Tensor) -> None:
         batch = self._sadp._batch

@@ -56,6 +56,7 @@ def batch(examples, layers, rows, device, seed=0):
     multiplicity = torch.randint(1, 10, (layers,), generator=generator).float()
     weights = torch.rand(examples, generator=generator) + 0.5
     indices = torch.randperm(3 * examples, generator=generator)[:examples]
+    energies = torch.nn.functional.pad(energies, (0, -examples % 4))[:, :examples]  # rows as EnergyTaps aligns them
     return [t.to(device) for t in (energies, layer_rows, multiplicity, weights, indices)]
 
 

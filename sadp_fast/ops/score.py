@@ -77,6 +77,7 @@ def _score_kernel(
     scores_ptr,
     examples,
     layers,
+    stride,  # of the energies' rows
     mean_factor,
     LAYERS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -89,8 +90,8 @@ def _score_kernel(
     mask = is_layer[:, None] & is_example[None, :]
     input_row = tl.load(rows_ptr + layer, mask=is_layer, other=0)
     delta_row = tl.load(rows_ptr + layers + layer, mask=is_layer, other=0)
-    inputs = energies_ptr + input_row[:, None] * examples + n[None, :]
-    deltas = energies_ptr + delta_row[:, None] * examples + n[None, :]
+    inputs = energies_ptr + input_row[:, None] * stride + n[None, :]
+    deltas = energies_ptr + delta_row[:, None] * stride + n[None, :]
     multiplicity = tl.load(multiplicity_ptr + layer, mask=is_layer, other=0.0)
     bound = tl.sqrt_rn(tl.load(inputs, mask=mask, other=0.0)) * tl.sqrt_rn(tl.load(deltas, mask=mask, other=0.0))
     bound *= tl.sqrt_rn(multiplicity)[:, None]
@@ -142,7 +143,7 @@ def update_scores(
     the larger score is kept. The energies read are set to NaN.
 
     Args:
-        energies: float32 [R, B].
+        energies: float32 [R, B], each row in one block.
         layer_rows: int64 [2, L], rows of each layer's input and delta energy.
         multiplicity: float32 [L].
         loss_gradient: one element, floating.
@@ -151,7 +152,8 @@ def update_scores(
         slots: float32 [N] or longer.
     """
     examples, layers = indices.shape[0], layer_rows.shape[1]
-    key = (examples, layers, mean_factor, weights is None, loss_gradient.dtype, energies.device)
+    stride = energies.stride(0)
+    key = (examples, layers, stride, mean_factor, weights is None, loss_gradient.dtype, energies.device)
     padded = triton.next_power_of_2(layers)
     block = min(triton.next_power_of_2(examples), max(16, _TILE // padded))
     programs = triton.cdiv(examples, block)
@@ -162,7 +164,7 @@ def update_scores(
             _score_kernel,
             energies.device,
             programs,
-            (examples, layers, mean_factor),
+            (examples, layers, stride, mean_factor),
             {"LAYERS": padded, "BLOCK": block, "WEIGHTED": weights is not None, **options},
         )
         _launches["scatter", key] = Launch(
