@@ -130,22 +130,13 @@ def _gradient(grad_y, deviation, scale, slope, offset):
 
 
 @triton.jit
-def _store_part(parts_ptr, value, n, block, slot, channel_blocks, tiles, share, last_tile):
-    """A program's share of a sum over example n goes to row n of [N, channel_blocks, parts].
-
-    The tiles of one example belong to as many programs as there are parts, or to one less: then the last of these
-    fills up the row.
-    """
-    parts = (tiles + share - 2) // share + 1
-    part = slot - (n * tiles) // share
-    row_ptr = parts_ptr + (tl.full((), 1, tl.int64) * n * channel_blocks + block) * parts
-    tl.store(row_ptr + part, value)
-    if (last_tile == tiles) & (part == parts - 2):
-        tl.store(row_ptr + parts - 1, 0.0)
+def _last_of(first, end, step):
+    """The last of first, first + step, ... below end."""
+    return first + (end - 1 - first) // step * step
 
 
 # Numbers on which no kernel is specialised: other shapes of a batch find it compiled.
-_UNSPECIALISED = ("examples", "channel_blocks", "tiles", "share")
+_UNSPECIALISED = ("examples", "channel_blocks", "tiles", "team", "teams")
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
@@ -160,7 +151,8 @@ def _channel_statistics_kernel(
     x_stride_n,
     channel_blocks,
     tiles,  # of one example and block of channels
-    share,  # tiles of a program
+    team,  # programs that share an example
+    teams,
     T: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -171,41 +163,40 @@ def _channel_statistics_kernel(
     program = tl.program_id(0)
     block = program % channel_blocks
     slot = program // channel_blocks
-    first = slot * share
-    last = tl.minimum(first + share, examples * tiles)
+    first_n = slot // team
+    first_tile = slot % team
     channel_out = _block_channels(block, ROWS, COLUMNS, CHANNELS_LAST)
     channel = _along_tile(channel_out, CHANNELS_LAST)
     one = tl.full((), 1, tl.int64)
     tile_pixels: tl.constexpr = ROWS if CHANNELS_LAST else COLUMNS
 
     # Deviations are taken from the first value of the channel here, so that a mean far from zero costs no digits.
-    pivot_ptr = x_ptr + one * (first // tiles) * x_stride_n
-    pivot_pixel = first % tiles * tile_pixels
+    pivot_ptr = x_ptr + one * first_n * x_stride_n
+    pivot_pixel = first_tile * tile_pixels
     pivot_offsets, exists = _tile_offsets(channel, pivot_pixel, channels, pixels, CHANNELS_LAST)
     pivot_offsets = tl.broadcast_to(pivot_offsets, (ROWS, COLUMNS))
     pivot = _load(pivot_ptr + pivot_offsets, tl.broadcast_to(exists, (ROWS, COLUMNS)), MASKED)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     squares = tl.zeros((ROWS, COLUMNS), tl.float32)
     values = 0
-    n = first // tiles
-    tile = first - n * tiles
-    place = first
-    while place < last:
-        offsets, inside = _tile_offsets(
-            channel, _tile_pixels(tile, ROWS, COLUMNS, CHANNELS_LAST), channels, pixels, CHANNELS_LAST
-        )
-        step_ptr = x_ptr + one * n * x_stride_n
-        for _step in tl.static_range(T):
-            deviation = _load(step_ptr + offsets, inside, MASKED) - pivot
-            if MASKED:
-                deviation = tl.where(inside, deviation, 0.0)
-            total += deviation
-            squares = tl.fma(deviation, deviation, squares)
-            step_ptr += x_stride_t
-        values += tl.minimum(tile_pixels, pixels - tile * tile_pixels)
-        place += 1
-        n += tl.where(tile == tiles - 1, 1, 0)
-        tile = tl.where(tile == tiles - 1, 0, tile + 1)
+    n = _last_of(first_n, examples, teams)
+    while n >= 0:
+        tile = _last_of(first_tile, tiles, team)
+        while tile >= 0:
+            offsets, inside = _tile_offsets(
+                channel, _tile_pixels(tile, ROWS, COLUMNS, CHANNELS_LAST), channels, pixels, CHANNELS_LAST
+            )
+            step_ptr = x_ptr + one * n * x_stride_n
+            for _step in tl.static_range(T):
+                deviation = _load(step_ptr + offsets, inside, MASKED) - pivot
+                if MASKED:
+                    deviation = tl.where(inside, deviation, 0.0)
+                total += deviation
+                squares = tl.fma(deviation, deviation, squares)
+                step_ptr += x_stride_t
+            values += tl.minimum(tile_pixels, pixels - tile * tile_pixels)
+            tile -= team
+        n -= teams
     count = (T * values).to(tl.float32)
     totals, all_squares = _sums_over_pixels(total, squares, CHANNELS_LAST)
     shift = totals / count
@@ -369,7 +360,7 @@ def _forward_kernel(
     rstd_ptr,
     weight_ptr,
     bias_ptr,
-    energy_ptr,  # partial sums of the squares of the output, [N, channel_blocks, parts]
+    energy_ptr,  # partial sums of the squares of the output, [N, channel_blocks, team]
     examples,
     channels,
     pixels,
@@ -379,7 +370,8 @@ def _forward_kernel(
     residual_stride_n,
     channel_blocks,
     tiles,  # of one example and block of channels
-    share,  # tiles of a program
+    team,  # programs that share an example
+    teams,
     tau,
     v_threshold,
     v_rest,
@@ -400,8 +392,6 @@ def _forward_kernel(
     program = tl.program_id(0)
     block = program % channel_blocks
     slot = program // channel_blocks
-    first = slot * share
-    last = tl.minimum(first + share, examples * tiles)
     channel = _along_tile(_block_channels(block, ROWS, COLUMNS, CHANNELS_LAST), CHANNELS_LAST)
     mean = _per_channel(mean_ptr, channel, channels, MASKED)
     scale = _per_channel(rstd_ptr, channel, channels, MASKED)
@@ -413,13 +403,11 @@ def _forward_kernel(
     size = channels * pixels
     out_stride_t = one * examples * size
 
-    n = (last - 1) // tiles
-    while n >= first // tiles:
-        first_tile = tl.maximum(first - n * tiles, 0)
-        last_tile = tl.minimum(last - n * tiles, tiles)
+    n = slot // team
+    while n < examples:
         energy = tl.zeros((ROWS, COLUMNS), tl.float32)
-        tile = last_tile - 1
-        while tile >= first_tile:
+        tile = slot % team
+        while tile < tiles:
             offsets, inside = _tile_offsets(
                 channel, _tile_pixels(tile, ROWS, COLUMNS, CHANNELS_LAST), channels, pixels, CHANNELS_LAST
             )
@@ -458,11 +446,11 @@ def _forward_kernel(
             energy += tile_energy
             if STORE_V:
                 _store(v_ptr + one * n * size + offsets, v, inside, MASKED)
-            tile -= 1
+            tile += team
         if ENERGY:
             total = tl.sum(tl.sum(energy, axis=1), axis=0)
-            _store_part(energy_ptr, total, n, block, slot, channel_blocks, tiles, share, last_tile)
-        n -= 1
+            tl.store(energy_ptr + (one * n * channel_blocks + block) * team + slot % team, total)
+        n += teams
 
 
 # --------------------------------------------------------------------------------------------------------- backward
@@ -595,7 +583,7 @@ def _backward_kernel(
     bias_ptr,
     coefficients_ptr,  # [2, C]: what multiplies the deviation of x, and what is added, in the gradient of x
     sums_ptr,  # partial sums of the gradient and of its product with the deviation, [slots, 2, C]
-    norm_ptr,  # partial squared norms, [N, channel_blocks, parts]
+    norm_ptr,  # partial squared norms, [N, channel_blocks, team]
     examples,
     channels,
     pixels,
@@ -605,7 +593,8 @@ def _backward_kernel(
     grad_stride_n,
     channel_blocks,
     tiles,  # of one example and block of channels
-    share,  # tiles of a program
+    team,  # programs that share an example
+    teams,
     tau,
     v_threshold,
     v_rest,
@@ -632,8 +621,6 @@ def _backward_kernel(
     program = tl.program_id(0)
     block = program % channel_blocks
     slot = program // channel_blocks
-    first = slot * share
-    last = tl.minimum(first + share, examples * tiles)
     channel_out = _block_channels(block, ROWS, COLUMNS, CHANNELS_LAST)
     channel = _along_tile(channel_out, CHANNELS_LAST)
     mean = _per_channel(mean_ptr, channel, channels, MASKED)
@@ -654,21 +641,20 @@ def _backward_kernel(
 
     grad_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     product_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
-    first_n = first // tiles
-    last_n = (last - 1) // tiles
-    i = 0
-    while i <= last_n - first_n:
-        n = first_n + i
-        if REVERSED:
-            n = last_n - i
-        first_tile = tl.maximum(first - n * tiles, 0)
-        last_tile = tl.minimum(last - n * tiles, tiles)
+    step_n = teams
+    step_tile = team
+    first_n = slot // team
+    if REVERSED:
+        step_n = -teams
+        step_tile = -team
+        first_n = _last_of(slot // team, examples, teams)
+    n = first_n
+    while (n >= 0) & (n < examples):
         norm = tl.zeros((ROWS, COLUMNS), tl.float32)
-        j = 0
-        while j < last_tile - first_tile:
-            tile = first_tile + j
-            if REVERSED:
-                tile = last_tile - 1 - j
+        tile = slot % team
+        if REVERSED:
+            tile = _last_of(slot % team, tiles, team)
+        while (tile >= 0) & (tile < tiles):
             offsets, inside = _tile_offsets(
                 channel, _tile_pixels(tile, ROWS, COLUMNS, CHANNELS_LAST), channels, pixels, CHANNELS_LAST
             )
@@ -719,11 +705,11 @@ def _backward_kernel(
                 product_sum += tile_product
             if NORM:
                 norm += tile_norm
-            j += 1
+            tile += step_tile
         if NORM:
             total = tl.sum(tl.sum(norm * (scale * scale), axis=1), axis=0)
-            _store_part(norm_ptr, total, n, block, slot, channel_blocks, tiles, share, last_tile)
-        i += 1
+            tl.store(norm_ptr + (one * n * channel_blocks + block) * team + slot % team, total)
+        n += step_n
     if SUM:
         grads, products = _sums_over_pixels(grad_sum, product_sum, CHANNELS_LAST)
         where = slot * 2 * channels + channel_out
@@ -818,14 +804,19 @@ class _Cut:
     columns: int
     tiles: int  # of one example and block of channels
     channel_blocks: int
-    share: int  # tiles of one program, in the order of the examples
-    slots: int  # programs that share a channel: as many partial sums
+    team: int  # programs that share an example, each with every team-th tile of it
+    teams: int  # the t-th of them has the examples t, t + teams, ...
     masked: bool  # whether some tile lies partly outside
+
+    @property
+    def slots(self) -> int:
+        """Programs that share a channel: as many partial sums."""
+        return self.team * self.teams
 
     @property
     def parts(self) -> int:
         """Partial sums of one example."""
-        return self.channel_blocks * ((self.tiles + self.share - 2) // self.share + 1)
+        return self.channel_blocks * self.team
 
     @property
     def programs(self) -> int:
@@ -874,16 +865,28 @@ def _cut(
     tile_pixels, tile_channels = (rows, columns) if channels_last else (columns, rows)
     tiles = triton.cdiv(pixels, tile_pixels)
     channel_blocks = triton.cdiv(channels, tile_channels)
-    share = triton.cdiv(examples * tiles * channel_blocks, config.programs * processors)
+    team, teams = _teams(examples, tiles, max(1, config.programs * processors // channel_blocks))
     return _Cut(
         rows,
         columns,
         tiles,
         channel_blocks,
-        share,
-        triton.cdiv(examples * tiles, share),
+        team,
+        teams,
         masked=pixels % tile_pixels != 0 or channels % tile_channels != 0,
     )
+
+
+def _teams(examples: int, tiles: int, programs: int) -> tuple[int, int]:
+    """Size and number of teams of at most ``programs`` in all, such that the slowest program has the least to do.
+
+    Among equals, the largest teams: programs that run at the same time then read neighbouring memory. And no more
+    programs than that takes.
+    """
+    sizes = range(min(tiles, programs), 0, -1)
+    most = {size: (triton.cdiv(tiles, size), triton.cdiv(examples, min(examples, programs // size))) for size in sizes}
+    tiles_each, examples_each = min(most.values(), key=lambda each: each[0] * each[1])
+    return triton.cdiv(tiles, tiles_each), triton.cdiv(examples, examples_each)
 
 
 @lru_cache
@@ -978,7 +981,8 @@ def _statistics(x: Tensor, layout: _Layout, norm: Normalisation) -> tuple[Tensor
         x.stride(1),
         cut.channel_blocks,
         cut.tiles,
-        cut.share,
+        cut.team,
+        cut.teams,
         T=layout.steps,
         ROWS=cut.rows,
         COLUMNS=cut.columns,
@@ -1057,7 +1061,8 @@ class _BatchNormLIF(torch.autograd.Function):
             0 if residual is None else residual.stride(1),
             cut.channel_blocks,
             cut.tiles,
-            cut.share,
+            cut.team,
+            cut.teams,
             *neuron.scalars,
             T=steps,
             ROWS=cut.rows,
@@ -1122,7 +1127,8 @@ class _BatchNormLIF(torch.autograd.Function):
                 grad.stride(1),
                 cut.channel_blocks,
                 cut.tiles,
-                cut.share,
+                cut.team,
+                cut.teams,
                 *neuron.scalars,
                 neuron.alpha,
                 T=steps,
@@ -1144,7 +1150,7 @@ class _BatchNormLIF(torch.autograd.Function):
             )
 
         # Statistics that are constants need no sums before the gradient can be written.
-        launch(sums_config, False, True, not ctx.norm.use_batch)
+        launch(sums_config, True, True, not ctx.norm.use_batch)
         channel_programs = triton.cdiv(layout.channels, _FINISH["CHANNELS"])
         example_programs = 0 if energies is None else triton.cdiv(layout.examples, _FINISH_EXAMPLES["EXAMPLES"])
         _finish_backward_kernel[(channel_programs + example_programs,)](
@@ -1171,7 +1177,7 @@ class _BatchNormLIF(torch.autograd.Function):
             enable_fp_fusion=False,
         )
         if ctx.norm.use_batch:
-            launch(GRADIENT.for_steps(steps), True, False, True)
+            launch(GRADIENT.for_steps(steps), False, False, True)
         if ctx.repeat is not None:
             grad_x = grad_x[0]
         return (
