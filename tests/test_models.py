@@ -122,6 +122,27 @@ def test_is_scored_as_the_network_of_plain_layers(name, training, device):
     assert "scaled through" in described
 
 
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+def test_the_kernels_score_as_the_network_of_plain_layers(name, kernel_device):
+    """As above, of small images, with every neuron's kernels: in the interpreter where there is no GPU."""
+    torch.manual_seed(4)
+    images, labels = torch.randn(8, 1, 4, 4, device=kernel_device), torch.arange(8, device=kernel_device) % 5
+    model = make(name, (1, 4, 4), steps=2).to(kernel_device)
+    plain = unfused(model)
+    for node in model.modules():
+        if isinstance(node, BatchNormLIF):
+            node.backend = "triton"
+    scores = []
+    for network in (model, plain):
+        sadp = SADP(network, 8, epochs=8, warmup_epochs=1)
+        for index in sadp.batches(4):
+            sadp.loss(nn.CrossEntropyLoss(), network(images[index]), labels[index]).backward()
+            reset(network)
+        scores.append(sadp.scores.clone())
+    assert scores[0].min() > 0
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-3, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", models.NAMES)
 def test_every_hidden_layer_is_measured_by_its_neuron(name):
     model = make(name, (3, 8, 8))
