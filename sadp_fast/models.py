@@ -1,5 +1,6 @@
 """Spiking networks for images and event frames: layers of torch.nn and sadp_fast.BatchNormLIF, nothing else."""
 
+import torch
 from torch import Tensor, nn
 
 from .batch_norm_lif import BatchNormLIF
@@ -36,7 +37,8 @@ class SpikingNetwork(nn.Module):
     """Stem (the first weights), first neurons, spiking body, and the mean of its output over time.
 
     Images [N, C, H, W] are coded directly: every time step sees the same frame, so the stem runs once and the neurons
-    take its output T times. Event frames [N, T, C, H, W] bring their own time axis. Output: logits [N, num_classes].
+    take its output T times. Event frames [N, T, C, H, W] bring their own time axis. Output: logits [N, num_classes],
+    float32 at least, also under autocast: the loss of half-precision logits has two or three digits.
     """
 
     def __init__(
@@ -54,7 +56,8 @@ class SpikingNetwork(nn.Module):
             spikes = self.neuron(self.stem(x.transpose(0, 1)))
         else:
             spikes = self.neuron(self.stem(x), repeat=self.time_steps)
-        return self.body(spikes).mean(0)
+        output = self.body(spikes)
+        return output.mean(0, dtype=torch.promote_types(output.dtype, torch.float32))
 
 
 class PerStep(nn.Sequential):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -265,7 +265,7 @@ class SADP:
             self._carried = self._next_carried
             self.epoch += 1
 
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
+    def batches(self, batch_size: int) -> Generator[Tensor, None, None]:
         """One epoch of index batches, for data that lies on the device.
 
         Yields:

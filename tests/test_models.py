@@ -208,6 +208,15 @@ def test_wrong_arguments(arguments, message):
         models.build(*arguments)
 
 
+def test_logits_are_float32_under_autocast(device):
+    model, steps = make("conv", (3, 8, 8)).to(device), []
+    model.body[-1].register_forward_hook(lambda module, inputs, output: steps.append(output))
+    with torch.autocast(device, torch.bfloat16):
+        output = model(torch.randn(6, 3, 8, 8, device=device))
+    assert steps[0].dtype == torch.bfloat16 and output.dtype == torch.float32
+    torch.testing.assert_close(output, steps[0].float().mean(0), rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["conv", "sew_resnet18"])
 def test_channels_last_is_kept_through_the_network(name):

@@ -227,12 +227,21 @@ def test_training_images_are_cropped_and_test_images_are_not(monkeypatch):
     monkeypatch.setattr(
         train, "crop_flip_normalise", lambda *args, **options: seen.append(args) or original(*args, **options)
     )
-    trainer = Trainer(CONFIG, colour_data())
+    trainer = Trainer(CONFIG.of("full"), colour_data())
     trainer.throw_away_steps()
     assert len(seen) == 2 and all(args[0] is trainer.data.train_images and args[2].shape == (3, 16) for args in seen)
     assert not torch.equal(seen[0][2], seen[1][2])
     trainer.evaluate()
     assert seen[2][1] is None and seen[2][2] is None and torch.equal(seen[2][0], trainer.data.test_images)
+
+
+def test_throw_away_steps_are_of_full_and_of_pruned_epochs(monkeypatch):
+    trainer, kept = Trainer(CONFIG, colour_data()), []
+    original = trainer.sadp.batches
+    monkeypatch.setattr(trainer.sadp, "batches", lambda size: kept.append(trainer.sadp.epoch) or original(size))
+    trainer.throw_away_steps()
+    assert trainer.sadp.ratios[:2] == [0, pytest.approx(2 / 3)] and kept == [0, 1]
+    assert not trainer.sadp._hooks and trainer.sadp._batch is None
 
 
 def test_prepare_checks_the_batch_size_and_leaves_nothing():
