@@ -23,9 +23,21 @@ using Function = void*;
 using Context = void*;
 using Stream = void*;
 
+struct Attribute {
+    int id;
+    alignas(8) unsigned char value[64];
+};
+constexpr int kProgrammaticStreamSerialization = 6;
+
+struct Config {
+    unsigned grid[3], block[3], shared;
+    Stream stream;
+    Attribute* attributes;
+    unsigned attribute_count;
+};
+
 struct Driver {
-    Result (*launch)(Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Stream, void**,
-                     void**);
+    Result (*launch)(const Config*, Function, void**, void**);
     Result (*parameter)(Function, size_t, size_t*, size_t*);
     Result (*current)(Context*);
     Result (*push)(Context);
@@ -40,7 +52,7 @@ struct Driver {
             function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name));
             return function != nullptr;
         };
-        complete = load(launch, "cuLaunchKernel") && load(parameter, "cuFuncGetParamInfo") &&  // CUDA 12.4
+        complete = load(launch, "cuLaunchKernelEx") && load(parameter, "cuFuncGetParamInfo") &&  // CUDA 12.4
                    load(current, "cuCtxGetCurrent") && load(push, "cuCtxPushCurrent_v2") &&
                    load(pop, "cuCtxPopCurrent_v2") && load(error_name, "cuGetErrorName");
     }
@@ -60,6 +72,7 @@ struct Launch {
     Function function;
     Context context;
     unsigned programs, threads, shared;
+    bool early;        // may come up before the kernel in front of it on the stream has ended: it waits by itself
     uint32_t aligned;  // bit i: tensor i lies at a multiple of 16 bytes
     size_t tensors;
     std::vector<size_t> offsets;
@@ -74,8 +87,12 @@ Result launch_with(const Launch& plan, unsigned char* bytes, Stream stream) {
     cuda.current(&current);
     const bool elsewhere = current != plan.context;  // another device, or a thread that has not used CUDA yet
     if (elsewhere) cuda.push(plan.context);
-    const Result result =
-        cuda.launch(plan.function, plan.programs, 1, 1, plan.threads, 1, 1, plan.shared, stream, parameters, nullptr);
+    Attribute attribute = {kProgrammaticStreamSerialization, {}};
+    const int allowed = 1;
+    std::memcpy(attribute.value, &allowed, sizeof allowed);
+    const Config config = {{plan.programs, 1, 1}, {plan.threads, 1, 1}, plan.shared, stream, &attribute,
+                           plan.early ? 1u : 0u};
+    const Result result = cuda.launch(&config, plan.function, parameters, nullptr);
     if (elsewhere) cuda.pop(&current);
     return result;
 }
@@ -118,8 +135,8 @@ PyMethodDef call_definition = {"launch", reinterpret_cast<PyCFunction>(reinterpr
                                METH_FASTCALL, "launch(stream, *tensors) -> bool"};
 
 // The callable, or None where the function's parameters are not the ones given.
-py::object prepare(uintptr_t function, unsigned programs, unsigned threads, unsigned shared, uint32_t aligned,
-                   size_t tensors, const std::vector<std::string>& parameters) {
+py::object prepare(uintptr_t function, unsigned programs, unsigned threads, unsigned shared, bool early,
+                   uint32_t aligned, size_t tensors, const std::vector<std::string>& parameters) {
     const Driver& cuda = driver();
     if (!cuda.complete || tensors > kMaxTensors || parameters.size() + 2 > kMaxParameters) return py::none();
     auto plan = std::make_unique<Launch>();
@@ -127,6 +144,7 @@ py::object prepare(uintptr_t function, unsigned programs, unsigned threads, unsi
     plan->programs = programs;
     plan->threads = threads;
     plan->shared = shared;
+    plan->early = early;
     plan->aligned = aligned;
     plan->tensors = tensors;
     if (cuda.current(&plan->context) != 0 || plan->context == nullptr) return py::none();
@@ -155,7 +173,7 @@ py::object prepare(uintptr_t function, unsigned programs, unsigned threads, unsi
 
 void bind_launch(py::module_& module) {
     module.def("prepare_launch", &prepare, py::arg("function"), py::arg("programs"), py::arg("threads"),
-               py::arg("shared"), py::arg("aligned"), py::arg("tensors"), py::arg("parameters"));
+               py::arg("shared"), py::arg("early"), py::arg("aligned"), py::arg("tensors"), py::arg("parameters"));
 }
 
 }  // namespace sadp

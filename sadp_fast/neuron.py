@@ -136,6 +136,7 @@ class BaseNode(nn.Module):
         self.channel_scale: Tensor | None = None
         self._said_not_fused = False
         self._last_gradient_buffer: Tensor | None = None
+        self.reset()
 
     @property
     def step_mode(self) -> str:

@@ -26,6 +26,7 @@ void* context = (void*)1;
 int pushed, popped;
 unsigned char bytes[4096];
 unsigned grid[7];
+int attribute[3];
 void* stream;
 static size_t place(const Function* f, size_t i) {
     size_t at = 0;
@@ -46,14 +47,22 @@ int cuFuncGetParamInfo(void* function, size_t i, size_t* at, size_t* size) {
     *size = f->sizes[i];
     return 0;
 }
-int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned ty, unsigned tz,
-                   unsigned shared, void* where, void** parameters, void** extra) {
+typedef struct { int id; char pad[4]; int value[16]; } Attribute;
+typedef struct {
+    unsigned grid[3], block[3], shared;
+    void* stream;
+    Attribute* attributes;
+    unsigned count;
+} Config;
+int cuLaunchKernelEx(const Config* config, void* function, void** parameters, void** extra) {
     const Function* f = function;
     for (size_t i = 0; i < f->count; ++i) memcpy(bytes + place(f, i), parameters[i], f->sizes[i]);
-    const unsigned given[7] = {x, y, z, threads, ty, tz, shared};
-    memcpy(grid, given, sizeof grid);
-    stream = where;
-    return x == 13 ? 1 : 0;
+    memcpy(grid, config->grid, sizeof grid);
+    stream = config->stream;
+    attribute[0] = config->count;
+    attribute[1] = config->count ? config->attributes[0].id : 0;
+    attribute[2] = config->count ? config->attributes[0].value[0] : 0;
+    return config->grid[0] == 13 ? 1 : 0;
 }
 """
 
@@ -81,9 +90,9 @@ class Tensor:
 functions = []
 
 
-def prepare(sizes, parameters, aligned=0b11, programs=42):
+def prepare(sizes, parameters, aligned=0b11, programs=42, early=False):
     functions.append(Function(len(sizes), (ctypes.c_size_t * 64)(*sizes)))
-    return native.prepare_launch(ctypes.addressof(functions[-1]), programs, 64, 128, aligned, 2, parameters)
+    return native.prepare_launch(ctypes.addressof(functions[-1]), programs, 64, 128, early, aligned, 2, parameters)
 
 
 def error(call):
@@ -101,6 +110,9 @@ content = bytes((ctypes.c_ubyte * 48).in_dll(driver, "bytes"))
 found["parameters"] = struct.unpack("QQifqQQ", content)
 found["grid"] = list((ctypes.c_uint * 7).in_dll(driver, "grid"))
 found["stream"] = ctypes.c_void_p.in_dll(driver, "stream").value
+found["attributes"] = [list((ctypes.c_int * 3).in_dll(driver, "attribute"))]
+prepare(sizes, ours, early=True)(99, Tensor(0), Tensor(0))
+found["attributes"].append(list((ctypes.c_int * 3).in_dll(driver, "attribute")))
 found["unaligned"] = launch(99, Tensor(4096), Tensor(4100)), prepare(sizes, ours, 0b01)(99, Tensor(4096), Tensor(4100))
 found["pushed before"] = ctypes.c_int.in_dll(driver, "pushed").value
 ctypes.c_void_p.in_dll(driver, "context").value = 2
@@ -138,6 +150,7 @@ def test_what_reaches_the_driver(tmp_path):
     assert found["launched"] is True
     assert found["parameters"] == [1 << 45, 4096, -7, 1.5, 2**40, 0, 0]
     assert found["grid"] == [42, 1, 1, 64, 1, 1, 128] and found["stream"] == 99
+    assert found["attributes"] == [[0, 0, 0], [1, 6, 1]]  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     assert found["unaligned"] == [False, True]
     assert found["pushed before"] == 0 and found["pushed"] == [1, 1]
     assert found["refused"] == [True] * 4

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 try:
@@ -23,6 +25,35 @@ except ImportError:  # a source tree that is not built
 _current_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 _FORMATS = {"i32": "i", "u32": "I", "i64": "q", "u64": "Q", "fp32": "f"}
+
+
+@triton.jit
+def await_previous_kernel():
+    """The first thing in a kernel of an early launch: waits for the kernel in front to end and its writes to be seen.
+
+    Also lets the kernel behind come up, if it is one of an early launch, as soon as all programs of this one run.
+    """
+    tl.inline_asm_elementwise(
+        "griddepcontrol.wait; griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+def early_launch(device: torch.device) -> dict[str, bool]:
+    """Constants for a kernel with EARLY: tl.constexpr, which calls ``await_previous_kernel`` where that is true.
+
+    Such a kernel comes up while the one in front of it on the stream ends (programmatic dependent launch), which hides
+    a microsecond; needs compute capability 9.0 and a Triton that knows of it.
+    """
+    possible = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0) and _knows_early_launches()
+    return {"EARLY": True, "launch_pdl": True} if possible else {"EARLY": False}
+
+
+def _knows_early_launches() -> bool:
+    try:
+        from triton.backends.nvidia.compiler import CUDAOptions
+    except ImportError:
+        return False
+    return hasattr(CUDAOptions, "launch_pdl")
 
 
 class Launch:
@@ -84,7 +115,7 @@ class Launch:
             return None
         metadata = getattr(compiled, "metadata", None)
         signature = getattr(getattr(compiled, "src", None), "signature", None)
-        special = ("launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
+        special = ("launch_cooperative_grid", "global_scratch_size", "profile_scratch_size")
         if (
             metadata is None
             or not isinstance(signature, dict)
@@ -107,6 +138,7 @@ class Launch:
             self._programs,
             32 * metadata.num_warps,
             metadata.shared,
+            bool(getattr(metadata, "launch_pdl", False)),
             aligned,
             tensors,
             parameters,

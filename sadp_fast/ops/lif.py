@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ..dynamics import Dynamics
 from .equations import LEAK, LEAK_WITH_INPUT_DECAY, NO_LEAK, charge, reset, surrogate_gradient
-from .launch import Launch
+from .launch import Launch, await_previous_kernel, early_launch
 from .layout import (
     has_strides,
     inner_is_dense,
@@ -62,6 +62,9 @@ ELEMENTS = {
 
 # One warp a program: its reductions are shuffles, without barriers.
 WARPS = 1
+
+# Whether kernels come up while the kernel in front of them ends.
+EARLY_LAUNCH = False
 
 # Threads hold fewer elements where there would be fewer warps than this for each of the GPU's multiprocessors.
 WARPS_PER_MULTIPROCESSOR = 8
@@ -184,6 +187,7 @@ def _lif_forward_kernel(
     SOFT_RESET: tl.constexpr,
     REST_AT_ZERO: tl.constexpr,
     EVEN: tl.constexpr,
+    EARLY: tl.constexpr,
     HAS_V_INIT: tl.constexpr,
     STORE_SPIKES: tl.constexpr,
     STORE_V: tl.constexpr,
@@ -191,6 +195,8 @@ def _lif_forward_kernel(
     STORE_CHECKPOINTS: tl.constexpr,
     COUNT_SPIKES: tl.constexpr,
 ):
+    if EARLY:
+        await_previous_kernel()
     if REST_AT_ZERO:
         v_rest = 0.0  # known to the compiler, which then leaves out what it is subtracted from
     program = tl.program_id(0)
@@ -382,6 +388,7 @@ def _lif_backward_kernel(
     SOFT_RESET: tl.constexpr,
     REST_AT_ZERO: tl.constexpr,
     EVEN: tl.constexpr,
+    EARLY: tl.constexpr,
     DETACH_RESET: tl.constexpr,
     HAS_V_INIT: tl.constexpr,
     HAS_GRAD_V_FINAL: tl.constexpr,
@@ -391,6 +398,8 @@ def _lif_backward_kernel(
     GRAD_NORM: tl.constexpr,
     SURROGATE: tl.constexpr,
 ):
+    if EARLY:
+        await_previous_kernel()
     if REST_AT_ZERO:
         v_rest = 0.0
     program = tl.program_id(0)
@@ -504,6 +513,7 @@ class _Grid:
         self.blocks = triton.cdiv(self.size, self.block)
         self.programs = self.examples * self.blocks
         self.partials = (self.steps, self.examples, self.blocks)
+        self.early = early_launch(x.device) if EARLY_LAUNCH else {"EARLY": False}
 
     def constants(self, neuron: Constants) -> dict[str, Any]:
         if not neuron.leak:
@@ -521,6 +531,7 @@ class _Grid:
             "EVEN": self.size % self.block == 0,  # no thread is beyond an example's end
             "num_warps": WARPS,
             "enable_fp_fusion": False,
+            **self.early,
         }
 
 
