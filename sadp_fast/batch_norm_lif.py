@@ -56,12 +56,13 @@ class _BatchNormNode(BaseNode):
         self.register_buffer("running_var", torch.ones(num_features) if track_running_stats else None)
         batches = torch.tensor(0, dtype=torch.int64) if track_running_stats else None
         self.register_buffer("num_batches_tracked", batches)
+        self.energies: list[CallEnergies] = []
         self.energy_buffers: tuple[Tensor, Tensor] | None = None
 
     def reset(self) -> None:
         """Return ``v`` to its initial float and forget ``v_seq`` and the statistics."""
         super().reset()
-        self.energies: list[CallEnergies] = []
+        self.energies = []
 
     @property
     def _uses_batch_statistics(self) -> bool:
@@ -107,9 +108,12 @@ class _BatchNormNode(BaseNode):
     def _runs_fused(self, x: Tensor, residual: Tensor | None, repeat: int | None) -> bool:
         if self.step_mode != "m" or self.store_v_seq or torch.compiler.is_compiling() or x.numel() == 0:
             return False
-        if isinstance(self.v, Tensor) or float(self.v) != self.dynamics.v_rest:  # goes on from an earlier call
+        v = self.v
+        if isinstance(v, Tensor) or v != self.dynamics.v_rest:  # goes on from an earlier call
             return False
         if residual is not None and (residual.dtype != x.dtype or residual.device != x.device):
+            return False
+        if any(t is not None and t.dtype != torch.float32 for t in (self.weight, self.bias, self.running_mean)):
             return False
         if (self.weight is None) != (self.bias is None) or self._fused_surrogate(x) is None:
             return False
@@ -123,7 +127,10 @@ class _BatchNormNode(BaseNode):
         surrogate = self._fused_surrogate(x)
         assert surrogate is not None
         energies = self._new_energies(x.shape[0 if repeat is not None else 1], x.device)
-        out, v = batch_norm_lif(
+        state = self._state
+        # In evaluation x would otherwise be kept alive for the sake of a potential that takes half its memory or less.
+        want_v = state.keeps_v or not torch.is_grad_enabled()
+        out, potential = batch_norm_lif(
             x,
             residual,
             self.weight,
@@ -137,12 +144,12 @@ class _BatchNormNode(BaseNode):
                 use_batch=self._uses_batch_statistics,
                 update=self.training,
             ),
-            Neuron(self.dynamics, surrogate, self.surrogate_function.alpha),  # type: ignore[union-attr]
+            Neuron.of(self.dynamics, surrogate, self.surrogate_function.alpha),  # type: ignore[union-attr]
             repeat=repeat,
-            want_v=not torch.is_grad_enabled(),
+            want_v=want_v,
             energies=energies,
         )
-        self.v = v if v.numel() else self.dynamics.v_rest
+        state.v = potential() if want_v else potential
         return _mark_sum(out, 1, residual)
 
     def _new_energies(self, examples: int, device: torch.device) -> CallEnergies | None:
@@ -150,6 +157,11 @@ class _BatchNormNode(BaseNode):
             return None
         if self.energy_buffers is not None:
             energies = CallEnergies(*self.energy_buffers)
+            if any(t.shape != (examples,) or t.dtype != torch.float32 for t in energies):
+                raise ValueError(
+                    f"energy_buffers must be two float32 tensors [N] with N = {examples} examples, got "
+                    f"{[(t.dtype, tuple(t.shape)) for t in energies]}; set them for this batch, or to None"
+                )
         else:
             energies = CallEnergies(*torch.full((2, examples), torch.nan, device=device))
         self.energies = [energies] if self.step_mode == "m" else [*self.energies, energies]
@@ -260,6 +272,8 @@ class BatchNormLIF(_BatchNormNode, LIFNode):
     twice and writes the gradient of x; nothing but x is kept in between. Statistics are taken over all steps, examples
     and pixels, as SpikingJelly's ``layer.BatchNorm2d`` in step mode 'm' takes them. Under DistributedDataParallel each
     rank normalises by its own, as nn.BatchNorm2d does; a SyncBatchNorm has to stay a module of its own.
+
+    After a fused call, ``v`` has no graph: gradients do not cross from one call to the next one.
 
     The fused kernels run in step mode 'm' from a state that was reset, for up to 16 steps; else, and on the CPU,
     torch's batch normalisation and the package's neuron run one after the other, with the same results.

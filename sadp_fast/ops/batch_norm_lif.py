@@ -14,15 +14,17 @@ touched last, the next finds in the cache.
 
 Loops over run-time bounds are `while` loops: Triton's interpreter cannot take a tensor as the bound of a range().
 
-The membrane is float32. All kernels compute y and the membrane by the same operations without contraction, so the
-backward passes see exactly the spikes that the forward pass wrote.
+The membrane is float32. All kernels compute it by the same operations without contraction, so the backward passes see
+exactly the spikes that the forward pass wrote.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,7 +32,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dynamics import Dynamics
-from .equations import LEAK_WITH_INPUT_DECAY, NO_LEAK, charge, reset, step_constants, surrogate_gradient
+from .equations import surrogate_gradient
+from .launch import Launch
 from .layout import sequence_like, with_inner_order_of
 
 # Steps of a tile are held in registers; longer sequences take the separate operators.
@@ -113,17 +116,38 @@ def _tile_offsets(channel, pixel, channels, pixels, CHANNELS_LAST: tl.constexpr)
         return channel * pixels + pixel, inside
 
 
+# The neuron, in the form that takes the fewest instructions. Every charge is linear,
+#     h = keep v + gain y + (1 - keep) v_rest,
+# and so is the normalisation, so the distance of the potential from the threshold is u = h - v_threshold
+#     = keep v + drive,    drive = (x - mean) drive_scale + drive_shift
+# with two numbers a channel. Every kernel computes it by these functions.
+
+
 @triton.jit
-def _normalise(deviation, scale, shift):
-    """y from x - mean; every kernel computes it by these operations."""
+def _drive(deviation, scale, shift):
     return tl.fma(deviation, tl.broadcast_to(scale, deviation.shape), tl.broadcast_to(shift, deviation.shape))
 
 
 @triton.jit
-def _gradient(grad_y, deviation, scale, slope, offset):
+def _charge(v, drive, keep):
+    """u, the potential's distance from the threshold."""
+    return tl.fma(v, tl.zeros_like(v) + keep, drive)
+
+
+@triton.jit
+def _reset(u, fired, v_threshold, v_rest, SOFT_RESET: tl.constexpr):
+    """The potential after the step."""
+    if SOFT_RESET:
+        return tl.where(fired, u, u + v_threshold)
+    else:
+        return tl.where(fired, v_rest, u + v_threshold)
+
+
+@triton.jit
+def _gradient(grad_h, deviation, scale, slope, offset):
     """Gradient of x: the direct part, and those by way of the variance and of the mean."""
     indirect = tl.fma(deviation, tl.broadcast_to(slope, deviation.shape), tl.broadcast_to(offset, deviation.shape))
-    return tl.fma(grad_y, tl.broadcast_to(scale, grad_y.shape), indirect)
+    return tl.fma(grad_h, tl.broadcast_to(scale, grad_h.shape), indirect)
 
 
 # ------------------------------------------------------------------------------------------- statistics of the channels
@@ -209,61 +233,88 @@ def _channel_statistics_kernel(
         tl.store(count_ptr + slot, count)
 
 
+# Rows of the constants [4, C] that one call computes for all its kernels.
+MEAN = tl.constexpr(0)
+RSTD = tl.constexpr(1)  # 1 / sqrt(variance + eps)
+DRIVE_SCALE = tl.constexpr(2)
+DRIVE_SHIFT = tl.constexpr(3)
+
+
 @triton.jit(do_not_specialize=("slots",))
-def _finish_statistics_kernel(
+def _constants_kernel(
     count_ptr,
     partial_ptr,
-    mean_ptr,
-    rstd_ptr,
     running_mean_ptr,
     running_var_ptr,
     batches_ptr,
+    weight_ptr,
+    bias_ptr,
+    constants_ptr,
     channels,
     slots,
     momentum,
     eps,
+    keep,
+    gain,
+    v_threshold,
+    v_rest,
     SLOTS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    USE_BATCH: tl.constexpr,
     UPDATE_RUNNING: tl.constexpr,
     CUMULATIVE: tl.constexpr,
+    AFFINE: tl.constexpr,
 ):
-    """Combine the partial statistics of CHANNELS channels (Chan et al.) and update the running ones."""
+    """The constants of CHANNELS channels, from the batch's partial statistics (Chan et al.) or the running ones."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < channels
-    pivot = tl.load(partial_ptr + channel, mask=known, other=0.0)
-    counts = tl.zeros((SLOTS,), tl.float32)
-    total = tl.zeros((SLOTS, CHANNELS), tl.float32)
-    squares = tl.zeros((SLOTS, CHANNELS), tl.float32)
-    start = 0
-    while start < slots:
-        slot = start + tl.arange(0, SLOTS)
-        inside = (slot < slots)[:, None] & known[None, :]
-        where = slot[:, None] * 2 * channels + channel[None, :]
-        count = tl.load(count_ptr + slot, mask=slot < slots, other=0.0)
-        mean = tl.load(partial_ptr + where, mask=inside, other=0.0)
-        m2 = tl.load(partial_ptr + channels + where, mask=inside, other=0.0)
-        apart = tl.where(inside, mean - pivot[None, :], 0.0)
-        counts += count
-        total += count[:, None] * apart
-        squares += m2 + count[:, None] * apart * apart
-        start += SLOTS
-    count = tl.sum(counts, axis=0)
-    shift = tl.sum(total, axis=0) / count
-    mean = pivot + shift
-    variance = tl.maximum(tl.sum(squares, axis=0) / count - shift * shift, 0.0)
-    tl.store(mean_ptr + channel, mean, mask=known)
-    tl.store(rstd_ptr + channel, 1.0 / tl.sqrt_rn(variance + eps), mask=known)
-    if UPDATE_RUNNING:
-        if CUMULATIVE:
-            momentum = 1.0 / tl.load(batches_ptr).to(tl.float32)
-        unbiased = variance * (count / tl.maximum(count - 1.0, 1.0))
-        old_mean = tl.load(running_mean_ptr + channel, mask=known, other=0.0)
-        old_var = tl.load(running_var_ptr + channel, mask=known, other=0.0)
-        tl.store(running_mean_ptr + channel, old_mean + momentum * (mean - old_mean), mask=known)
-        tl.store(running_var_ptr + channel, old_var + momentum * (unbiased - old_var), mask=known)
-        if not CUMULATIVE:
-            if tl.program_id(0) == 0:
-                tl.store(batches_ptr, tl.load(batches_ptr) + 1)
+    if USE_BATCH:
+        pivot = tl.load(partial_ptr + channel, mask=known, other=0.0)
+        counts = tl.zeros((SLOTS,), tl.float32)
+        total = tl.zeros((SLOTS, CHANNELS), tl.float32)
+        squares = tl.zeros((SLOTS, CHANNELS), tl.float32)
+        start = 0
+        while start < slots:
+            slot = start + tl.arange(0, SLOTS)
+            inside = (slot < slots)[:, None] & known[None, :]
+            where = slot[:, None] * 2 * channels + channel[None, :]
+            part = tl.load(count_ptr + slot, mask=slot < slots, other=0.0)
+            part_mean = tl.load(partial_ptr + where, mask=inside, other=0.0)
+            m2 = tl.load(partial_ptr + channels + where, mask=inside, other=0.0)
+            apart = tl.where(inside, part_mean - pivot[None, :], 0.0)
+            counts += part
+            total += part[:, None] * apart
+            squares += m2 + part[:, None] * apart * apart
+            start += SLOTS
+        count = tl.sum(counts, axis=0)
+        shift = tl.sum(total, axis=0) / count
+        mean = pivot + shift
+        variance = tl.maximum(tl.sum(squares, axis=0) / count - shift * shift, 0.0)
+        if UPDATE_RUNNING:
+            if CUMULATIVE:
+                momentum = 1.0 / tl.load(batches_ptr).to(tl.float32)
+            unbiased = variance * (count / tl.maximum(count - 1.0, 1.0))
+            old_mean = tl.load(running_mean_ptr + channel, mask=known, other=0.0)
+            old_var = tl.load(running_var_ptr + channel, mask=known, other=0.0)
+            tl.store(running_mean_ptr + channel, old_mean + momentum * (mean - old_mean), mask=known)
+            tl.store(running_var_ptr + channel, old_var + momentum * (unbiased - old_var), mask=known)
+            if not CUMULATIVE:
+                if tl.program_id(0) == 0:
+                    tl.store(batches_ptr, tl.load(batches_ptr) + 1)
+    else:
+        mean = tl.load(running_mean_ptr + channel, mask=known, other=0.0)
+        variance = tl.load(running_var_ptr + channel, mask=known, other=1.0)
+    rstd = 1.0 / tl.sqrt_rn(variance + eps)
+    scale = rstd
+    bias = tl.zeros_like(rstd)
+    if AFFINE:
+        scale = scale * tl.load(weight_ptr + channel, mask=known, other=0.0)
+        bias = tl.load(bias_ptr + channel, mask=known, other=0.0)
+    tl.store(constants_ptr + MEAN * channels + channel, mean, mask=known)
+    tl.store(constants_ptr + RSTD * channels + channel, rstd, mask=known)
+    tl.store(constants_ptr + DRIVE_SCALE * channels + channel, gain * scale, mask=known)
+    drive_shift = gain * bias + ((1.0 - keep) * v_rest - v_threshold)
+    tl.store(constants_ptr + DRIVE_SHIFT * channels + channel, drive_shift, mask=known)
 
 
 # ------------------------------------------------------------------------------------------------ normalise and fire
@@ -279,11 +330,11 @@ def _forward_steps(
     x_stride_t,
     residual_stride_t,
     out_stride_t,
-    y_constant,
+    drive_constant,
     mean,
     scale,
     shift,
-    tau,
+    keep,
     v_threshold,
     v_rest,
     STEPS: tl.constexpr,
@@ -291,8 +342,6 @@ def _forward_steps(
     X_CONSTANT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ENERGY: tl.constexpr,
-    DYNAMICS: tl.constexpr,
-    EXACT_RECIPROCAL: tl.constexpr,
     SOFT_RESET: tl.constexpr,
     RECURSE: tl.constexpr,
 ):
@@ -302,9 +351,9 @@ def _forward_steps(
     the loads of all steps are under way before the first store. RECURSE is this function.
     """
     if X_CONSTANT:
-        y = y_constant
+        drive = drive_constant
     else:
-        y = _normalise(_load(x_ptr + offsets, inside, MASKED) - mean, scale, shift)
+        drive = _drive(_load(x_ptr + offsets, inside, MASKED) - mean, scale, shift)
     if HAS_RESIDUAL:
         residual = _load(residual_ptr + offsets, inside, MASKED)
     if STEPS > 1:
@@ -317,11 +366,11 @@ def _forward_steps(
             x_stride_t,
             residual_stride_t,
             out_stride_t,
-            y_constant,
+            drive_constant,
             mean,
             scale,
             shift,
-            tau,
+            keep,
             v_threshold,
             v_rest,
             STEPS - 1,
@@ -329,16 +378,14 @@ def _forward_steps(
             X_CONSTANT,
             HAS_RESIDUAL,
             ENERGY,
-            DYNAMICS,
-            EXACT_RECIPROCAL,
             SOFT_RESET,
             RECURSE,
         )
     else:
-        v = tl.zeros_like(y) + v_rest
-        energy = tl.zeros_like(y)
-    h = charge(y, v, tau, v_rest, DYNAMICS, EXACT_RECIPROCAL)
-    fired = h >= v_threshold
+        v = tl.zeros_like(drive) + v_rest
+        energy = tl.zeros_like(drive)
+    u = _charge(v, drive, keep)
+    fired = u >= 0
     out = tl.where(fired, 1.0, 0.0)
     if HAS_RESIDUAL:
         out += residual
@@ -347,7 +394,7 @@ def _forward_steps(
         if MASKED:
             out = tl.where(inside, out, 0.0)
         energy = tl.fma(out, out, energy)
-    return reset(h, fired, v_threshold, v_rest, SOFT_RESET), energy
+    return _reset(u, fired, v_threshold, v_rest, SOFT_RESET), energy
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
@@ -356,10 +403,7 @@ def _forward_kernel(
     residual_ptr,
     out_ptr,
     v_ptr,
-    mean_ptr,
-    rstd_ptr,
-    weight_ptr,
-    bias_ptr,
+    constants_ptr,
     energy_ptr,  # partial sums of the squares of the output, [N, channel_blocks, team]
     examples,
     channels,
@@ -372,7 +416,7 @@ def _forward_kernel(
     tiles,  # of one example and block of channels
     team,  # programs that share an example
     teams,
-    tau,
+    keep,
     v_threshold,
     v_rest,
     T: tl.constexpr,
@@ -381,24 +425,18 @@ def _forward_kernel(
     CHANNELS_LAST: tl.constexpr,
     MASKED: tl.constexpr,
     X_CONSTANT: tl.constexpr,
-    AFFINE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     STORE_V: tl.constexpr,
     ENERGY: tl.constexpr,
-    DYNAMICS: tl.constexpr,
-    EXACT_RECIPROCAL: tl.constexpr,
     SOFT_RESET: tl.constexpr,
 ):
     program = tl.program_id(0)
     block = program % channel_blocks
     slot = program // channel_blocks
     channel = _along_tile(_block_channels(block, ROWS, COLUMNS, CHANNELS_LAST), CHANNELS_LAST)
-    mean = _per_channel(mean_ptr, channel, channels, MASKED)
-    scale = _per_channel(rstd_ptr, channel, channels, MASKED)
-    shift = tl.zeros_like(mean)
-    if AFFINE:
-        scale = scale * _per_channel(weight_ptr, channel, channels, MASKED)
-        shift = _per_channel(bias_ptr, channel, channels, MASKED)
+    mean = _per_channel(constants_ptr + MEAN * channels, channel, channels, MASKED)
+    scale = _per_channel(constants_ptr + DRIVE_SCALE * channels, channel, channels, MASKED)
+    shift = _per_channel(constants_ptr + DRIVE_SHIFT * channels, channel, channels, MASKED)
     one = tl.full((), 1, tl.int64)
     size = channels * pixels
     out_stride_t = one * examples * size
@@ -414,9 +452,9 @@ def _forward_kernel(
             x_step = x_ptr + one * n * x_stride_n
             residual_step = residual_ptr + one * n * residual_stride_n
             out_step = out_ptr + one * n * size
-            y = tl.zeros((ROWS, COLUMNS), tl.float32)
+            drive = tl.zeros((ROWS, COLUMNS), tl.float32)
             if X_CONSTANT:
-                y = _normalise(_load(x_step + offsets, inside, MASKED) - mean, scale, shift)
+                drive = _drive(_load(x_step + offsets, inside, MASKED) - mean, scale, shift)
             v, tile_energy = _forward_steps(
                 x_step + (T - 1) * x_stride_t,
                 residual_step + (T - 1) * residual_stride_t,
@@ -426,11 +464,11 @@ def _forward_kernel(
                 x_stride_t,
                 residual_stride_t,
                 out_stride_t,
-                y,
+                drive,
                 mean,
                 scale,
                 shift,
-                tau,
+                keep,
                 v_threshold,
                 v_rest,
                 T,
@@ -438,8 +476,6 @@ def _forward_kernel(
                 X_CONSTANT,
                 HAS_RESIDUAL,
                 ENERGY,
-                DYNAMICS,
-                EXACT_RECIPROCAL,
                 SOFT_RESET,
                 _forward_steps,
             )
@@ -473,7 +509,7 @@ def _backward_steps(
     shift,
     slope,
     offset,
-    tau,
+    keep,
     v_threshold,
     v_rest,
     alpha,
@@ -483,8 +519,6 @@ def _backward_steps(
     SUM: tl.constexpr,
     NORM: tl.constexpr,
     WRITE: tl.constexpr,
-    DYNAMICS: tl.constexpr,
-    EXACT_RECIPROCAL: tl.constexpr,
     SOFT_RESET: tl.constexpr,
     DETACH_RESET: tl.constexpr,
     SURROGATE: tl.constexpr,
@@ -492,8 +526,8 @@ def _backward_steps(
 ):
     """Backward through the STEPS last steps, which start from potential v.
 
-    Returns dL/dv before the first of them, and three sums over these steps: of the gradient g with respect to y, of
-    g times the deviation of x from the mean, and of g^2. The recursion is over time and unrolled by the
+    Returns dL/dv before the first of them, and three sums over these steps: of the gradient with respect to h, of that
+    times the deviation of x from the mean, and of its square. The recursion is over time and unrolled by the
     compiler; RECURSE is this function (Triton before 3.5 cannot hash one that names itself).
     """
     if X_CONSTANT:
@@ -501,8 +535,8 @@ def _backward_steps(
     else:
         deviation = _load(x_ptr + offsets, inside, MASKED) - mean
     grad_spike = _load(grad_ptr + offsets, inside, MASKED)
-    h = charge(_normalise(deviation, scale, shift), v, tau, v_rest, DYNAMICS, EXACT_RECIPROCAL)
-    fired = h - v_threshold >= 0
+    u = _charge(v, _drive(deviation, scale, shift), keep)
+    fired = u >= 0
     if STEPS > 1:
         carry, grad_sum, product_sum, norm = RECURSE(
             x_ptr + x_stride_t,
@@ -514,13 +548,13 @@ def _backward_steps(
             grad_stride_t,
             grad_x_stride_t,
             x_constant,
-            reset(h, fired, v_threshold, v_rest, SOFT_RESET),
+            _reset(u, fired, v_threshold, v_rest, SOFT_RESET),
             mean,
             scale,
             shift,
             slope,
             offset,
-            tau,
+            keep,
             v_threshold,
             v_rest,
             alpha,
@@ -530,19 +564,17 @@ def _backward_steps(
             SUM,
             NORM,
             WRITE,
-            DYNAMICS,
-            EXACT_RECIPROCAL,
             SOFT_RESET,
             DETACH_RESET,
             SURROGATE,
             RECURSE,
         )
     else:
-        carry = tl.zeros_like(h)
-        grad_sum = tl.zeros_like(h)
-        product_sum = tl.zeros_like(h)
-        norm = tl.zeros_like(h)
-    surrogate = surrogate_gradient(h - v_threshold, alpha, SURROGATE)
+        carry = tl.zeros_like(u)
+        grad_sum = tl.zeros_like(u)
+        product_sum = tl.zeros_like(u)
+        norm = tl.zeros_like(u)
+    surrogate = surrogate_gradient(u, alpha, SURROGATE)
     if SOFT_RESET:
         grad_h = carry
         if not DETACH_RESET:
@@ -550,26 +582,19 @@ def _backward_steps(
     else:
         grad_h = tl.where(fired, 0.0, carry)
         if not DETACH_RESET:
-            grad_h += carry * (v_rest - h) * surrogate
+            grad_h += carry * (v_rest - v_threshold - u) * surrogate
     grad_h = tl.fma(grad_spike, surrogate, grad_h)
-    if DYNAMICS == LEAK_WITH_INPUT_DECAY:
-        grad_y = grad_h * (1.0 / tau)
-    else:
-        grad_y = grad_h
     if X_CONSTANT:
-        grad_sum += grad_y
+        grad_sum += grad_h
     else:
         if SUM:
-            grad_sum += grad_y
-            product_sum = tl.fma(grad_y, deviation, product_sum)
+            grad_sum += grad_h
+            product_sum = tl.fma(grad_h, deviation, product_sum)
         if NORM:
-            norm = tl.fma(grad_y, grad_y, norm)
+            norm = tl.fma(grad_h, grad_h, norm)
         if WRITE:
-            _store(grad_x_ptr + offsets, _gradient(grad_y, deviation, scale, slope, offset), inside, MASKED)
-    if DYNAMICS == NO_LEAK:
-        return grad_h, grad_sum, product_sum, norm
-    else:
-        return grad_h * (1.0 - 1.0 / tau), grad_sum, product_sum, norm
+            _store(grad_x_ptr + offsets, _gradient(grad_h, deviation, scale, slope, offset), inside, MASKED)
+    return grad_h * keep, grad_sum, product_sum, norm
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
@@ -577,10 +602,7 @@ def _backward_kernel(
     x_ptr,
     grad_ptr,
     grad_x_ptr,
-    mean_ptr,
-    rstd_ptr,
-    weight_ptr,
-    bias_ptr,
+    constants_ptr,
     coefficients_ptr,  # [2, C]: what multiplies the deviation of x, and what is added, in the gradient of x
     sums_ptr,  # partial sums of the gradient and of its product with the deviation, [slots, 2, C]
     norm_ptr,  # partial squared norms, [N, channel_blocks, team]
@@ -595,7 +617,8 @@ def _backward_kernel(
     tiles,  # of one example and block of channels
     team,  # programs that share an example
     teams,
-    tau,
+    keep,
+    gain,
     v_threshold,
     v_rest,
     alpha,
@@ -605,14 +628,11 @@ def _backward_kernel(
     CHANNELS_LAST: tl.constexpr,
     MASKED: tl.constexpr,
     X_CONSTANT: tl.constexpr,
-    AFFINE: tl.constexpr,
     REVERSED: tl.constexpr,
     SUM: tl.constexpr,
     NORM: tl.constexpr,
     WRITE: tl.constexpr,
     BATCH_STATISTICS: tl.constexpr,
-    DYNAMICS: tl.constexpr,
-    EXACT_RECIPROCAL: tl.constexpr,
     SOFT_RESET: tl.constexpr,
     DETACH_RESET: tl.constexpr,
     SURROGATE: tl.constexpr,
@@ -623,12 +643,9 @@ def _backward_kernel(
     slot = program // channel_blocks
     channel_out = _block_channels(block, ROWS, COLUMNS, CHANNELS_LAST)
     channel = _along_tile(channel_out, CHANNELS_LAST)
-    mean = _per_channel(mean_ptr, channel, channels, MASKED)
-    scale = _per_channel(rstd_ptr, channel, channels, MASKED)
-    shift = tl.zeros_like(mean)
-    if AFFINE:
-        scale = scale * _per_channel(weight_ptr, channel, channels, MASKED)
-        shift = _per_channel(bias_ptr, channel, channels, MASKED)
+    mean = _per_channel(constants_ptr + MEAN * channels, channel, channels, MASKED)
+    scale = _per_channel(constants_ptr + DRIVE_SCALE * channels, channel, channels, MASKED)
+    shift = _per_channel(constants_ptr + DRIVE_SHIFT * channels, channel, channels, MASKED)
     slope = tl.zeros_like(mean)
     offset = tl.zeros_like(mean)
     if WRITE:
@@ -677,7 +694,7 @@ def _backward_kernel(
                 shift,
                 slope,
                 offset,
-                tau,
+                keep,
                 v_threshold,
                 v_rest,
                 alpha,
@@ -687,8 +704,6 @@ def _backward_kernel(
                 SUM,
                 NORM,
                 WRITE,
-                DYNAMICS,
-                EXACT_RECIPROCAL,
                 SOFT_RESET,
                 DETACH_RESET,
                 SURROGATE,
@@ -711,7 +726,7 @@ def _backward_kernel(
             tl.store(norm_ptr + (one * n * channel_blocks + block) * team + slot % team, total)
         n += step_n
     if SUM:
-        grads, products = _sums_over_pixels(grad_sum, product_sum, CHANNELS_LAST)
+        grads, products = _sums_over_pixels(gain * grad_sum, gain * product_sum, CHANNELS_LAST)
         where = slot * 2 * channels + channel_out
         tl.store(sums_ptr + where, grads, mask=channel_out < channels)
         tl.store(sums_ptr + channels + where, products, mask=channel_out < channels)
@@ -720,8 +735,7 @@ def _backward_kernel(
 @triton.jit(do_not_specialize=("slots", "elements", "examples", "energy_parts", "norm_parts"))
 def _finish_backward_kernel(
     sums_ptr,
-    rstd_ptr,
-    weight_ptr,
+    constants_ptr,
     grad_weight_ptr,
     grad_bias_ptr,
     coefficients_ptr,
@@ -735,6 +749,7 @@ def _finish_backward_kernel(
     examples,
     energy_parts,  # partial sums of one example
     norm_parts,
+    gain,
     SLOTS: tl.constexpr,
     CHANNELS: tl.constexpr,
     EXAMPLES: tl.constexpr,
@@ -763,10 +778,9 @@ def _finish_backward_kernel(
             start += SLOTS
         grad_sum = tl.sum(grads, axis=0)
         product_sum = tl.sum(products, axis=0)
-        rstd = tl.load(rstd_ptr + channel, mask=known, other=0.0)
-        scale = rstd
+        rstd = tl.load(constants_ptr + RSTD * channels + channel, mask=known, other=0.0)
+        scale = tl.load(constants_ptr + DRIVE_SCALE * channels + channel, mask=known, other=0.0) / gain
         if AFFINE:
-            scale = scale * tl.load(weight_ptr + channel, mask=known, other=0.0)
             tl.store(grad_weight_ptr + channel, product_sum * rstd, mask=known)
             tl.store(grad_bias_ptr + channel, grad_sum, mask=known)
         tl.store(coefficients_ptr + channel, -scale * rstd * rstd * (product_sum / elements), mask=known)
@@ -895,36 +909,6 @@ def _processors(device: torch.device) -> int:
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """x [T, N, C, *] as the kernels see it."""
-
-    steps: int
-    examples: int
-    channels: int
-    pixels: int
-    channels_last: bool
-
-    @classmethod
-    def of(cls, x: Tensor) -> _Layout:
-        steps, examples, channels = x.shape[:3]
-        pixels = math.prod(x.shape[3:])
-        return cls(steps, examples, channels, pixels, pixels == 1 or x.stride(2) == 1)
-
-    def cut(self, config: Configuration, device: torch.device) -> _Cut:
-        return _cut(self.examples, self.channels, self.pixels, self.channels_last, config, _processors(device))
-
-
-def _known_layout(x: Tensor) -> Tensor:
-    """x, or a copy of it, with its pixels in one block, channels first or last."""
-    inner = x[0, 0]
-    if inner.is_contiguous():
-        return x
-    if x.ndim > 3 and inner.movedim(0, -1).is_contiguous():
-        return x
-    return x.contiguous()
-
-
-@dataclass(frozen=True)
 class Normalisation:
     """What a batch normalisation is made of, beside its weight and bias.
 
@@ -946,72 +930,278 @@ class Normalisation:
     update: bool
 
 
-@dataclass(frozen=True)
-class Neuron:
-    """The neuron behind the normalisation: its constants and its surrogate."""
+class Neuron(NamedTuple):
+    """The neuron behind the normalisation, as the kernels see it."""
 
-    dynamics: Dynamics
+    keep: float  # share of v that a step keeps
+    gain: float  # what multiplies the input
+    v_threshold: float
+    v_rest: float
+    soft_reset: bool
+    detach_reset: bool
     surrogate: int
     alpha: float
 
-    @property
-    def scalars(self) -> tuple[float, float, float]:
-        tau = 1.0 if self.dynamics.tau is None else self.dynamics.tau
-        return tau, self.dynamics.v_threshold, self.dynamics.v_rest
+    @classmethod
+    def of(cls, d: Dynamics, surrogate: int, alpha: float) -> Neuron:
+        """From the dynamics, and the surrogate's position in ``surrogate.FUSED`` with its steepness."""
+        keep = 1.0 if d.tau is None else 1.0 - 1.0 / d.tau
+        gain = 1.0 / d.tau if d.tau is not None and d.decay_input else 1.0
+        return cls(keep, gain, d.v_threshold, d.v_rest, d.v_reset is None, d.detach_reset, surrogate, alpha)
 
 
-def _statistics(x: Tensor, layout: _Layout, norm: Normalisation) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / sqrt(variance + eps) of each channel, float32 [C]."""
-    if not norm.use_batch:
-        assert norm.running_mean is not None and norm.running_var is not None
-        return norm.running_mean, torch.rsqrt(norm.running_var + norm.eps)
+class _Shape(NamedTuple):
+    """x [T, N, C, *] as the kernels see it, and all that their compilation and their grids depend on."""
+
+    steps: int
+    examples: int
+    channels: int
+    pixels: int
+    stride_t: int
+    stride_n: int
+    channels_last: bool
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Shape:
+        steps, examples, channels = x.shape[:3]
+        pixels = math.prod(x.shape[3:])
+        channels_last = pixels == 1 or x.stride(2) == 1
+        return cls(steps, examples, channels, pixels, x.stride(0), x.stride(1), channels_last, x.dtype, x.device)
+
+    def cut(self, config: Configuration) -> _Cut:
+        return _cut(self.examples, self.channels, self.pixels, self.channels_last, config, _processors(self.device))
+
+    def cut_constants(self, cut: _Cut, config: Configuration) -> dict[str, Any]:
+        return {
+            "ROWS": cut.rows,
+            "COLUMNS": cut.columns,
+            "CHANNELS_LAST": self.channels_last,
+            "MASKED": cut.masked,
+            **config.options,
+        }
+
+
+def _known_layout(x: Tensor) -> Tensor:
+    """x, or a copy of it, with its pixels in one block, channels first or last."""
+    inner = x[0, 0]
+    if inner.is_contiguous():
+        return x
+    if x.ndim > 3 and inner.movedim(0, -1).is_contiguous():
+        return x
+    return x.contiguous()
+
+
+# A launch depends on all of its arguments here; what is kept is small, and a network has few shapes.
+
+
+@lru_cache(maxsize=1024)
+def _statistics_launch(shape: _Shape) -> Launch:
     config = STATISTICS
-    cut = layout.cut(config, x.device)
-    count = x.new_empty(cut.slots, dtype=torch.float32)
-    partial = x.new_empty((cut.slots, 2, layout.channels), dtype=torch.float32)
-    mean, rstd = x.new_empty((2, layout.channels), dtype=torch.float32)
-    _channel_statistics_kernel[(cut.programs,)](
-        x,
-        count,
-        partial,
-        layout.examples,
-        layout.channels,
-        layout.pixels,
-        x.stride(0),
-        x.stride(1),
+    cut = shape.cut(config)
+    numbers = (
+        shape.examples,
+        shape.channels,
+        shape.pixels,
+        shape.stride_t,
+        shape.stride_n,
         cut.channel_blocks,
         cut.tiles,
         cut.team,
         cut.teams,
-        T=layout.steps,
-        ROWS=cut.rows,
-        COLUMNS=cut.columns,
-        CHANNELS_LAST=layout.channels_last,
-        MASKED=cut.masked,
-        **config.options,
     )
-    update = norm.update and norm.running_mean is not None
+    constants = {"T": shape.steps, **shape.cut_constants(cut, config)}
+    return Launch(_channel_statistics_kernel, shape.device, cut.programs, numbers, constants)
+
+
+@lru_cache(maxsize=1024)
+def _constants_launch(
+    shape: _Shape,
+    momentum: float,
+    eps: float,
+    neuron: Neuron,
+    use_batch: bool,
+    update: bool,
+    cumulative: bool,
+    affine: bool,
+) -> Launch:
+    slots = shape.cut(STATISTICS).slots
+    numbers = (shape.channels, slots, momentum, eps, neuron.keep, neuron.gain, neuron.v_threshold, neuron.v_rest)
+    constants = {
+        **_FINISH,
+        "USE_BATCH": use_batch,
+        "UPDATE_RUNNING": update,
+        "CUMULATIVE": cumulative,
+        "AFFINE": affine,
+        "enable_fp_fusion": False,
+    }
+    programs = triton.cdiv(shape.channels, _FINISH["CHANNELS"])
+    return Launch(_constants_kernel, shape.device, programs, numbers, constants)
+
+
+@lru_cache(maxsize=1024)
+def _forward_launch(
+    shape: _Shape,
+    steps: int,
+    neuron: Neuron,
+    repeated: bool,
+    residual_strides: tuple[int, ...] | None,
+    store_v: bool,
+    energy: bool,
+) -> Launch:
+    config = FORWARD.for_steps(steps)
+    cut = shape.cut(config)
+    numbers = (
+        shape.examples,
+        shape.channels,
+        shape.pixels,
+        shape.stride_t,
+        shape.stride_n,
+        *((0, 0) if residual_strides is None else residual_strides[:2]),
+        cut.channel_blocks,
+        cut.tiles,
+        cut.team,
+        cut.teams,
+        neuron.keep,
+        neuron.v_threshold,
+        neuron.v_rest,
+    )
+    constants = {
+        "T": steps,
+        "X_CONSTANT": repeated,
+        "HAS_RESIDUAL": residual_strides is not None,
+        "STORE_V": store_v,
+        "ENERGY": energy,
+        "SOFT_RESET": neuron.soft_reset,
+        **shape.cut_constants(cut, config),
+    }
+    return Launch(_forward_kernel, shape.device, cut.programs, numbers, constants)
+
+
+@lru_cache(maxsize=1024)
+def _backward_launch(
+    shape: _Shape,
+    steps: int,
+    neuron: Neuron,
+    repeated: bool,
+    grad_strides: tuple[int, ...],
+    grad_dtype: torch.dtype,
+    sums: bool,
+    norm: bool,
+    write: bool,
+    batch_statistics: bool,
+) -> Launch:
+    config = (SUMS if sums else GRADIENT).for_steps(steps)
+    cut = shape.cut(config)
+    numbers = (
+        shape.examples,
+        shape.channels,
+        shape.pixels,
+        shape.stride_t,
+        shape.stride_n,
+        *grad_strides[:2],
+        cut.channel_blocks,
+        cut.tiles,
+        cut.team,
+        cut.teams,
+        neuron.keep,
+        neuron.gain,
+        neuron.v_threshold,
+        neuron.v_rest,
+        neuron.alpha,
+    )
+    constants = {
+        "T": steps,
+        "X_CONSTANT": repeated,
+        "REVERSED": sums,
+        "SUM": sums,
+        "NORM": norm,
+        "WRITE": write,
+        "BATCH_STATISTICS": batch_statistics,
+        "SOFT_RESET": neuron.soft_reset,
+        "DETACH_RESET": neuron.detach_reset,
+        "SURROGATE": neuron.surrogate,
+        **shape.cut_constants(cut, config),
+    }
+    return Launch(_backward_kernel, shape.device, cut.programs, numbers, constants)
+
+
+@lru_cache(maxsize=1024)
+def _finish_backward_launch(
+    shape: _Shape, slots: int, energy_parts: int, norm_parts: int, gain: float, affine: bool, norm: bool
+) -> Launch:
+    elements = shape.steps * shape.examples * shape.pixels
+    numbers = (shape.channels, slots, elements, shape.examples, energy_parts, norm_parts, gain)
+    constants = {**_FINISH, **_FINISH_EXAMPLES, "AFFINE": affine, "NORM": norm, "enable_fp_fusion": False}
+    programs = triton.cdiv(shape.channels, _FINISH["CHANNELS"])
+    if norm:
+        programs += triton.cdiv(shape.examples, _FINISH_EXAMPLES["EXAMPLES"])
+    return Launch(_finish_backward_kernel, shape.device, programs, numbers, constants)
+
+
+def _constants(
+    x: Tensor, shape: _Shape, weight: Tensor | None, bias: Tensor | None, norm: Normalisation, neuron: Neuron
+) -> Tensor:
+    """float32 [4, C] for the other kernels; updates the running statistics."""
+    constants = x.new_empty((4, shape.channels), dtype=torch.float32)
+    count = partial = constants
+    if norm.use_batch:
+        slots = shape.cut(STATISTICS).slots
+        count = x.new_empty(slots, dtype=torch.float32)
+        partial = x.new_empty((slots, 2, shape.channels), dtype=torch.float32)
+        _statistics_launch(shape)(x, count, partial)
+    update = norm.use_batch and norm.update and norm.running_mean is not None
     cumulative = update and norm.momentum is None
     if cumulative and norm.batches is not None:
         norm.batches.add_(1)
-    _finish_statistics_kernel[(triton.cdiv(layout.channels, _FINISH["CHANNELS"]),)](
-        count,
-        partial,
-        mean,
-        rstd,
-        norm.running_mean if update else mean,
-        norm.running_var if update else rstd,
-        norm.batches if update else mean,
-        layout.channels,
-        cut.slots,
+    absent = constants
+    _constants_launch(
+        shape,
         0.0 if norm.momentum is None else norm.momentum,
         norm.eps,
-        **_FINISH,
-        UPDATE_RUNNING=update,
-        CUMULATIVE=cumulative,
-        enable_fp_fusion=False,
+        neuron,
+        norm.use_batch,
+        update,
+        cumulative,
+        weight is not None,
+    )(
+        count,
+        partial,
+        absent if norm.running_mean is None else norm.running_mean,
+        absent if norm.running_var is None else norm.running_var,
+        norm.batches if update and norm.batches is not None else absent,
+        absent if weight is None else weight,
+        absent if bias is None else bias,
+        constants,
     )
-    return mean, rstd
+    return constants
+
+
+def _normalise_and_fire(
+    x: Tensor,
+    shape: _Shape,
+    constants: Tensor,
+    residual: Tensor | None,
+    neuron: Neuron,
+    repeat: int | None,
+    want_v: bool,
+    want_energy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [T, N, C, *], final potential [N, C, *] and partial energies [N, parts] (both empty if not wanted)."""
+    steps = shape.steps if repeat is None else repeat
+    whole = x.expand(steps, *x.shape[1:])
+    out = sequence_like(whole, x.dtype)
+    strides = None
+    if residual is not None:
+        residual = with_inner_order_of(whole, residual)
+        strides = residual.stride()[:2]
+    v = x.new_empty_strided(x.shape[1:], out.stride()[1:], dtype=torch.float32) if want_v else x.new_empty(0)
+    parts = shape.cut(FORWARD.for_steps(steps)).parts
+    energy = x.new_empty((shape.examples, parts) if want_energy else (0, 0), dtype=torch.float32)
+    launch = _forward_launch(shape, steps, neuron, repeat is not None, strides, want_v, want_energy)
+    launch(x, out if residual is None else residual, out, constants if not want_v else v, constants, energy)
+    return out, v, energy
 
 
 class _BatchNormLIF(torch.autograd.Function):
@@ -1028,63 +1218,21 @@ class _BatchNormLIF(torch.autograd.Function):
         want_v: bool,
         energies: tuple[Tensor, Tensor] | None,
     ):
-        if repeat is not None:
-            x = x.unsqueeze(0)
-        x = _known_layout(x)
-        layout = _Layout.of(x)
-        steps = layout.steps if repeat is None else repeat
-        mean, rstd = _statistics(x, layout, norm)
-        whole = x.expand(steps, *x.shape[1:])
-        out = sequence_like(whole, x.dtype)
-        if residual is not None:
-            residual = with_inner_order_of(whole, residual)
-        config = FORWARD.for_steps(steps)
-        cut = layout.cut(config, x.device)
-        v = x.new_empty_strided(x.shape[1:], out.stride()[1:], dtype=torch.float32) if want_v else x.new_empty(0)
-        parts = x.new_empty((layout.examples, cut.parts) if energies is not None else (0,), dtype=torch.float32)
-        _forward_kernel[(cut.programs,)](
-            x,
-            x if residual is None else residual,
-            out,
-            v,
-            mean,
-            rstd,
-            mean if weight is None else weight,
-            mean if bias is None else bias,
-            parts,
-            layout.examples,
-            layout.channels,
-            layout.pixels,
-            x.stride(0),
-            x.stride(1),
-            0 if residual is None else residual.stride(0),
-            0 if residual is None else residual.stride(1),
-            cut.channel_blocks,
-            cut.tiles,
-            cut.team,
-            cut.teams,
-            *neuron.scalars,
-            T=steps,
-            ROWS=cut.rows,
-            COLUMNS=cut.columns,
-            CHANNELS_LAST=layout.channels_last,
-            MASKED=cut.masked,
-            X_CONSTANT=repeat is not None,
-            AFFINE=weight is not None,
-            HAS_RESIDUAL=residual is not None,
-            STORE_V=want_v,
-            ENERGY=energies is not None,
-            **step_constants(neuron.dynamics),
-            **config.options,
+        x = _known_layout(x if repeat is None else x.unsqueeze(0))
+        shape = _Shape.of(x)
+        constants = _constants(x, shape, weight, bias, norm, neuron)
+        out, v, energy = _normalise_and_fire(
+            x, shape, constants, residual, neuron, repeat, want_v, energies is not None
         )
-        ctx.save_for_backward(x, mean, rstd, weight, bias, parts)
-        ctx.norm, ctx.neuron, ctx.repeat, ctx.layout, ctx.energies = norm, neuron, repeat, layout, energies
-        ctx.mark_non_differentiable(v)
+        ctx.save_for_backward(x, constants, energy)
+        ctx.shape, ctx.neuron, ctx.repeat, ctx.energies = shape, neuron, repeat, energies
+        ctx.use_batch, ctx.affine = norm.use_batch, weight is not None
+        ctx.mark_non_differentiable(v, constants)
         ctx.set_materialize_grads(False)
-        return out, v
+        return out, v, constants
 
     @staticmethod
-    def backward(ctx, grad_out: Tensor | None, _):
+    def backward(ctx, grad_out: Tensor | None, *_):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "the fused neuron has no second derivative: call backward() without create_graph=True, or set the "
@@ -1092,104 +1240,37 @@ class _BatchNormLIF(torch.autograd.Function):
             )
         if grad_out is None:
             return (None,) * 9
-        x, mean, rstd, weight, bias, energy_parts = ctx.saved_tensors
-        layout, neuron, energies = ctx.layout, ctx.neuron, ctx.energies
-        grad = with_inner_order_of(x.expand(grad_out.shape[0], *x.shape[1:]), grad_out)
-        steps = grad.shape[0]
-        sums_config = SUMS.for_steps(steps)
-        cut = layout.cut(sums_config, x.device)
-        sums = x.new_empty((cut.slots, 2, layout.channels), dtype=torch.float32)
-        coefficients = x.new_empty((2, layout.channels), dtype=torch.float32)
-        norm_parts = x.new_empty((layout.examples, cut.parts) if energies is not None else (0,), dtype=torch.float32)
-        grad_weight = None if weight is None else torch.empty_like(mean)
-        grad_bias = None if bias is None else torch.empty_like(mean)
+        x, constants, energy = ctx.saved_tensors
+        shape, neuron, energies, repeated = ctx.shape, ctx.neuron, ctx.energies, ctx.repeat is not None
+        steps = grad_out.shape[0]
+        grad = with_inner_order_of(x.expand(steps, *x.shape[1:]), grad_out)
+        cut = shape.cut(SUMS.for_steps(steps))
+        sums = x.new_empty((cut.slots, 2, shape.channels), dtype=torch.float32)
+        norm = x.new_empty((shape.examples, cut.parts) if energies is not None else (0, 0), dtype=torch.float32)
+        finished = x.new_empty((4, shape.channels), dtype=torch.float32)
+        grad_weight, grad_bias, coefficients = finished[0], finished[1], finished[2:]
         grad_x = sequence_like(x, x.dtype)
+        scored = energies is not None
 
-        def launch(config: Configuration, reversed_: bool, sum_: bool, write: bool) -> None:
-            cut = layout.cut(config, x.device)
-            _backward_kernel[(cut.programs,)](
-                x,
-                grad,
-                grad_x,
-                mean,
-                rstd,
-                mean if weight is None else weight,
-                mean if bias is None else bias,
-                coefficients,
-                sums,
-                norm_parts,
-                layout.examples,
-                layout.channels,
-                layout.pixels,
-                x.stride(0),
-                x.stride(1),
-                grad.stride(0),
-                grad.stride(1),
-                cut.channel_blocks,
-                cut.tiles,
-                cut.team,
-                cut.teams,
-                *neuron.scalars,
-                neuron.alpha,
-                T=steps,
-                ROWS=cut.rows,
-                COLUMNS=cut.columns,
-                CHANNELS_LAST=layout.channels_last,
-                MASKED=cut.masked,
-                X_CONSTANT=ctx.repeat is not None,
-                AFFINE=weight is not None,
-                REVERSED=reversed_,
-                SUM=sum_,
-                NORM=energies is not None and sum_,
-                WRITE=write,
-                BATCH_STATISTICS=ctx.norm.use_batch,
-                **step_constants(neuron.dynamics),
-                DETACH_RESET=neuron.dynamics.detach_reset,
-                SURROGATE=neuron.surrogate,
-                **config.options,
+        def launch(*passes: bool) -> None:
+            _backward_launch(shape, steps, neuron, repeated, grad.stride()[:2], grad.dtype, *passes, ctx.use_batch)(
+                x, grad, grad_x, constants, coefficients, sums, norm
             )
 
         # Statistics that are constants need no sums before the gradient can be written.
-        launch(sums_config, True, True, not ctx.norm.use_batch)
-        channel_programs = triton.cdiv(layout.channels, _FINISH["CHANNELS"])
-        example_programs = 0 if energies is None else triton.cdiv(layout.examples, _FINISH_EXAMPLES["EXAMPLES"])
-        _finish_backward_kernel[(channel_programs + example_programs,)](
-            sums,
-            rstd,
-            mean if weight is None else weight,
-            mean if grad_weight is None else grad_weight,
-            mean if grad_bias is None else grad_bias,
-            coefficients,
-            energy_parts,
-            norm_parts,
-            mean if energies is None else energies[0],
-            mean if energies is None else energies[1],
-            layout.channels,
-            cut.slots,
-            layout.steps * layout.examples * layout.pixels,
-            layout.examples,
-            energy_parts.shape[-1],
-            cut.parts,
-            **_FINISH,
-            **_FINISH_EXAMPLES,
-            AFFINE=weight is not None,
-            NORM=energies is not None,
-            enable_fp_fusion=False,
+        launch(True, scored, not ctx.use_batch)
+        energy_out, norm_out = energies if energies is not None else (finished, finished)
+        _finish_backward_launch(shape, cut.slots, energy.shape[1], cut.parts, neuron.gain, ctx.affine, scored)(
+            sums, constants, grad_weight, grad_bias, coefficients, energy, norm, energy_out, norm_out
         )
-        if ctx.norm.use_batch:
-            launch(GRADIENT.for_steps(steps), False, False, True)
-        if ctx.repeat is not None:
-            grad_x = grad_x[0]
+        if ctx.use_batch:
+            launch(False, False, True)
         return (
-            grad_x,
+            grad_x[0] if repeated else grad_x,
             grad_out if ctx.needs_input_grad[1] else None,
-            grad_weight,
-            grad_bias,
-            None,
-            None,
-            None,
-            None,
-            None,
+            grad_weight if ctx.affine else None,
+            grad_bias if ctx.affine else None,
+            *([None] * 5),
         )
 
 
@@ -1204,7 +1285,7 @@ def batch_norm_lif(
     repeat: int | None = None,
     want_v: bool = False,
     energies: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Callable[[], Tensor]]:
     """Batch normalisation, T steps of integrate-and-fire from rest, and a residual sum, differentiably.
 
     Args:
@@ -1212,12 +1293,27 @@ def batch_norm_lif(
         residual: added to the spikes, shape and dtype of the output, or None.
         weight, bias: float32 [C], both or neither.
         repeat: T, where every step has the same x (direct coding).
-        want_v: whether to compute the final membrane potential (without a gradient).
+        want_v: whether to write the final membrane potential in the same pass.
         energies: two float32 [N], both written in the backward pass: the squared norm of each example's output, and
             that of its gradient with respect to x with the normalisation's statistics held constant, each summed over
             time.
 
     Returns:
-        spikes (+ residual) [T, N, C, *] in x's dtype, and the final potential, float32 [N, C, *] (empty if not wanted).
+        spikes (+ residual) [T, N, C, *] in x's dtype, and what gives the final potential, float32 [N, C, *], without a
+        graph; where it was not wanted, it is computed when asked for, from x.
     """
-    return _BatchNormLIF.apply(x, residual, weight, bias, norm, neuron, repeat, want_v, energies)
+    out, v, constants = _BatchNormLIF.apply(x, residual, weight, bias, norm, neuron, repeat, want_v, energies)
+    if want_v:
+        return out, lambda: v
+    x, version = x.detach(), x._version
+
+    def potential() -> Tensor:
+        if x._version != version:
+            raise RuntimeError(
+                "the input of a BatchNorm + LIF layer was changed in place before its potential v was read; read v "
+                "first, or do not change the input in place"
+            )
+        dense = _known_layout(x if repeat is None else x.unsqueeze(0))
+        return _normalise_and_fire(dense, _Shape.of(dense), constants, None, neuron, repeat, True, False)[1]
+
+    return out, potential
