@@ -21,13 +21,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batch_norm_lif import CallEnergies
 from .neuron import BaseNode
+from .reference.lif import squared_norm_per_example
 from .score import WEIGHT_LAYERS, patch_multiplicity
 
 # Autograd nodes that leave every element as it is; the second group also moves dimensions.
 _VIEWS = {"View", "UnsafeView", "ReshapeAlias", "Alias", "Squeeze", "Unsqueeze", "Clone", "ToCopy"}
 _MOVES = {"Transpose", "Permute"}
 
-_Edge = tuple[Any, int]  # (autograd node, number of its output)
+Edge = tuple[Any, int]  # (autograd node, number of its output)
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,28 @@ class WeightLayer:
         return f"{self.name}: {spikes} x {delta}{norm}"
 
 
-@dataclass
-class _Call:
+@dataclass(frozen=True)
+class Call:
+    """What is known of one module's call; not its tensors, which would outlive their use and fill the memory.
+
+    Attributes:
+        name: of the module.
+        input, output: edges of the autograd graph.
+        input_shape, output_shape: of the tensors.
+        input_norms: of a weight layer, ``squared_norm_per_example`` of its input: one for each index of the first two
+            dimensions.
+        scale: of a normalisation, ``batch_norm_scale``.
+        energies: of a neuron that keeps them.
+    """
+
     name: str
-    input: Tensor
-    output: Tensor
-    energies: CallEnergies | None  # of a neuron that keeps them
+    input: Edge
+    output: Edge
+    input_shape: torch.Size
+    output_shape: torch.Size
+    input_norms: Tensor | None = None
+    scale: Tensor | None = None
+    energies: CallEnergies | None = None
 
 
 @dataclass
@@ -76,9 +93,9 @@ class Probe:
     """Records, by forward hooks, the calls of one forward pass whose graph is then read by ``resolve``."""
 
     model: nn.Module
-    layers: list[_Call] = field(default_factory=list)
-    norms: list[_Call] = field(default_factory=list)
-    neurons: list[_Call] = field(default_factory=list)
+    layers: list[Call] = field(default_factory=list)
+    norms: list[Call] = field(default_factory=list)
+    neurons: list[Call] = field(default_factory=list)
 
     def hooks(self) -> list[torch.utils.hooks.RemovableHandle]:
         """Register the recording hooks; the caller removes them."""
@@ -94,51 +111,60 @@ class Probe:
         for calls in (self.layers, self.norms, self.neurons):
             calls.clear()
 
-    def _calls_of(self, module: nn.Module) -> list[_Call] | None:
+    def _calls_of(self, module: nn.Module) -> list[Call] | None:
         if isinstance(module, BaseNode):
             return self.neurons
         if isinstance(module, WEIGHT_LAYERS):
             return self.layers if module.weight.requires_grad else None
         return self.norms if isinstance(module, _BatchNorm) else None
 
-    @staticmethod
-    def _recorder(name: str, calls: list[_Call]) -> Callable[..., None]:
+    def _recorder(self, name: str, calls: list[Call]) -> Callable[..., None]:
+        @torch.no_grad()
+        def measured(module: Any, x: Tensor, output: Tensor) -> dict[str, Any]:
+            if calls is self.layers:
+                return {"input_norms": squared_norm_per_example(x)}
+            if calls is self.norms:
+                return {"scale": batch_norm_scale(module, output) if _scalable(module) else None}
+            energies = getattr(module, "energies", None)
+            return {"energies": energies[-1] if energies else None}
+
         def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if torch.is_grad_enabled():
-                energies = getattr(module, "energies", None)
-                calls.append(_Call(name, inputs[0], output, energies[-1] if energies else None))
+                x = inputs[0]
+                edges = _edge(x), _edge(output)
+                calls.append(Call(name, *edges, x.shape, output.shape, **measured(module, x.detach(), output)))
 
         return record
 
     def resolve(self, output: Tensor) -> list[WeightLayer]:
         """Read the graph behind ``output`` (the model's output or the loss); layers in the order of their calls."""
         graph = _Graph(output)
-        layer_of = {_edge(call.output): call.name for call in self.layers}
-        norm_of = {_edge(call.output): call.name for call in self.norms}
-        spikes_of = {_edge(call.output): call.name for call in self.neurons}
+        layer_of = {call.output: call.name for call in self.layers}
+        norm_of = {call.output: call.name for call in self.norms}
+        spikes_of = {call.output: call.name for call in self.neurons}
         modules = dict(self.model.named_modules())
 
-        norm_behind: dict[_Edge, _Call] = {}  # layer output -> the normalisation that alone consumes it
+        norm_behind: dict[Edge, Call] = {}  # layer output -> the normalisation that alone consumes it
         for call in self.norms:
             source = graph.walk_back(call.input, layer_of, alone=True)
-            if source is not None and _scalable(modules[call.name]):
+            if source is not None and call.scale is not None:
                 norm_behind[source] = call
-        neuron_behind: dict[_Edge, str] = {}  # layer or norm output -> the neuron that alone consumes it
+        neuron_behind: dict[Edge, str] = {}  # layer or norm output -> the neuron that alone consumes it
         for call in self.neurons:
             source = graph.walk_back(call.input, layer_of | norm_of, alone=True, moves=False)
             if source is None:
                 continue
             if source in norm_of:
-                behind = next(n for n in self.norms if _edge(n.output) == source)
-                if not _channels_line_up(behind.output, call.input):
+                behind = next(n for n in self.norms if n.output == source)
+                if not _channels_line_up(behind.output_shape, call.input_shape):
                     continue
             neuron_behind[source] = call.name
 
         found: dict[str, WeightLayer] = {}
         for call in self.layers:
             source = graph.walk_back(call.input, spikes_of)
-            norm = norm_behind.get(_edge(call.output))
-            site = _edge(call.output) if norm is None else _edge(norm.output)
+            norm = norm_behind.get(call.output)
+            site = call.output if norm is None else norm.output
             layer = WeightLayer(
                 call.name,
                 patch_multiplicity(modules[call.name]),
@@ -151,7 +177,7 @@ class Probe:
         return _with_unique_sites(list(found.values()))
 
 
-def _edge(t: Tensor) -> _Edge:
+def _edge(t: Tensor) -> Edge:
     return (t.grad_fn, t.output_nr)
 
 
@@ -163,7 +189,7 @@ class _Graph:
     """The autograd graph behind a tensor, with the number of consumers of each edge."""
 
     def __init__(self, output: Tensor) -> None:
-        self.consumers: Counter[_Edge] = Counter()
+        self.consumers: Counter[Edge] = Counter()
         stack: list[Any] = [output.grad_fn]
         seen = set(stack)
         while stack:
@@ -176,15 +202,14 @@ class _Graph:
                         stack.append(edge[0])
 
     def walk_back(
-        self, t: Tensor, sources: dict[_Edge, str], *, alone: bool = False, moves: bool = True
-    ) -> _Edge | None:
-        """From t back through nodes that change no element to the first edge in ``sources``.
+        self, edge: Edge, sources: dict[Edge, str], *, alone: bool = False, moves: bool = True
+    ) -> Edge | None:
+        """From an edge back through nodes that change no element to the first edge in ``sources``.
 
         ``alone``: only if every tensor on the way has no other consumer. ``moves``: whether transpositions may be
         passed.
         """
         passable = _VIEWS | _MOVES if moves else _VIEWS
-        edge = _edge(t)
         while edge[0] is not None:
             if alone and self.consumers[edge] != 1:
                 return None
@@ -196,9 +221,9 @@ class _Graph:
         return None
 
 
-def _channels_line_up(norm_output: Tensor, x: Tensor) -> bool:
+def _channels_line_up(norm_output: torch.Size, x: torch.Size) -> bool:
     """Whether the normalisation's channel dimension is the neuron's: same shape, or time folded into the batch."""
-    return norm_output.shape == x.shape or norm_output.shape == x.flatten(0, 1).shape
+    return norm_output == x or norm_output == (x[0] * x[1], *x[2:])
 
 
 def _common(a: WeightLayer, b: WeightLayer) -> WeightLayer:

@@ -80,9 +80,9 @@ class EnergyTaps:
     def of_first_batch(
         cls, model: nn.Module, layers: list[WeightLayer], probe: Probe, *, steps: int, batch_size: int
     ) -> EnergyTaps:
-        """Measure the batch that ``probe`` has recorded, by what is known of it: tensors, and neurons' energies.
+        """Measure the batch that ``probe`` has recorded, before its backward pass.
 
-        Neurons whose statistics were off are replaced by reductions, equal to them up to rounding.
+        The statistics of neurons that were off are replaced by reductions, equal to them up to rounding.
         """
 
         def known(name: str | None) -> str | None:
@@ -93,7 +93,7 @@ class EnergyTaps:
             [replace(x, input_neuron=known(x.input_neuron), output_neuron=known(x.output_neuron)) for x in layers],
             steps=steps,
             batch_size=batch_size,
-            device=probe.layers[0].output.device,
+            device=model.get_submodule(layers[0].name).weight.device,  # type: ignore[arg-type]
         )
         for call in probe.neurons:
             if call.name in taps.neurons and call.energies is not None:
@@ -101,10 +101,12 @@ class EnergyTaps:
         for layer in taps.layers:
             for call in probe.layers:
                 if call.name == layer.name and layer.input_neuron is None:
-                    taps._saw_input(layer, call.input)
+                    assert call.input_norms is not None
+                    taps._add(("input", layer.name), _summed(_folded(call.input_norms, steps, batch_size)))
             for call in (*probe.layers, *probe.norms):
-                if call.name == layer.gradient_site:
-                    taps._saw_site(layer, model.get_submodule(call.name), call.output)
+                if call.name == layer.gradient_site and layer.output_neuron is None:
+                    node, number = call.output
+                    node.register_prehook(taps._gradient_hook(layer, call.scale, number))
         return taps
 
     # ------------------------------------------------------------------------------------------------------- hooks
@@ -181,24 +183,37 @@ class EnergyTaps:
     def _saw_site(self, layer: WeightLayer, module: Any, output: Tensor) -> None:
         scale = batch_norm_scale(module, output) if layer.norm is not None else None
         if layer.output_neuron is None:
-            output.register_hook(lambda grad: self._reduce(("gradient", layer.name), grad, scale))
+            hook = self._gradient_hook(layer, scale, 0)
+            output.register_hook(lambda grad: hook((grad,)))
         elif scale is not None:
             self.neurons[layer.output_neuron].channel_scale = scale
 
+    def _gradient_hook(
+        self, layer: WeightLayer, scale: Tensor | None, number: int
+    ) -> Callable[[tuple[Tensor, ...]], None]:
+        def hook(grads: tuple[Tensor, ...]) -> None:
+            if grads[number] is not None:
+                self._reduce(("gradient", layer.name), grads[number], scale)
+
+        return hook
+
     @torch.no_grad()
     def _reduce(self, row: _Row, t: Tensor, scale: Tensor | None = None) -> None:
-        """Write t's energy into its row, or add it where the row was written in this batch."""
-        add = row in self._reduced
-        self._reduced.add(row)
+        """Add t's energy to its row."""
         folded = _folded(t.detach(), self.steps, self.batch_size)
-        out = self._views[self._row[row]]
         if scale is None and folded.is_cuda:
             from .ops import score as ops  # Triton is imported where it is used, so that CPU users need no Triton
 
-            if ops.write_energy(folded, out, add):
+            if ops.write_energy(folded, self._views[self._row[row]], row in self._reduced):
+                self._reduced.add(row)
                 return
-        energy = squared_norm_per_example(folded, scale).sum(0)
-        out.add_(energy) if add else out.copy_(energy)
+        self._add(row, squared_norm_per_example(folded, scale).sum(0))
+
+    def _add(self, row: _Row, energy: Tensor) -> None:
+        """Write an energy [B] into its row, or add it where the row was written in this batch."""
+        out = self._views[self._row[row]]
+        out.add_(energy) if row in self._reduced else out.copy_(energy)
+        self._reduced.add(row)
 
     def finish(self) -> None:
         """Complete ``energies`` after the backward pass.
@@ -251,6 +266,11 @@ def energy_per_example(t: Tensor, steps: int, batch_size: int, channel_scale: Te
         ValueError: t's shape does not show its examples.
     """
     return squared_norm_per_example(_folded(t.detach(), steps, batch_size), channel_scale).sum(0)
+
+
+def _summed(norms: Tensor) -> Tensor:
+    """[T, B, *] -> [B]."""
+    return norms.flatten(2).sum((0, 2)) if norms.ndim > 2 else norms.sum(0)
 
 
 def _folded(t: Tensor, steps: int, batch_size: int) -> Tensor:

@@ -350,8 +350,9 @@ class SADP:
         else:
             self._warn_of_uncovered(layers)
         multi_step = [call for call in probe.neurons if self.model.get_submodule(call.name).step_mode == "m"]
-        self._steps = max((call.output.shape[0] for call in multi_step), default=1)
-        batch.taps = EnergyTaps.of_first_batch(self.model, layers, probe, steps=self._steps, batch_size=batch.size)
+        self._steps = max((call.output_shape[0] for call in multi_step), default=1)
+        with torch.no_grad():
+            batch.taps = EnergyTaps.of_first_batch(self.model, layers, probe, steps=self._steps, batch_size=batch.size)
         self._detach()
         self._layers = layers
         self._attach(batch.size)

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from unfused import unfused
 
 from sadp_fast import SADP, BatchNormLIF, models
 from sadp_fast.neuron import LIFNode, reset
+from sadp_fast.spike_storage import packed_spikes
 
 SHAPES = {"image": (1, 8, 8), "colour": (3, 16, 12), "events": (3, 2, 9, 8)}
 
@@ -156,6 +158,23 @@ def test_every_hidden_layer_is_measured_by_its_neuron(name):
     # The image, what pooling gives, and the gradient of the classifier are all that no neuron knows.
     assert len(reduced_inputs) == {"mlp": 1, "conv": 3, "sew_resnet18": 2}[name], lines
     assert len(reduced_gradients) == 1 and reduced_gradients[0] == lines[-1]
+
+
+def test_reading_the_dataflow_keeps_no_spikes():
+    """In low-memory training the first batch, too, leaves nothing but bits of what the convolutions have read."""
+    model, storages = make("sew_resnet18", (3, 8, 8)), []
+    for layer in model.modules():
+        if isinstance(layer, models.PerStep):
+            layer.register_forward_hook(
+                lambda _, inputs, __: storages.append(StorageWeakRef(inputs[0].untyped_storage()))
+            )
+    sadp = SADP(model, 6, epochs=8)
+    index = next(batches := sadp.batches(6))
+    with packed_spikes():
+        loss = sadp.loss(nn.CrossEntropyLoss(), model(torch.randn(6, 3, 8, 8)), index % 5)
+    assert len(storages) == 20 and all(storage.expired() for storage in storages)
+    loss.backward()
+    batches.close()
 
 
 @pytest.mark.parametrize("name", models.NAMES)
