@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--lr", type=above_zero, metavar="RATE", help="peak learning rate (default: 0.002; sew_resnet18 0.1)")
     option("--label-smoothing", type=share, metavar="S", help="label smoothing, 0 to 1 (default: 0)")
     option("--amp", choices=tuple(train.AMP), help="mixed precision (default: bf16 on a GPU, off on the CPU)")
-    option("--low-memory", action="store_true", help="keep spikes as bits for the backward pass: a third of the memory")
+    option("--low-memory", action="store_true", help="keep spikes as bits for the backward pass: a third less memory")
     option("--seed", type=natural, metavar="N", help="seed of weights, draws and augmentation (default: 0)")
     option("--device", help="cpu, cuda or cuda:N (default: cuda where there is a GPU)")
 

@@ -231,6 +231,17 @@ def test_quiet_run_without_comparison_in_the_default_folder(capsys):
     assert list(figures) == ["sadp"] and figures["sadp"]["time_ratio"] is None
 
 
+def test_low_memory_is_kept_and_changes_no_result():
+    for folder, option in (("dense", []), ("bits", ["--low-memory"])):
+        assert cli.main([*FAST, "--compare", "none", "--quiet", "--out", folder, *option]) == 0
+    dense, bits = (json.loads(Path(folder, "results.json").read_text()) for folder in ("dense", "bits"))
+    assert bits["config"].pop("low_memory") is True and dense["config"].pop("low_memory") is False
+    assert bits["config"] == dense["config"]
+    for entry, other in zip(bits["methods"]["sadp"]["epochs"], dense["methods"]["sadp"]["epochs"], strict=True):
+        assert entry["loss"] == other["loss"]
+    assert cli.main(["train", "--resume", "bits", "--low-memory", "--quiet"]) == 0
+
+
 def test_event_frames_bring_their_time_steps():
     write_npz(Path("events.npz"), shape=(5, 2, 8, 8))
     arguments = [*NPZ, "events.npz", "--epochs", "4", "--batch-size", "8", "--compare", "none", "--out", "here"]
@@ -375,6 +386,6 @@ def test_help_names_every_option(capsys):
     for option in (
         *("dataset", "data-dir", "model", "prune-ratio", "score", "policy", "smoothing", "schedule", "warmup-epochs"),
         *("tail-epochs", "epochs", "time-steps", "batch-size", "lr", "amp", "compare", "seed", "device", "resume"),
-        *("out", "name", "quiet", "image-size", "label-smoothing"),
+        *("out", "name", "quiet", "image-size", "label-smoothing", "low-memory"),
     ):
         assert f"--{option} " in text
