@@ -39,7 +39,7 @@ def _constant(name: str) -> Any:
 class CallStatistics:
     """Per-example statistics of one forward call and of its backward pass, both [T, N] (T = 1 for a single step).
 
-    The fused kernels leave partial sums [T, N, programs], which are added (in a fixed order) at every read.
+    The fused kernels leave partial sums [N, programs, T], which are added (in a fixed order) at every read.
 
     Args:
         awaits_norms: whether there may be a backward pass.
@@ -52,11 +52,11 @@ class CallStatistics:
         self._norms: Tensor | None = None
 
     def record_spikes(self, sums: Tensor) -> None:
-        """Take the forward pass's counts, int32 [T, N] or partial sums."""
+        """Take the forward pass's counts, int32 [T, N] or partial sums [N, programs, T]."""
         self._spikes = sums
 
     def record_norms(self, sums: Tensor) -> None:
-        """Take the backward pass's sums of squares, float32 [T, N] or partial sums."""
+        """Take the backward pass's sums of squares, float32 [T, N] or partial sums [N, programs, T]."""
         self._norms = sums
 
     @property
@@ -69,14 +69,16 @@ class CallStatistics:
         """float32, NaN until the backward pass has been, None for a forward pass without gradients."""
         if self._norms is not None:
             return _added(self._norms)
-        return torch.full(self._spikes.shape[:2], torch.nan, device=self._spikes.device) if self._awaits_norms else None
+        if not self._awaits_norms:
+            return None
+        return torch.full_like(_added(self._spikes), torch.nan, dtype=torch.float32)
 
 
 def _added(sums: Tensor) -> Tensor:
-    """[T, N] from itself or from partial sums along a third dimension."""
+    """[T, N] from itself or from partial sums [N, programs, T]."""
     if sums.ndim == 2:
         return sums
-    return sums.squeeze(2) if sums.shape[2] == 1 else sums.sum(2, dtype=sums.dtype)
+    return (sums.squeeze(1) if sums.shape[1] == 1 else sums.sum(1, dtype=sums.dtype)).t()
 
 
 def _interpreting() -> bool:
@@ -187,7 +189,7 @@ class BaseNode(nn.Module):
         whose potential has been read that way once (by its next call too) writes it in every call from then on.
         """
         state = self._state
-        if not isinstance(state.v, (Tensor, float, int)):
+        if type(state.v) is not float and not isinstance(state.v, (Tensor, float, int)):
             state.v, state.keeps_v = state.v(), True
         return state.v
 
@@ -236,6 +238,8 @@ class BaseNode(nn.Module):
     def _initial_v(self, x_seq: Tensor) -> Tensor | float:
         """``v`` fit for input x_seq [T, N, *]: a new shape starts from rest, dtype and device are cast."""
         v = self.v
+        if type(v) is float:
+            return v
         if not isinstance(v, Tensor):
             return float(v)
         if v.shape != x_seq.shape[1:]:

@@ -13,8 +13,9 @@ potential between chunks, and the backward pass starts each chunk from there.
 State and arithmetic are float32 whatever the tensors' dtype. Floating-point contraction is off and divisions are
 exact, so that a spike is the same, bit for bit, as in the plain torch reference.
 
-Per-example statistics: each program reduces its block for each step and writes one partial sum; what reads them adds
-the partial sums in a fixed order, so the results are deterministic.
+Per-example statistics: each program reduces its block for each step, gathers a chunk's sums in the lanes of a vector
+and writes them with one store; what reads the partial sums [N, programs, T] adds them in a fixed order, so the results
+are deterministic.
 """
 
 from __future__ import annotations
@@ -86,15 +87,15 @@ def _forward_steps(
     x_ptr,
     spikes_ptr,
     v_seq_ptr,
-    count_ptr,
     offsets,
     mask,
+    lanes,
     first,
     T,
     x_stride_t,
     dense_stride_t,
-    count_stride_t,
     v,
+    counts,
     tau,
     v_threshold,
     v_rest,
@@ -111,7 +112,7 @@ def _forward_steps(
 ):
     """From step STEP of a chunk of STEPS, that starts at step ``first`` of T and at the pointers, to its end.
 
-    v is the potential before; returns that after the last step.
+    v is the potential before; returns that after the last step, and the spikes of step STEP + i in lane STEP + i.
     """
     if RAGGED:
         mask = mask & (first + STEP < T)
@@ -124,19 +125,19 @@ def _forward_steps(
         v_after = tl.where(mask, v_after, v)
     v_end = v_after
     if STEP + 1 < STEPS:
-        v_end = RECURSE(
+        v_end, counts = RECURSE(
             x_ptr,
             spikes_ptr,
             v_seq_ptr,
-            count_ptr,
             offsets,
             mask,
+            lanes,
             first,
             T,
             x_stride_t,
             dense_stride_t,
-            count_stride_t,
             v_after,
+            counts,
             tau,
             v_threshold,
             v_rest,
@@ -156,9 +157,8 @@ def _forward_steps(
     if STORE_V_SEQ:
         tl.store(v_seq_ptr + STEP * dense_stride_t + offsets, v_after, mask=mask)
     if COUNT_SPIKES:  # at most 2^24 spikes a program: exact in float32, and cheaper to add than integers
-        count = tl.sum(spikes, axis=0).to(tl.int32)
-        tl.store(count_ptr + STEP * count_stride_t, count, mask=first + STEP < T if RAGGED else None)
-    return v_end
+        counts = tl.where(lanes == STEP, tl.sum(spikes, axis=0), counts)
+    return v_end, counts
 
 
 @triton.jit
@@ -181,6 +181,7 @@ def _lif_forward_kernel(
     v_rest,
     T: tl.constexpr,
     CHUNK: tl.constexpr,
+    LANES: tl.constexpr,
     BLOCK: tl.constexpr,
     DYNAMICS: tl.constexpr,
     EXACT_RECIPROCAL: tl.constexpr,
@@ -206,26 +207,26 @@ def _lif_forward_kernel(
     mask = tl.full((BLOCK,), True, tl.int1) if EVEN else offsets < size
     state_size = one * examples * size  # every tensor but x is dense, [T,] N, *
     state_offset = n * size
-    count_stride_t = one * examples * blocks
+    lanes = tl.arange(0, LANES)
     if HAS_V_INIT:
         v = tl.load(v_init_ptr + state_offset + offsets, mask=mask, other=0.0)
     else:
         v = tl.full((BLOCK,), v_init, tl.float32)
     for first in range(0, T, CHUNK):
         t = one * first
-        v = _forward_steps(
+        v, counts = _forward_steps(
             x_ptr + n * x_stride_n + t * x_stride_t,
             spikes_ptr + state_offset + t * state_size,
             v_seq_ptr + state_offset + t * state_size,
-            count_ptr + program + t * count_stride_t,
             offsets,
             mask,
+            lanes,
             first,
             T,
             one * x_stride_t,
             state_size,
-            count_stride_t,
             v,
+            tl.zeros((LANES,), tl.float32),
             tau,
             v_threshold,
             v_rest,
@@ -240,6 +241,9 @@ def _lif_forward_kernel(
             COUNT_SPIKES,
             _forward_steps,
         )
+        if COUNT_SPIKES:
+            inside = (lanes < CHUNK) & (first + lanes < T)
+            tl.store(count_ptr + one * program * T + first + lanes, counts.to(tl.int32), mask=inside)
         if STORE_CHECKPOINTS:
             if first + CHUNK < T:
                 tl.store(checkpoint_ptr + state_offset + (t // CHUNK) * state_size + offsets, v, mask=mask)
@@ -253,18 +257,18 @@ def _backward_steps(
     grad_spikes_ptr,
     grad_v_seq_ptr,
     grad_x_ptr,
-    norm_ptr,
     offsets,
     mask,
+    lanes,
     first,
     T,
     scale,
     x_stride_t,
     gs_stride_t,
     dense_stride_t,
-    norm_stride_t,
     v,
     carry,
+    norms,
     tau,
     v_threshold,
     v_rest,
@@ -284,7 +288,8 @@ def _backward_steps(
 ):
     """From step STEP of a chunk of STEPS to its end and back; ``first``, T and the pointers as in ``_forward_steps``.
 
-    v is the potential before, carry dL/dv after the chunk's last step; returns dL/dv before step STEP.
+    v is the potential before, carry dL/dv after the chunk's last step; returns dL/dv before step STEP, and the
+    squared norms of the steps' gradients in their lanes.
     """
     if RAGGED:
         mask = mask & (first + STEP < T)
@@ -293,23 +298,23 @@ def _backward_steps(
     grad_spike = tl.load(grad_spikes_ptr + STEP * gs_stride_t + offsets, mask=mask, other=0.0)
     h = charge(x, v, tau, v_rest, DYNAMICS, EXACT_RECIPROCAL)
     if STEP + 1 < STEPS:
-        carry = RECURSE(
+        carry, norms = RECURSE(
             x_ptr,
             grad_spikes_ptr,
             grad_v_seq_ptr,
             grad_x_ptr,
-            norm_ptr,
             offsets,
             mask,
+            lanes,
             first,
             T,
             scale,
             x_stride_t,
             gs_stride_t,
             dense_stride_t,
-            norm_stride_t,
             reset(h, h >= v_threshold, v_threshold, v_rest, SOFT_RESET),
             carry,
+            norms,
             tau,
             v_threshold,
             v_rest,
@@ -348,10 +353,9 @@ def _backward_steps(
     tl.store(grad_x_ptr + STEP * dense_stride_t + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
     if GRAD_NORM:  # no mask: beyond the end every gradient is zero
         scaled = grad_x * scale if HAS_CHANNEL_SCALE else grad_x
-        norm = tl.sum(scaled * scaled, axis=0)
-        tl.store(norm_ptr + STEP * norm_stride_t, norm, mask=first + STEP < T if RAGGED else None)
+        norms = tl.where(lanes == STEP, tl.sum(scaled * scaled, axis=0), norms)
     grad_v_before = grad_h if DYNAMICS == NO_LEAK else grad_h * (1.0 - 1.0 / tau)
-    return tl.where(mask, grad_v_before, carry) if RAGGED else grad_v_before
+    return tl.where(mask, grad_v_before, carry) if RAGGED else grad_v_before, norms
 
 
 @triton.jit
@@ -382,6 +386,7 @@ def _lif_backward_kernel(
     alpha,
     T: tl.constexpr,
     CHUNK: tl.constexpr,
+    LANES: tl.constexpr,
     BLOCK: tl.constexpr,
     DYNAMICS: tl.constexpr,
     EXACT_RECIPROCAL: tl.constexpr,
@@ -409,7 +414,7 @@ def _lif_backward_kernel(
     mask = tl.full((BLOCK,), True, tl.int1) if EVEN else offsets < size
     state_size = one * examples * size
     state_offset = n * size
-    norm_stride_t = one * examples * blocks
+    lanes = tl.arange(0, LANES)
     scale = 1.0
     if HAS_CHANNEL_SCALE:
         scale = tl.load(channel_scale_ptr + (offsets // channel_stride) % channels, mask=mask, other=0.0)
@@ -427,23 +432,23 @@ def _lif_backward_kernel(
             v = tl.load(checkpoint_ptr + before + offsets, mask=mask & (first > 0), other=v_init)
         if HAS_V_INIT:
             v = tl.load(v_init_ptr + state_offset + offsets, mask=mask & (first == 0), other=v)
-        carry = _backward_steps(
+        carry, norms = _backward_steps(
             x_ptr + n * x_stride_n + t * x_stride_t,
             grad_spikes_ptr + n * gs_stride_n + t * gs_stride_t,
             grad_v_seq_ptr + state_offset + t * state_size,
             grad_x_ptr + state_offset + t * state_size,
-            norm_ptr + program + t * norm_stride_t,
             offsets,
             mask,
+            lanes,
             first,
             T,
             scale,
             one * x_stride_t,
             one * gs_stride_t,
             state_size,
-            norm_stride_t,
             v,
             carry,
+            tl.zeros((LANES,), tl.float32),
             tau,
             v_threshold,
             v_rest,
@@ -461,6 +466,9 @@ def _lif_backward_kernel(
             SURROGATE,
             _backward_steps,
         )
+        if GRAD_NORM:
+            inside = (lanes < CHUNK) & (first + lanes < T)
+            tl.store(norm_ptr + one * program * T + first + lanes, norms, mask=inside)
     if STORE_GRAD_V_INIT:
         tl.store(grad_v_init_ptr + state_offset + offsets, carry, mask=mask)
 
@@ -512,7 +520,7 @@ class _Grid:
         self.block = max(32 * WARPS, min(32 * WARPS * elements, triton.next_power_of_2(self.size)))
         self.blocks = triton.cdiv(self.size, self.block)
         self.programs = self.examples * self.blocks
-        self.partials = (self.steps, self.examples, self.blocks)
+        self.partials = (self.examples, self.blocks, self.steps)
         self.early = early_launch(x.device) if EARLY_LAUNCH else {"EARLY": False}
 
     def constants(self, neuron: Constants) -> dict[str, Any]:
@@ -523,6 +531,7 @@ class _Grid:
         return {
             "T": self.steps,
             "CHUNK": self.chunk,
+            "LANES": triton.next_power_of_2(self.chunk),
             "BLOCK": self.block,
             "DYNAMICS": dynamics,
             "EXACT_RECIPROCAL": math.frexp(neuron.tau)[0] == 0.5,
@@ -656,7 +665,7 @@ def _keep(plans: dict, key: tuple, plan: Any) -> Any:
 
 
 def _forward(x: Tensor, v_init: Tensor | None, neuron: Constants, stores: Stores) -> tuple[Tensor | None, ...]:
-    """spikes, final v, v_seq, checkpoints and partial spike counts [T, N, blocks]; None for what is not stored."""
+    """spikes, final v, v_seq, checkpoints and partial spike counts [N, blocks, T]; None for what is not stored."""
     key = (x.shape, x.stride(), x.dtype, x.get_device(), neuron, v_init is None, stores)
     try:
         plan = _forward_plans[key]
@@ -681,7 +690,7 @@ def _backward(
     want_grad_v_init: bool,
     want_norms: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """grad_x, grad_v_init or None, partial sums [T, N, blocks] of grad_x's squares or None."""
+    """grad_x, grad_v_init or None, partial sums [N, blocks, T] of grad_x's squares or None."""
     if grad_spikes is None:
         grad_spikes = x.new_zeros((1,) * x.ndim).expand(x.shape)
     has = (v_init is not None, grad_v is not None, grad_v_seq is not None, channel_scale is not None)
@@ -702,8 +711,9 @@ def _backward(
 
 
 def add_partials(partials: Tensor) -> Tensor:
-    """[T, N, blocks] -> [T, N], in a fixed order."""
-    return partials.squeeze(-1) if partials.shape[-1] == 1 else partials.sum(-1, dtype=partials.dtype)
+    """[N, blocks, T] -> [T, N], contiguous, in a fixed order."""
+    sums = partials.squeeze(1) if partials.shape[1] == 1 else partials.sum(1, dtype=partials.dtype)
+    return sums.t().contiguous()
 
 
 # ---------------------------------------------------------------------------------------------- registered operators
@@ -971,11 +981,11 @@ def multi_step(
     """Run a layer eagerly; ``lif`` says what the arguments are and what is refused.
 
     Args:
-        record_norms: called by the backward pass with partial sums of squares, float32 [T, N, blocks].
+        record_norms: called by the backward pass with partial sums of squares, float32 [N, blocks, T].
         defer_v: whether the final v may come as a ``PendingPotential``, which saves writing it.
 
     Returns:
-        spikes, final v, v_seq or None, partial spike counts (int32 [T, N, blocks]) or None.
+        spikes, final v, v_seq or None, partial spike counts (int32 [N, blocks, T]) or None.
     """
     v_init, v_init_value = (v, 0.0) if isinstance(v, Tensor) else (None, float(v))
     steps = x.shape[0]
@@ -1065,4 +1075,4 @@ def lif(
 
 
 def _write_norms(grad_norm_sq: Tensor, partials: Tensor) -> None:
-    torch.sum(partials, -1, out=grad_norm_sq)
+    torch.sum(partials, 1, out=grad_norm_sq.t())
