@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ..dynamics import Dynamics
 from .equations import surrogate_gradient
-from .launch import Launch
+from .launch import Launch, await_previous_kernel, early_launch
 from .layout import sequence_like, with_inner_order_of
 
 # Steps of a tile are held in registers; longer sequences take the separate operators.
@@ -153,6 +153,16 @@ def _gradient(grad_h, deviation, scale, slope, offset):
 # ------------------------------------------------------------------------------------------- statistics of the channels
 
 
+# Channels of which a program that adds partial sums takes care: those of one slot fill a sector of memory.
+GROUP = tl.constexpr(4)
+
+
+@triton.jit
+def _pair(channel, slot, slots):
+    """Where slot's two partial results for a channel are, in [C / GROUP, slots, 2, GROUP]: here, and GROUP behind."""
+    return (channel // GROUP * slots + slot) * (2 * GROUP) + channel % GROUP
+
+
 @triton.jit
 def _last_of(first, end, step):
     """The last of first, first + step, ... below end."""
@@ -167,7 +177,7 @@ _UNSPECIALISED = ("examples", "channel_blocks", "tiles", "team", "teams")
 def _channel_statistics_kernel(
     x_ptr,
     count_ptr,  # how many values a program has seen of each of its channels, [slots]
-    partial_ptr,  # their mean and their sum of squared deviations from it, [slots, 2, C]
+    partial_ptr,  # their mean and their sum of squared deviations from it, see _pair
     examples,
     channels,
     pixels,
@@ -182,8 +192,11 @@ def _channel_statistics_kernel(
     COLUMNS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     MASKED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Mean and sum of squared deviations of each channel in the part of x that a program owns."""
+    if EARLY:
+        await_previous_kernel()
     program = tl.program_id(0)
     block = program % channel_blocks
     slot = program // channel_blocks
@@ -224,11 +237,11 @@ def _channel_statistics_kernel(
     count = (T * values).to(tl.float32)
     totals, all_squares = _sums_over_pixels(total, squares, CHANNELS_LAST)
     shift = totals / count
-    where = slot * 2 * channels + channel_out
+    where = _pair(channel_out, slot, team * teams)
     out_offsets, out_exists = _tile_offsets(channel_out, pivot_pixel, channels, pixels, CHANNELS_LAST)
     pivots = _load(pivot_ptr + out_offsets, out_exists, MASKED)
     tl.store(partial_ptr + where, pivots + shift, mask=channel_out < channels)
-    tl.store(partial_ptr + channels + where, all_squares - totals * shift, mask=channel_out < channels)
+    tl.store(partial_ptr + GROUP + where, all_squares - totals * shift, mask=channel_out < channels)
     if block == 0:
         tl.store(count_ptr + slot, count)
 
@@ -264,12 +277,15 @@ def _constants_kernel(
     UPDATE_RUNNING: tl.constexpr,
     CUMULATIVE: tl.constexpr,
     AFFINE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """The constants of CHANNELS channels, from the batch's partial statistics (Chan et al.) or the running ones."""
+    if EARLY:
+        await_previous_kernel()
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < channels
     if USE_BATCH:
-        pivot = tl.load(partial_ptr + channel, mask=known, other=0.0)
+        pivot = tl.load(partial_ptr + _pair(channel, 0, slots), mask=known, other=0.0)
         counts = tl.zeros((SLOTS,), tl.float32)
         total = tl.zeros((SLOTS, CHANNELS), tl.float32)
         squares = tl.zeros((SLOTS, CHANNELS), tl.float32)
@@ -277,10 +293,10 @@ def _constants_kernel(
         while start < slots:
             slot = start + tl.arange(0, SLOTS)
             inside = (slot < slots)[:, None] & known[None, :]
-            where = slot[:, None] * 2 * channels + channel[None, :]
+            where = _pair(channel[None, :], slot[:, None], slots)
             part = tl.load(count_ptr + slot, mask=slot < slots, other=0.0)
             part_mean = tl.load(partial_ptr + where, mask=inside, other=0.0)
-            m2 = tl.load(partial_ptr + channels + where, mask=inside, other=0.0)
+            m2 = tl.load(partial_ptr + GROUP + where, mask=inside, other=0.0)
             apart = tl.where(inside, part_mean - pivot[None, :], 0.0)
             counts += part
             total += part[:, None] * apart
@@ -429,7 +445,10 @@ def _forward_kernel(
     STORE_V: tl.constexpr,
     ENERGY: tl.constexpr,
     SOFT_RESET: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        await_previous_kernel()
     program = tl.program_id(0)
     block = program % channel_blocks
     slot = program // channel_blocks
@@ -604,7 +623,7 @@ def _backward_kernel(
     grad_x_ptr,
     constants_ptr,
     coefficients_ptr,  # [2, C]: what multiplies the deviation of x, and what is added, in the gradient of x
-    sums_ptr,  # partial sums of the gradient and of its product with the deviation, [slots, 2, C]
+    sums_ptr,  # partial sums of the gradient and of its product with the deviation, see _pair
     norm_ptr,  # partial squared norms, [N, channel_blocks, team]
     examples,
     channels,
@@ -636,8 +655,11 @@ def _backward_kernel(
     SOFT_RESET: tl.constexpr,
     DETACH_RESET: tl.constexpr,
     SURROGATE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """SUM: the first pass of training. WRITE: the second. Both in one pass where the statistics are constants."""
+    if EARLY:
+        await_previous_kernel()
     program = tl.program_id(0)
     block = program % channel_blocks
     slot = program // channel_blocks
@@ -727,9 +749,9 @@ def _backward_kernel(
         n += step_n
     if SUM:
         grads, products = _sums_over_pixels(gain * grad_sum, gain * product_sum, CHANNELS_LAST)
-        where = slot * 2 * channels + channel_out
+        where = _pair(channel_out, slot, team * teams)
         tl.store(sums_ptr + where, grads, mask=channel_out < channels)
-        tl.store(sums_ptr + channels + where, products, mask=channel_out < channels)
+        tl.store(sums_ptr + GROUP + where, products, mask=channel_out < channels)
 
 
 @triton.jit(do_not_specialize=("slots", "elements", "examples", "energy_parts", "norm_parts"))
@@ -756,11 +778,14 @@ def _finish_backward_kernel(
     PARTS: tl.constexpr,
     AFFINE: tl.constexpr,
     NORM: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """The first programs finish CHANNELS channels each: gradients of weight and bias, coefficients of that of x.
 
     The others add the partial sums of EXAMPLES examples each.
     """
+    if EARLY:
+        await_previous_kernel()
     program = tl.program_id(0)
     channel_programs = tl.cdiv(channels, CHANNELS)
     if program < channel_programs:
@@ -772,9 +797,9 @@ def _finish_backward_kernel(
         while start < slots:
             slot = start + tl.arange(0, SLOTS)
             inside = (slot < slots)[:, None] & known[None, :]
-            where = slot[:, None] * 2 * channels + channel[None, :]
+            where = _pair(channel[None, :], slot[:, None], slots)
             grads += tl.load(sums_ptr + where, mask=inside, other=0.0)
-            products += tl.load(sums_ptr + channels + where, mask=inside, other=0.0)
+            products += tl.load(sums_ptr + GROUP + where, mask=inside, other=0.0)
             start += SLOTS
         grad_sum = tl.sum(grads, axis=0)
         product_sum = tl.sum(products, axis=0)
@@ -845,9 +870,11 @@ class Configuration:
     warps: int  # of a program
     programs: int  # at a time on one multiprocessor, each with its share of the registers
 
-    def for_steps(self, steps: int) -> Configuration:
-        """Longer sequences need more registers, so fewer programs fit."""
-        return self if steps <= 4 else replace(self, programs=max(1, self.programs * 2 // 3 if steps <= 8 else 2))
+    def for_tiles_of(self, steps: int, itemsize: int) -> Configuration:
+        """Longer sequences and wider values need more registers, so fewer programs fit."""
+        elements = self.elements if steps <= 8 else min(self.elements, 4)
+        programs = self.programs // (1 if steps <= 4 else 2 if steps <= 8 else 4)
+        return replace(self, elements=elements, programs=max(1, programs * 7 // 8 if itemsize == 4 else programs))
 
     @property
     def options(self) -> dict[str, int | bool]:
@@ -859,12 +886,13 @@ class Configuration:
 _REGISTERS = 65536  # of one multiprocessor
 
 # For up to 4 steps; chosen on an H100 and checked on an H200 (benchmarks/README.md).
-STATISTICS = Configuration(elements=8, warps=4, programs=4)
-FORWARD = Configuration(elements=4, warps=4, programs=8)
-SUMS = Configuration(elements=4, warps=4, programs=6)
-GRADIENT = Configuration(elements=4, warps=4, programs=8)
+STATISTICS = Configuration(elements=8, warps=1, programs=16)
+FORWARD = Configuration(elements=8, warps=4, programs=5)
+SUMS = Configuration(elements=4, warps=1, programs=24)
+GRADIENT = Configuration(elements=4, warps=1, programs=32)
+EARLY_LAUNCH = True  # see launch.early_launch
 # Of the kernels that add partial sums.
-_FINISH = {"SLOTS": 512, "CHANNELS": 8, "num_warps": 8}
+_FINISH = {"SLOTS": 1024, "CHANNELS": GROUP.value, "num_warps": 8}
 _FINISH_EXAMPLES = {"EXAMPLES": 32, "PARTS": 16}
 
 
@@ -901,6 +929,10 @@ def _teams(examples: int, tiles: int, programs: int) -> tuple[int, int]:
     most = {size: (triton.cdiv(tiles, size), triton.cdiv(examples, min(examples, programs // size))) for size in sizes}
     tiles_each, examples_each = min(most.values(), key=lambda each: each[0] * each[1])
     return triton.cdiv(tiles, tiles_each), triton.cdiv(examples, examples_each)
+
+
+def _early(device: torch.device) -> dict[str, bool]:
+    return early_launch(device) if EARLY_LAUNCH else {"EARLY": False}
 
 
 @lru_cache
@@ -980,7 +1012,13 @@ class _Shape(NamedTuple):
             "CHANNELS_LAST": self.channels_last,
             "MASKED": cut.masked,
             **config.options,
+            **_early(self.device),
         }
+
+
+def _pairs(channels: int, slots: int) -> tuple[int, ...]:
+    """Shape of the partial sums that _pair addresses."""
+    return triton.cdiv(channels, GROUP.value), slots, 2, GROUP.value
 
 
 def _known_layout(x: Tensor) -> Tensor:
@@ -1035,6 +1073,7 @@ def _constants_launch(
         "CUMULATIVE": cumulative,
         "AFFINE": affine,
         "enable_fp_fusion": False,
+        **_early(shape.device),
     }
     programs = triton.cdiv(shape.channels, _FINISH["CHANNELS"])
     return Launch(_constants_kernel, shape.device, programs, numbers, constants)
@@ -1050,7 +1089,7 @@ def _forward_launch(
     store_v: bool,
     energy: bool,
 ) -> Launch:
-    config = FORWARD.for_steps(steps)
+    config = FORWARD.for_tiles_of(steps, shape.dtype.itemsize)
     cut = shape.cut(config)
     numbers = (
         shape.examples,
@@ -1092,7 +1131,7 @@ def _backward_launch(
     write: bool,
     batch_statistics: bool,
 ) -> Launch:
-    config = (SUMS if sums else GRADIENT).for_steps(steps)
+    config = (SUMS if sums else GRADIENT).for_tiles_of(steps, shape.dtype.itemsize)
     cut = shape.cut(config)
     numbers = (
         shape.examples,
@@ -1133,7 +1172,14 @@ def _finish_backward_launch(
 ) -> Launch:
     elements = shape.steps * shape.examples * shape.pixels
     numbers = (shape.channels, slots, elements, shape.examples, energy_parts, norm_parts, gain)
-    constants = {**_FINISH, **_FINISH_EXAMPLES, "AFFINE": affine, "NORM": norm, "enable_fp_fusion": False}
+    constants = {
+        **_FINISH,
+        **_FINISH_EXAMPLES,
+        "AFFINE": affine,
+        "NORM": norm,
+        "enable_fp_fusion": False,
+        **_early(shape.device),
+    }
     programs = triton.cdiv(shape.channels, _FINISH["CHANNELS"])
     if norm:
         programs += triton.cdiv(shape.examples, _FINISH_EXAMPLES["EXAMPLES"])
@@ -1149,7 +1195,7 @@ def _constants(
     if norm.use_batch:
         slots = shape.cut(STATISTICS).slots
         count = x.new_empty(slots, dtype=torch.float32)
-        partial = x.new_empty((slots, 2, shape.channels), dtype=torch.float32)
+        partial = x.new_empty(_pairs(shape.channels, slots), dtype=torch.float32)
         _statistics_launch(shape)(x, count, partial)
     update = norm.use_batch and norm.update and norm.running_mean is not None
     cumulative = update and norm.momentum is None
@@ -1197,7 +1243,7 @@ def _normalise_and_fire(
         residual = with_inner_order_of(whole, residual)
         strides = residual.stride()[:2]
     v = x.new_empty_strided(x.shape[1:], out.stride()[1:], dtype=torch.float32) if want_v else x.new_empty(0)
-    parts = shape.cut(FORWARD.for_steps(steps)).parts
+    parts = shape.cut(FORWARD.for_tiles_of(steps, shape.dtype.itemsize)).parts
     energy = x.new_empty((shape.examples, parts) if want_energy else (0, 0), dtype=torch.float32)
     launch = _forward_launch(shape, steps, neuron, repeat is not None, strides, want_v, want_energy)
     launch(x, out if residual is None else residual, out, constants if not want_v else v, constants, energy)
@@ -1244,8 +1290,8 @@ class _BatchNormLIF(torch.autograd.Function):
         shape, neuron, energies, repeated = ctx.shape, ctx.neuron, ctx.energies, ctx.repeat is not None
         steps = grad_out.shape[0]
         grad = with_inner_order_of(x.expand(steps, *x.shape[1:]), grad_out)
-        cut = shape.cut(SUMS.for_steps(steps))
-        sums = x.new_empty((cut.slots, 2, shape.channels), dtype=torch.float32)
+        cut = shape.cut(SUMS.for_tiles_of(steps, shape.dtype.itemsize))
+        sums = x.new_empty(_pairs(shape.channels, cut.slots), dtype=torch.float32)
         norm = x.new_empty((shape.examples, cut.parts) if energies is not None else (0, 0), dtype=torch.float32)
         finished = x.new_empty((4, shape.channels), dtype=torch.float32)
         grad_weight, grad_bias, coefficients = finished[0], finished[1], finished[2:]
