@@ -51,8 +51,8 @@ class GraphedStep:
 
     Args:
         step: one training step on the examples ``index`` (int64 [B], CUDA): ``zero_grad(set_to_none=True)``, forward,
-            ``sadp.loss``, backward, optimizer, reset; returns the loss, detached. Gradients set to None first rather
-            than behind the forward pass take up no memory beside the activations.
+            ``sadp.loss``, reset, backward, optimizer; returns the loss, detached. This order takes the least memory:
+            no gradient lies beside the activations, and no neuron keeps its input until after the backward pass.
         sadp: whose batches are trained on.
         generators: CUDA random generators that the step draws from, other than torch's default one.
     """

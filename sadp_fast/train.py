@@ -198,7 +198,7 @@ def _spare_cublas_workspaces() -> None:
     in the process; what is set already stays.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "1024")  # KiB
+    os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "128")  # KiB: as many as the above
 
 
 class Trainer:
@@ -273,10 +273,11 @@ class Trainer:
         with packed_spikes() if self.config.low_memory else nullcontext():
             output = self.forward(self.data.train_images, index, draws)
             loss = self.sadp.loss(self.criterion, output, self.data.train_labels[index])
+        # Not after the backward pass: a neuron keeps its input for as long as it may be asked for its potential.
+        reset(self.model)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        reset(self.model)
         return loss.detach()
 
     def throw_away_steps(self) -> None:
