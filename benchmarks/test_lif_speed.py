@@ -195,12 +195,7 @@ def figures_of(bench, row: dict, case: Case, elements: int, data: Inputs, direct
     if "share" not in row:
         return
     further = []
-    # The node also keeps the last membrane potential, float32 [N, *]: 4/T bytes per element and step.
-    if direction != "backward":
-        row["share_with_v"] = bench.device.floor_seconds(elements * count * size + 4 * count // case.shape[0])
-        row["share_with_v"] /= row["value"]
-        further.append(f"{percent(row['share_with_v'])} with v")
-    if case.shape == SMALL and direction == "forward + backward":
+    if direction == "forward + backward":
         row["equal_copies_seconds"] = equal_copies(bench.device, count * size)
         row["share_of_equal_copies"] = row["equal_copies_seconds"] / row["value"]
         equal = f"{percent(row['share_of_equal_copies'])} of two copies of as many bytes"
