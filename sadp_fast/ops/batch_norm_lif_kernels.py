@@ -6,9 +6,9 @@ normalises and fires again in registers, the first one for the sums that the gra
 second one for the gradient itself. A residual is read once and added to the spikes as they are written.
 
 How the work is cut. x [T, N, C, *] is a matrix of channels and pixels for each step and example, and cut into tiles of
-some channels and pixels; all T steps of a tile are in registers at once. A team of programs shares an example, each with
-every team-th tile of a block of channels, and goes on to further examples. Sums over pixels stay in registers until the
-program ends, and leave as one pair of partial sums per channel and program; a small kernel adds these in a fixed order.
+some channels and pixels; all T steps of a tile are in registers at once. A team of programs shares an example, each of
+them with every team-th tile of some channels, and goes on to further examples. Sums over pixels stay in registers until
+the program ends, and leave as a pair of partial sums per channel and program; a small kernel adds these in fixed order.
 Sums per example (energy of the output, squared gradient norm) leave likewise. So nothing is atomic, and every result is
 the same in every run. Consecutive kernels walk in opposite directions: what the one has touched last, the next finds in
 the cache.
