@@ -298,7 +298,7 @@ def test_forward_passes_that_change_are_errors(node):
 
     for change, error, message in (
         ({"skip": True}, RuntimeError, "neuron was called in the first batch but not in this one"),
-        ({"double": True}, (ValueError, RuntimeError), r"neuron was called with 8 examples in a batch of 4|\(8\)"),
+        ({"double": True}, ValueError, "neuron was called with 8 examples in a batch of 4|N = 8 examples"),
     ):
         model = Changing()
         sadp = SADP(model, 12, epochs=8, warmup_epochs=2)

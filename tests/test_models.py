@@ -124,6 +124,23 @@ def test_is_scored_as_the_network_of_plain_layers(name, training, device):
     assert "scaled through" in described
 
 
+@pytest.mark.parametrize("build", [lambda model: model, unfused], ids=["fused", "plain"])
+def test_neurons_may_be_reset_before_the_backward_pass(build, device):
+    """As training does to let activations go early: what the scores need is not lost with the neurons' state."""
+    images, labels = torch.randn(24, 3, 8, 8, device=device), torch.arange(24, device=device) % 5
+    scores = []
+    for early in (False, True):
+        model = build(make("conv", (3, 8, 8)).to(device))
+        sadp = SADP(model, 24, epochs=8, warmup_epochs=2)
+        for _ in range(2):
+            for index in sadp.batches(6):
+                loss = sadp.loss(nn.CrossEntropyLoss(), model(images[index]), labels[index])
+                for backward in (False, True) if early else (True, False):
+                    loss.backward() if backward else reset(model)
+        scores.append(sadp.scores.clone())
+    assert scores[0].isfinite().all() and torch.equal(*scores)
+
+
 @pytest.mark.parametrize("name", ["mlp", "conv"])
 def test_the_kernels_score_as_the_network_of_plain_layers(name, kernel_device):
     """As above, of small images, with every neuron's kernels: in the interpreter where there is no GPU."""
