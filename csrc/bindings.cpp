@@ -77,7 +77,7 @@ PYBIND11_MODULE(_native, module) {
         .def_readonly("room", &sadp::cuda::Shape::room)
         .def_readonly("cooperative", &sadp::cuda::Shape::cooperative);
     module.def("cuda_shape", &sadp::cuda::shape, py::arg("n"), py::arg("device"));
-    module.def("cuda_workspace", &sadp::cuda::workspace_size, py::arg("blocks"));
+    module.def("cuda_workspace", &sadp::cuda::workspace_size, py::arg("n"), py::arg("blocks"));
     module.def(
         "cuda_draw",
         [](std::uintptr_t p, bool is_double, int64_t n, uint64_t seed, int64_t epoch, std::uintptr_t epoch_pointer,

@@ -157,7 +157,7 @@ def _sample_cpu(p: Tensor, seed: int, epoch: int | Tensor, capacity: int | None)
 def _launch_shape(n: int, device: int) -> tuple[Any, int]:
     """How n items are drawn on a device, and the 8-byte words of the workspace."""
     shape = _native.cuda_shape(n, device)
-    return shape, _native.cuda_workspace(shape.blocks)
+    return shape, _native.cuda_workspace(n, shape.blocks)
 
 
 def _sample_cuda(p: Tensor, seed: int, epoch: int | Tensor, capacity: int | None) -> Sample:

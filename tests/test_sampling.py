@@ -403,7 +403,7 @@ def test_cuda_gives_the_same_bits_for_any_launch_shape(dtype, blocks, room, coop
         pytest.skip("more shared memory than this device has")
     native = sampling._native
     shape = native.Shape(min(blocks, torch.cuda.get_device_properties(0).multi_processor_count), room, cooperative)
-    monkeypatch.setattr(sampling, "_launch_shape", lambda n, device: (shape, native.cuda_workspace(shape.blocks)))
+    monkeypatch.setattr(sampling, "_launch_shape", lambda n, device: (shape, native.cuda_workspace(n, shape.blocks)))
     for n in (100_001, 2_000_003):
         p = probabilities(n, dtype)
         indices, weights = oracle(p, 5)

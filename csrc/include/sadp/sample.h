@@ -48,14 +48,14 @@ struct Shape {
 };
 Shape shape(int64_t n, int device);
 // Size of the workspace in 8-byte words; the first 3 * blocks are what totals() reads.
-int64_t workspace_size(int64_t blocks);
+int64_t workspace_size(int64_t n, int64_t blocks);
 
 struct Draw {
     Probabilities p;
     Stream stream;
     const int64_t* epoch;  // on the device, in place of stream.epoch; or null
     int device;            // the current one
-    void* workspace;
+    void* workspace;       // on a 16-byte boundary
     void* stream_handle;
 };
 
