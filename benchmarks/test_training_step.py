@@ -79,17 +79,18 @@ def plain(packed: bool = False, graphed: bool = False) -> Step:
     """Ordinary training: no scores."""
     torch.manual_seed(0)
     network, optimizer = trained(models.build("sew_resnet18", (3, SIZE, SIZE), CLASSES, T))
+    sadp_fast.cast_weights_at_once(network)
     images, labels = batch()
 
     def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)  # first, so that no gradient lies beside the activations
         with low_memory(packed):
             with autocast():
                 output = network(images)
             loss = nn.functional.cross_entropy(output, labels)
-        optimizer.zero_grad(set_to_none=True)
+        sadp_fast.reset(network)
         loss.backward()
         optimizer.step()
-        sadp_fast.reset(network)
         return loss.detach()
 
     return recorded(step) if graphed else step
@@ -99,19 +100,20 @@ def scored(packed: bool = False, graphed: bool = False) -> Step:
     """A full-data epoch of SADP, whose every step scores its batch."""
     torch.manual_seed(0)
     network, optimizer = trained(models.build("sew_resnet18", (3, SIZE, SIZE), CLASSES, T))
+    sadp_fast.cast_weights_at_once(network)
     images, labels = batch()
     sadp = sadp_fast.SADP(network, 2000 * BATCH, epochs=2, prune_ratio=0.25, warmup_epochs=1, tail_epochs=0)
     criterion = nn.CrossEntropyLoss()
 
     def step(index: Tensor) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
         with low_memory(packed):
             with autocast():
                 output = network(images)
             loss = sadp.loss(criterion, output, labels)
-        optimizer.zero_grad(set_to_none=True)
+        sadp_fast.reset(network)
         loss.backward()
         optimizer.step()
-        sadp_fast.reset(network)
         return loss.detach()
 
     run = sadp_fast.GraphedStep(step, sadp) if graphed else step
@@ -164,10 +166,10 @@ def spikingjelly(prepared: bool = False, compiled: bool = False, graphed: bool =
     images, labels = batch()
 
     def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)  # first, so that no gradient lies beside the activations
         with artifacts.autocast_context() if prepared else autocast():
             output = run(images)
         loss = nn.functional.cross_entropy(output, labels)
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         functional.reset_net(network)

@@ -2,6 +2,7 @@
 
 from . import surrogate
 from .batch_norm_lif import BatchNormIF, BatchNormLIF
+from .casting import cast_weights_at_once
 from .graphs import GraphedStep
 from .neuron import IFNode, LIFNode, reset
 from .pruner import SADP
@@ -19,6 +20,7 @@ __all__ = [
     "IFNode",
     "LIFNode",
     "Sample",
+    "cast_weights_at_once",
     "inclusion_probabilities",
     "packed_spikes",
     "prune_ratios",

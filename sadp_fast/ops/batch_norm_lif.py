@@ -510,7 +510,7 @@ class _BatchNormLIF(torch.autograd.Function):
             launch(False, False, True)
         return (
             grad_x[0] if repeated else grad_x,
-            grad_out if ctx.needs_input_grad[1] else None,
+            grad if ctx.needs_input_grad[1] else None,
             grad_weight if ctx.affine else None,
             grad_bias if ctx.affine else None,
             *([None] * 5),
