@@ -25,7 +25,7 @@ from .batch_norm_lif_kernels import (
     _finish_backward_kernel,
     _forward_kernel,
 )
-from .launch import Launch, early_launch
+from .launch import Launch
 from .layout import sequence_like, with_inner_order_of
 
 # Steps of a tile are held in registers; longer sequences take the separate operators.
@@ -82,12 +82,11 @@ class Configuration:
 
 _REGISTERS = 65536  # of one multiprocessor
 
-# For up to 4 steps; chosen on an H100 and checked on an H200 (benchmarks/README.md).
+# For tiles of up to 4 steps of half-precision values; chosen on an H100.
 STATISTICS = Configuration(elements=8, warps=1, programs=16)
 FORWARD = Configuration(elements=8, warps=4, programs=5)
 SUMS = Configuration(elements=4, warps=1, programs=24)
 GRADIENT = Configuration(elements=4, warps=1, programs=32)
-EARLY_LAUNCH = True  # see launch.early_launch
 # Of the kernels that add partial sums.
 _FINISH = {"SLOTS": 1024, "CHANNELS": GROUP.value, "num_warps": 8}
 _FINISH_EXAMPLES = {"EXAMPLES": 32, "PARTS": 16}
@@ -117,19 +116,16 @@ def _cut(
 
 
 def _teams(examples: int, tiles: int, programs: int) -> tuple[int, int]:
-    """Size and number of teams of at most ``programs`` in all, such that the slowest program has the least to do.
+    """Size and number of teams of at most ``programs`` in all: the slowest program should not have much to do.
 
-    Among equals, the largest teams: programs that run at the same time then read neighbouring memory. And no more
-    programs than that takes.
+    Within a fifteenth of the least, small teams: a sum per example then takes few partial sums.
     """
-    sizes = range(min(tiles, programs), 0, -1)
-    most = {size: (triton.cdiv(tiles, size), triton.cdiv(examples, min(examples, programs // size))) for size in sizes}
-    tiles_each, examples_each = min(most.values(), key=lambda each: each[0] * each[1])
+    each = {}  # tiles of an example and examples that a program of a team of this size has at most
+    for size in range(1, min(tiles, programs) + 1):
+        each[size] = triton.cdiv(tiles, size), triton.cdiv(examples, min(examples, programs // size))
+    least = min(math.prod(pair) for pair in each.values())
+    tiles_each, examples_each = next(pair for pair in each.values() if 15 * math.prod(pair) <= 16 * least)
     return triton.cdiv(tiles, tiles_each), triton.cdiv(examples, examples_each)
-
-
-def _early(device: torch.device) -> dict[str, bool]:
-    return early_launch(device) if EARLY_LAUNCH else {"EARLY": False}
 
 
 @lru_cache
@@ -209,7 +205,6 @@ class _Shape(NamedTuple):
             "CHANNELS_LAST": self.channels_last,
             "MASKED": cut.masked,
             **config.options,
-            **_early(self.device),
         }
 
 
@@ -270,7 +265,6 @@ def _constants_launch(
         "CUMULATIVE": cumulative,
         "AFFINE": affine,
         "enable_fp_fusion": False,
-        **_early(shape.device),
     }
     programs = triton.cdiv(shape.channels, _FINISH["CHANNELS"])
     return Launch(_constants_kernel, shape.device, programs, numbers, constants)
@@ -375,7 +369,6 @@ def _finish_backward_launch(
         "AFFINE": affine,
         "NORM": norm,
         "enable_fp_fusion": False,
-        **_early(shape.device),
     }
     programs = triton.cdiv(shape.channels, _FINISH["CHANNELS"])
     if norm:

@@ -25,7 +25,6 @@ import triton
 import triton.language as tl
 
 from .equations import surrogate_gradient
-from .launch import await_previous_kernel
 
 # ----------------------------------------------------------------------------------------------- parts of the kernels
 
@@ -179,11 +178,8 @@ def _channel_statistics_kernel(
     COLUMNS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     MASKED: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """Mean and sum of squared deviations of each channel in the part of x that a program owns."""
-    if EARLY:
-        await_previous_kernel()
     program = tl.program_id(0)
     block = program % channel_blocks
     slot = program // channel_blocks
@@ -264,11 +260,8 @@ def _constants_kernel(
     UPDATE_RUNNING: tl.constexpr,
     CUMULATIVE: tl.constexpr,
     AFFINE: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """The constants of CHANNELS channels, from the batch's partial statistics (Chan et al.) or the running ones."""
-    if EARLY:
-        await_previous_kernel()
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < channels
     if USE_BATCH:
@@ -432,10 +425,7 @@ def _forward_kernel(
     STORE_V: tl.constexpr,
     ENERGY: tl.constexpr,
     SOFT_RESET: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    if EARLY:
-        await_previous_kernel()
     program = tl.program_id(0)
     block = program % channel_blocks
     slot = program // channel_blocks
@@ -642,11 +632,8 @@ def _backward_kernel(
     SOFT_RESET: tl.constexpr,
     DETACH_RESET: tl.constexpr,
     SURROGATE: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """SUM: the first pass of training. WRITE: the second. Both in one pass where the statistics are constants."""
-    if EARLY:
-        await_previous_kernel()
     program = tl.program_id(0)
     block = program % channel_blocks
     slot = program // channel_blocks
@@ -765,14 +752,11 @@ def _finish_backward_kernel(
     PARTS: tl.constexpr,
     AFFINE: tl.constexpr,
     NORM: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """The first programs finish CHANNELS channels each: gradients of weight and bias, coefficients of that of x.
 
     The others add the partial sums of EXAMPLES examples each.
     """
-    if EARLY:
-        await_previous_kernel()
     program = tl.program_id(0)
     channel_programs = tl.cdiv(channels, CHANNELS)
     if program < channel_programs:
