@@ -69,7 +69,7 @@ class Configuration:
 
     def for_tiles_of(self, steps: int, itemsize: int) -> Configuration:
         """Longer sequences and wider values need more registers, so fewer programs fit."""
-        elements = self.elements if steps <= 8 else min(self.elements, 4)
+        elements = self.elements if steps <= 8 else self.elements // 2
         programs = self.programs // (1 if steps <= 4 else 2 if steps <= 8 else 4)
         return replace(self, elements=elements, programs=max(1, programs * 7 // 8 if itemsize == 4 else programs))
 
@@ -86,7 +86,7 @@ _REGISTERS = 65536  # of one multiprocessor
 STATISTICS = Configuration(elements=8, warps=1, programs=16)
 FORWARD = Configuration(elements=8, warps=4, programs=5)
 SUMS = Configuration(elements=4, warps=1, programs=24)
-GRADIENT = Configuration(elements=4, warps=1, programs=32)
+GRADIENT = Configuration(elements=4, warps=1, programs=28)
 # Of the kernels that add partial sums.
 _FINISH = {"SLOTS": 1024, "CHANNELS": GROUP.value, "num_warps": 8}
 _FINISH_EXAMPLES = {"EXAMPLES": 32, "PARTS": 16}
@@ -98,7 +98,7 @@ def _cut(
 ) -> _Cut:
     tile = 32 * config.warps * config.elements
     inner, outer = (channels, pixels) if channels_last else (pixels, channels)
-    columns = min(triton.next_power_of_2(inner), 128 if channels_last else 256)
+    columns = min(triton.next_power_of_2(inner), 128 if channels_last else 256, tile)
     rows = min(triton.next_power_of_2(outer), max(1, tile // columns))
     tile_pixels, tile_channels = (rows, columns) if channels_last else (columns, rows)
     tiles = triton.cdiv(pixels, tile_pixels)

@@ -285,7 +285,8 @@ def _constants_kernel(
         count = tl.sum(counts, axis=0)
         shift = tl.sum(total, axis=0) / count
         mean = pivot + shift
-        variance = tl.maximum(tl.sum(squares, axis=0) / count - shift * shift, 0.0)
+        variance = tl.sum(squares, axis=0) / count - shift * shift
+        variance = tl.maximum(variance, 0.0, propagate_nan=tl.PropagateNan.ALL)  # a NaN in x has to be seen
         if UPDATE_RUNNING:
             if CUMULATIVE:
                 momentum = 1.0 / tl.load(batches_ptr).to(tl.float32)
@@ -452,8 +453,8 @@ def _forward_kernel(
             if X_CONSTANT:
                 drive = _drive(_load(x_step + offsets, inside, MASKED) - mean, scale, shift)
             v, tile_energy = _forward_steps(
-                x_step + (T - 1) * x_stride_t,
-                residual_step + (T - 1) * residual_stride_t,
+                x_step + one * (T - 1) * x_stride_t,
+                residual_step + one * (T - 1) * residual_stride_t,
                 out_step + (T - 1) * out_stride_t,
                 offsets,
                 inside,
