@@ -17,8 +17,8 @@ class CallEnergies(NamedTuple):
     """Squared norms of one call, per example and summed over its steps, float32 [N].
 
     ``output`` is that of the output (the number of spikes, where no residual was added), ``delta`` that of the loss
-    gradient in front of the normalisation, the normalisation's statistics held constant. Both are NaN until the
-    backward pass writes them.
+    gradient in front of the normalisation, the normalisation's statistics held constant. Both are there after the
+    backward pass, and ``delta`` is NaN before.
     """
 
     output: Tensor
@@ -80,8 +80,10 @@ class _BatchNormNode(BaseNode):
             if residual.shape != shape:
                 raise ValueError(f"residual must have the output's shape {shape}, got {tuple(residual.shape)}")
         per_channel = x.numel() // self.num_features
-        if self.training and per_channel == 1:
-            raise ValueError(f"training needs more than one value per channel, got x of shape {tuple(x.shape)}")
+        if self._uses_batch_statistics and per_channel == 1:
+            raise ValueError(
+                f"statistics of the batch need more than one value per channel, got x of shape {tuple(x.shape)}"
+            )
 
     def forward(self, x: Tensor, residual: Tensor | None = None, *, repeat: int | None = None) -> Tensor:
         """Current to spikes (+ residual), the normalisation in between.
@@ -96,7 +98,7 @@ class _BatchNormNode(BaseNode):
             [T, N, C, *] ([N, C, *] in step mode 's'), dtype of x.
 
         Raises:
-            ValueError: a shape is not of the kind above, or training with a single value per channel.
+            ValueError: a shape is not of the kind above, or the batch's statistics are those of one value per channel.
         """
         self._check(x, residual, repeat)
         if self._runs_fused(x, residual, repeat):
