@@ -20,7 +20,7 @@ import pytest
 import torch
 from bench_report import set_value, shown
 from networks import channels_last, convolutions, spikingjelly_sew_resnet18
-from test_batch_norm_lif import floor_bytes, layers_of_network
+from test_batch_norm_lif_speed import floor_bytes, layers_of_network
 from torch import Tensor, nn
 
 import sadp_fast

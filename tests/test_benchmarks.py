@@ -146,7 +146,7 @@ def test_plot_of_nothing_says_so(bench):
 def test_layers_and_convolutions_are_the_networks(build):
     """The shapes that the floors are computed from, against the networks themselves."""
     import networks
-    import test_batch_norm_lif as layers
+    import test_batch_norm_lif_speed as layers
 
     from sadp_fast import models
 
@@ -186,7 +186,7 @@ def test_layers_and_convolutions_are_the_networks(build):
 
 def test_floor_of_the_step_at_the_published_size():
     """20 layers, 8 with a residual, summed by hand for T = 4, batch 128, 32x32: 8E a layer, 9E with the residual."""
-    from test_batch_norm_lif import LayerShape
+    from test_batch_norm_lif_speed import LayerShape
 
     stage = 4 * 128 * 64 * 32 * 32  # elements of a layer of the first stage; each later stage has half
     per_stage = [stage >> s for s in range(4)]
@@ -216,7 +216,8 @@ def test_a_wrong_layer_is_found(bench):
 
 def run_suite(*arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
+    # Neither the interpreter nor this run's workers, under which nothing is timed.
+    environment = {k: v for k, v in environment.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_XDIST")}
     command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=FOLDER.parent, timeout=600)
 

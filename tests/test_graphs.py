@@ -82,7 +82,7 @@ def test_a_change_of_the_batch_size_is_another_graph():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(20, 32), LIFNode(step_mode="m"), nn.Linear(32, 5)).cuda()
         x, y = torch.randn(N, 20, device="cuda"), torch.arange(N, device="cuda") % 5
-        sadp = SADP(model, N, epochs=10, warmup_epochs=4)
+        sadp = SADP(model, N, epochs=20, warmup_epochs=4)
 
         def step(index):
             model.zero_grad(set_to_none=True)

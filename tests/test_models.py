@@ -88,7 +88,7 @@ def test_trains_as_the_network_of_plain_layers(name, shape, dtype, device):
     output, grads = gradients(model, images, labels)
     plain_output, plain_grads = gradients(plain, images, labels)
     # In float32 on a GPU a spike may flip where the potential meets the threshold to the last bit; none does here.
-    tolerance = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-5}
+    tolerance = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 3e-5}
     torch.testing.assert_close(output, plain_output, **tolerance)
     for ours, theirs in zip(grads, plain_grads, strict=True):
         torch.testing.assert_close(ours, theirs, **tolerance)
