@@ -11,6 +11,7 @@ The kernels read statistics in float32, so a neuron's potential is exact to abou
 """
 
 import copy
+import gc
 import io
 import math
 import pickle
@@ -24,6 +25,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from test_lif_kernel import ATAN, DTYPES, LIF, MARGIN, NEURONS, ON_GPU, RECT, SIGMOID, oracle_backward, oracle_forward
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from unfused import Unfused
 
 from sadp_fast import BatchNormIF, BatchNormLIF
@@ -231,8 +233,10 @@ def run(layer, x, residual, repeat, upstream, device) -> Result:
     )
 
 
-def assert_no_less_exact(fused: Tensor, plain: Tensor, truth: Tensor, size: float, what: str, device="cpu") -> None:
-    """The criterion; ``size``: what rounding errors are relative to."""
+def assert_no_less_exact(
+    fused: Tensor, plain: Tensor, truth: Tensor, size: float, what: str, device="cpu", luck=1.0
+) -> None:
+    """The criterion; ``size``: what errors are relative to; ``luck``: factor by which plain torch's may vary."""
     assert fused.shape == truth.shape, what
     assert torch.isfinite(fused).all(), what
     fused_error, plain_error = (fused.double() - truth).abs(), (plain.double() - truth).abs()
@@ -241,8 +245,9 @@ def assert_no_less_exact(fused: Tensor, plain: Tensor, truth: Tensor, size: floa
         # Triton's interpreter cuts float32 to bfloat16 instead of rounding: up to one unit in the last place.
         assert (fused_error <= 2**-7 * truth.abs() + plain_error + tolerance).all(), what
     else:
-        assert fused_error.max() <= plain_error.max() + tolerance, (what, fused_error.max(), plain_error.max(), size)
-        assert fused_error.square().mean().sqrt() <= plain_error.square().mean().sqrt() + tolerance, what
+        largest, typical = luck * plain_error.max(), luck * plain_error.square().mean().sqrt()
+        assert fused_error.max() <= largest + tolerance, (what, fused_error.max(), plain_error.max(), size)
+        assert fused_error.square().mean().sqrt() <= typical + tolerance, what
 
 
 def check(
@@ -263,6 +268,7 @@ def check(
     typical=True,
     plain_size=3e-5,
     upstream=None,
+    luck=1.0,
     **options,
 ) -> tuple[Result, Truth]:
     """Oracle, unfused and fused pass on one case, forward and backward; compares everything.
@@ -296,7 +302,7 @@ def check(
     assert torch.equal(plain.out.to(dtype) * truth.clear, exact)
     if residual is None or not (dtype == torch.bfloat16 and device == "cpu" and residual.frac().any()):
         assert torch.equal(fused.out * truth.clear, exact)
-    near = partial(assert_no_less_exact, device=device)
+    near = partial(assert_no_less_exact, device=device, luck=luck)
     near(fused.v * truth.clear, plain.v * truth.clear, truth.v * truth.clear, truth.v.abs().max().item(), "v")
     near(fused.grad_x, plain.grad_x.to(dtype), truth.grad_x, truth.sizes["x"], "grad_x")
     # Plain torch itself has to be near the truth, or the comparison says nothing.
@@ -548,7 +554,8 @@ def test_any_case(data, kernel_device, processors):
     shape, repeat = (shape, steps) if repeats else ((steps, *shape), None)
     # Two or three values a channel can be all but equal, which makes the normalisation's gradient hard for torch too.
     bound = {"typical": False, "plain_size": math.inf}
-    check(shape, dtype, d, index, alpha, repeat=repeat, seed=seed, device=kernel_device, **options, **bound)
+    # Dynamics drawn at random amplify a rounding error a thousandfold now and then: whose is the larger one is luck.
+    check(shape, dtype, d, index, alpha, repeat=repeat, seed=seed, device=kernel_device, luck=4.0, **options, **bound)
 
 
 # ------------------------------------------------------------------------------------- numbers that are hard to handle
@@ -613,10 +620,10 @@ def test_a_number_that_is_none_is_seen(bad, kernel_device):
 @pytest.mark.parametrize("dimension", ["steps", "examples"])
 def test_offsets_past_two_to_the_31(dimension, tmp_path, kernel_device):
     """The last steps of x and of a residual lie beyond 2^31 elements, by strides that are below that."""
-    if ON_GPU and torch.cuda.mem_get_info()[0] < 12 * 2**30:
-        pytest.skip("needs 12 GiB of free GPU memory")
-    apart, middle = 2**30 + 16, 2**31 + 64  # what wraps around in 32 bits lands in the memory before the middle
-    elements = 2 * middle + 1024
+    if ON_GPU and torch.cuda.mem_get_info()[0] < 14 * 2**30:
+        pytest.skip("needs 14 GiB of free GPU memory")
+    apart, middle = 2**30 + 16, 2**32 + 64  # what wraps around in 32 bits lands in the memory before the middle
+    elements = middle + 2**31 + 1024
     if ON_GPU:
         memory = torch.zeros(elements, dtype=torch.bfloat16, device="cuda")
     else:  # a file with holes takes neither memory nor room
@@ -768,6 +775,21 @@ def test_what_the_backward_pass_keeps(kernel_device):
         others = [t for t in saved if t.data_ptr() != x.data_ptr()]
         assert len(others) == len(saved) - 1
         assert sum(t.numel() for t in others) <= 4 * 30 + x.numel() // 50
+
+
+def test_what_is_kept_for_v(kernel_device):
+    """Nothing of x in evaluation; in training x until the reset."""
+    layer = make(5).to(kernel_device)
+    for grad_mode in (False, True):
+        x = input_current((3, 4, 5, 6)).to(kernel_device)
+        memory = StorageWeakRef(x.untyped_storage())
+        with torch.set_grad_enabled(grad_mode):
+            layer(x)
+        del x
+        gc.collect()  # what Triton's interpreter leaves behind
+        assert memory.expired() != grad_mode
+        layer.reset()
+        assert memory.expired()
 
 
 @pytest.mark.parametrize("training", [True, False])
