@@ -79,6 +79,9 @@ class _BatchNormNode(BaseNode):
             shape = (*(() if repeat is None else (repeat,)), *x.shape)
             if residual.shape != shape:
                 raise ValueError(f"residual must have the output's shape {shape}, got {tuple(residual.shape)}")
+        own = self.weight if self.weight is not None else self.running_mean
+        if own is not None and own.device != x.device:
+            raise ValueError(f"x is on {x.device} and the layer on {own.device}; move one of them with .to()")
         per_channel = x.numel() // self.num_features
         if self._uses_batch_statistics and per_channel == 1:
             raise ValueError(
@@ -98,7 +101,8 @@ class _BatchNormNode(BaseNode):
             [T, N, C, *] ([N, C, *] in step mode 's'), dtype of x.
 
         Raises:
-            ValueError: a shape is not of the kind above, or the batch's statistics are those of one value per channel.
+            ValueError: a shape is not of the kind above, x is on another device than the layer, or the batch's
+                statistics are those of one value per channel.
         """
         self._check(x, residual, repeat)
         if self._runs_fused(x, residual, repeat):

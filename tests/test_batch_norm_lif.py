@@ -777,6 +777,20 @@ def test_what_the_backward_pass_keeps(kernel_device):
         assert sum(t.numel() for t in others) <= 4 * 30 + x.numel() // 50
 
 
+def test_a_layer_on_another_device_is_refused():
+    layer = make(5)
+    with pytest.raises(ValueError, match=r"x is on meta and the layer on cpu; move one of them"):
+        layer(torch.empty(3, 4, 5, 6, device="meta"))
+
+
+def test_an_input_of_inference_mode(kernel_device):
+    layer = make(5).to(kernel_device).requires_grad_(False)
+    with torch.inference_mode():
+        x = input_current((3, 4, 5, 6)).to(kernel_device)
+    expected = copy.deepcopy(layer)
+    assert torch.equal(layer(x), expected(x.clone())) and torch.equal(layer.v, expected.v)
+
+
 def test_what_is_kept_for_v(kernel_device):
     """Nothing of x in evaluation; in training x until the reset."""
     layer = make(5).to(kernel_device)

@@ -541,10 +541,11 @@ def batch_norm_lif(
     out, v, constants = _BatchNormLIF.apply(x, residual, weight, bias, norm, neuron, repeat, want_v, energies)
     if want_v:
         return out, lambda: v
-    x, version = x.detach(), x._version
+    x = x.detach()
+    version = None if x.is_inference() else x._version  # a tensor of inference mode counts no changes
 
     def potential() -> Tensor:
-        if x._version != version:
+        if version is not None and x._version != version:
             raise RuntimeError(
                 "the input of a BatchNorm + LIF layer was changed in place before its potential v was read; read v "
                 "first, or do not change the input in place"
