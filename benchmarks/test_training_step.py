@@ -32,6 +32,15 @@ T, BATCH, SIZE, CLASSES = 4, 128 if CUDA else 2, 32 if CUDA else 16, 10
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 WARMUP, ROUNDS = 4, 7
 SUITE, TIME, MEMORY = "Training step", "SEW-ResNet18 training step", "its peak memory"
+NORM = "its BatchNorm + LIF work"
+NORM_KERNELS = (
+    "_channel_statistics_kernel",
+    "_constants_kernel",
+    "_forward_kernel",
+    "_backward_kernel",
+    "_finish_backward_kernel",
+)
+NORM_LAUNCHES = 20 * (len(NORM_KERNELS) + 1)  # in 20 layers; the backward kernel runs twice
 
 Step = Callable[[], Tensor]  # one step; the loss, detached
 
@@ -229,6 +238,18 @@ def seconds_per_step(benchmark, device, step: Step) -> dict[str, Any]:
     }
 
 
+def seconds_within(step: Step, kernels: tuple[str, ...], steps: int = 5) -> float:
+    """Device time of these kernels in one step, by the profiler."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    times = [event.device_time for event in profile.events() if event.name in kernels]
+    assert len(times) == steps * NORM_LAUNCHES, f"the profiler saw {len(times)} of {steps} x {NORM_LAUNCHES} launches"
+    return sum(times) * 1e-6 / steps
+
+
 @pytest.mark.parametrize("subject", list(subjects()), ids=lambda subject: subject.name.replace(" ", "-"))
 def test_training_step(benchmark, bench, subject: Subject) -> None:
     device = bench.device
@@ -262,6 +283,9 @@ def test_training_step(benchmark, bench, subject: Subject) -> None:
         benchmark.extra_info.update(row)
     if "peak_bytes" in row:
         bench.add(row, MEMORY, row["peak_bytes"], "B", "", subject.goals[1])
+        if subject.role == "ours" and "graph" in subject.name:
+            goal = "norm in step" if subject.goals[0] == "step" else ""
+            bench.add(row, NORM, seconds_within(step, NORM_KERNELS), "s", "device", goal)
     del step
     device.release()
 
