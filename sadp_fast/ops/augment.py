@@ -78,7 +78,7 @@ def _crop_flip_normalise_kernel(
         y = _mirrored(top + y, HEIGHT)
 
     source = ((frame * CHANNELS + channel) * HEIGHT + y) * WIDTH + x
-    value = tl.load(images_ptr + example * SIZE + source, mask=mask & exists, other=0).to(tl.float32)
+    value = tl.load(images_ptr + example * SIZE + source, mask=tl.where(exists, mask, False), other=0).to(tl.float32)
     mean = tl.load(mean_ptr + channel, mask=mask, other=0.0)
     std = tl.load(std_ptr + channel, mask=mask, other=1.0)
     value = tl.where(exists, tl.div_rn(value - mean, std), float("nan"))

@@ -192,8 +192,11 @@ def _channel_statistics_kernel(
 
     # Deviations are taken from the first value of the channel here, so that a mean far from zero costs no digits.
     pivot_ptr = x_ptr + one * first_n * x_stride_n
-    pivot_pixel = first_tile * tile_pixels
-    pivot_offsets, exists = _tile_offsets(channel, pivot_pixel, channels, pixels, CHANNELS_LAST)
+    # A pixel for each channel: Triton 3.9's interpreter takes no mask made of a tensor and a number.
+    pivot_pixel = first_tile * tile_pixels + tl.zeros_like(channel_out)
+    pivot_offsets, exists = _tile_offsets(
+        channel, _along_tile(pivot_pixel, CHANNELS_LAST), channels, pixels, CHANNELS_LAST
+    )
     pivot_offsets = tl.broadcast_to(pivot_offsets, (ROWS, COLUMNS))
     pivot = _load(pivot_ptr + pivot_offsets, tl.broadcast_to(exists, (ROWS, COLUMNS)), MASKED)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)

@@ -113,7 +113,7 @@ def _forward_steps(
     v is the potential before; returns that after the last step, and the spikes of step STEP + i in lane STEP + i.
     """
     if RAGGED:
-        mask = mask & (first + STEP < T)
+        mask = tl.where(first + STEP < T, mask, False)
     x = tl.load(x_ptr + STEP * x_stride_t + offsets, mask=mask, other=0.0).to(tl.float32)
     h = charge(x, v, tau, v_rest, DYNAMICS, EXACT_RECIPROCAL)
     fired = h >= v_threshold
@@ -290,7 +290,7 @@ def _backward_steps(
     squared norms of the steps' gradients in their lanes.
     """
     if RAGGED:
-        mask = mask & (first + STEP < T)
+        mask = tl.where(first + STEP < T, mask, False)
     x = tl.load(x_ptr + STEP * x_stride_t + offsets, mask=mask, other=0.0).to(tl.float32)
     # Converted on the way out, to save registers.
     grad_spike = tl.load(grad_spikes_ptr + STEP * gs_stride_t + offsets, mask=mask, other=0.0)
@@ -427,9 +427,9 @@ def _lif_backward_kernel(
         if T > CHUNK:
             # Two masks rather than a branch: loads of one chunk move past those of another only without one.
             before = state_offset + (t // CHUNK - 1) * state_size
-            v = tl.load(checkpoint_ptr + before + offsets, mask=mask & (first > 0), other=v_init)
+            v = tl.load(checkpoint_ptr + before + offsets, mask=tl.where(first > 0, mask, False), other=v_init)
         if HAS_V_INIT:
-            v = tl.load(v_init_ptr + state_offset + offsets, mask=mask & (first == 0), other=v)
+            v = tl.load(v_init_ptr + state_offset + offsets, mask=tl.where(first == 0, mask, False), other=v)
         carry, norms = _backward_steps(
             x_ptr + n * x_stride_n + t * x_stride_t,
             grad_spikes_ptr + n * gs_stride_n + t * gs_stride_t,
