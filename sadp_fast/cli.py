@@ -34,7 +34,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "npz": {"model": "conv", "epochs": 30, "batch_size": 32},
     "imagefolder": {"model": "sew_resnet18", "epochs": 60, "batch_size": 32},
 }
-LEARNING_RATES = {"mlp": 2e-3, "conv": 2e-3, "sew_resnet18": 0.1}
+# Spikformer's is that of its paper for CIFAR.
+LEARNING_RATES = {"mlp": 2e-3, "conv": 2e-3, "sew_resnet18": 0.1, "spiking_vgg": 0.1, "spikformer": 5e-4}
 
 
 class CommandError(RuntimeError):
@@ -133,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     option = command.add_argument_group("training").add_argument
     option("--epochs", type=positive, metavar="N", help="epochs (default: 30; mnist 10; cifar10, imagefolder 60)")
     option("--batch-size", type=positive, metavar="B", help="examples a step (default: 32; mnist, cifar10 128)")
-    option("--lr", type=above_zero, metavar="RATE", help="peak learning rate (default: 0.002; sew_resnet18 0.1)")
+    option("--lr", type=above_zero, metavar="RATE", help="peak learning rate (default: by --model)")
     option("--label-smoothing", type=share, metavar="S", help="label smoothing, 0 to 1 (default: 0)")
     option("--amp", choices=tuple(train.AMP), help="mixed precision (default: bf16 on a GPU, off on the CPU)")
     option("--low-memory", action="store_true", help="keep spikes as bits for the backward pass: a third less memory")
