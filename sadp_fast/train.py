@@ -46,6 +46,7 @@ class TrainConfig:
 
     dataset: str = "digits"
     image_size: int = 32
+    split_by: str = "number"
     model: str = "conv"
     time_steps: int = 4
     epochs: int = 30
