@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .event_frames import event_frames
+from .event_frames import SPLITS, event_frames
 
 NAMES = ("digits", "mnist", "cifar10", "cifar100", "nmnist", "dvs", "npz", "imagefolder")
 EVENTS = ("nmnist", "dvs")  # of these, events become frames here
@@ -118,10 +118,11 @@ def load(
         return _cifar10(path)
     if name == "cifar100":
         return _cifar100(path)
-    if name == "nmnist":
-        return _nmnist(path, time_steps or EVENT_STEPS, split_by)
-    if name == "dvs":
-        return _event_folder(path.name, path, time_steps or EVENT_STEPS, split_by)
+    if name in EVENTS:
+        steps = EVENT_STEPS if time_steps is None else time_steps
+        if steps < 1 or split_by not in SPLITS:
+            raise DataError(f"{steps} frames split by {split_by!r}: ask for at least 1, split by {' or '.join(SPLITS)}")
+        return _nmnist(path, steps, split_by) if name == "nmnist" else _event_folder(path.name, path, steps, split_by)
     if name == "npz":
         return _npz(path)
     return _image_folder(path, image_size)
@@ -255,7 +256,7 @@ def _packed_events(archive: Path, steps: int, split_by: str) -> tuple[np.ndarray
     *events, offsets, labels, is_test = _read_npz(archive, ("t", "x", "y", "p", "offsets", "labels", "is_test"))
     try:
         lengths = {len(labels), len(is_test), len(offsets) - 1}
-        if len(lengths) > 1 or {len(values) for values in events} != {int(offsets[-1])}:
+        if len(lengths) > 1 or {len(values) for values in events} != {int(offsets[-1])} or offsets[0] != 0:
             raise ValueError("its offsets, labels and events do not fit together")
         frames = np.empty((len(labels), steps, 2, 34, 34), np.uint8)
         for row, (start, end) in enumerate(itertools.pairwise(offsets)):
@@ -302,9 +303,9 @@ def _sensor_size(files: list[Path]) -> tuple[int, int]:
         x, y = _read_npz(file, ("x", "y"))
         if x.dtype.kind not in "iuf" or y.dtype.kind not in "iuf" or not x.size or not y.size:
             raise _damaged(file, ValueError(f"x is {x.dtype} of shape {x.shape}, y {y.dtype} of shape {y.shape}"))
+        if not (x.max() < MAX_SENSOR and y.max() < MAX_SENSOR):  # NaN, too
+            raise _damaged(file, ValueError(f"a pixel at {x.max()}, {y.max()} is on no sensor"))
         width, height = max(width, int(x.max()) + 1), max(height, int(y.max()) + 1)
-        if max(width, height) > MAX_SENSOR:
-            raise _damaged(file, ValueError(f"a pixel at {int(x.max())}, {int(y.max())} is on no sensor"))
     return height, width
 
 

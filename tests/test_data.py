@@ -422,6 +422,7 @@ def test_ready_frames_of_nmnist_stay_as_they_are(tmp_path):
     ("changes", "message"),
     [
         ({"offsets": lambda offsets: offsets[:-1]}, "do not fit together"),
+        ({"offsets": lambda offsets: np.maximum(offsets, 1)}, "do not fit together"),
         ({"t": lambda t: t[:-1]}, "do not fit together"),
         ({"is_test": lambda is_test: is_test[:-1]}, "do not fit together"),
         ({"x": lambda x: x + np.uint8(1)}, "x holds 34, which is not in 0 to 33"),
@@ -459,13 +460,21 @@ def test_event_folders(tmp_path, inside):
     assert data.load("dvs", tmp_path).shape[0] == data.EVENT_STEPS
 
 
+@pytest.mark.parametrize("wrong", [{"time_steps": 0}, {"split_by": "space"}])
+@pytest.mark.parametrize("name", data.EVENTS)
+def test_frames_that_cannot_be_are_refused(tmp_path, name, wrong):
+    write_recordings(tmp_path)
+    with pytest.raises(data.DataError, match="ask for at least 1, split by number or time"):
+        data.load(name, tmp_path, **wrong)
+
+
 def test_nmnist_from_event_folders_has_its_size(tmp_path):
     write_recordings(tmp_path, classes=("0", "7"))
     nmnist = data.load("nmnist", tmp_path)
     assert nmnist.shape == (10, 2, 34, 34) and nmnist.num_classes == 10
 
 
-@pytest.mark.parametrize("damage", ["cut", "key", "empty", "far", "negative", "class", "no test", "no files"])
+@pytest.mark.parametrize("damage", ["cut", "key", "empty", "far", "nan", "negative", "class", "no test", "no files"])
 def test_wrong_event_folder_is_one_clear_error(tmp_path, damage):
     write_recordings(tmp_path)
     file, message = tmp_path / "train/wave/1.npz", r"wave/1\.npz is damaged"
@@ -489,7 +498,7 @@ def test_wrong_event_folder_is_one_clear_error(tmp_path, damage):
         elif damage == "empty":
             event = {key: values[:0] for key, values in event.items()}
         else:
-            event["x"] = event["x"].astype(np.int64) + (100_000 if damage == "far" else -100)
+            event["x"] = event["x"] + {"far": 100_000.0, "nan": np.nan, "negative": -100.0}[damage]
         np.savez(file, **event)
     with pytest.raises(data.DataError, match=message) as caught:
         data.load("dvs", tmp_path)
