@@ -20,7 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NAMES = ("digits", "mnist", "cifar10", "npz", "imagefolder")
+from .event_frames import SPLITS, event_frames
+
+NAMES = ("digits", "mnist", "cifar10", "cifar100", "nmnist", "dvs", "npz", "imagefolder")
+EVENTS = ("nmnist", "dvs")  # of these, events become frames here
+EVENT_STEPS = 10  # frames of a recording where nothing else is asked for
+MAX_SENSOR = 4096  # pixels a side; a coordinate beyond is damage
 CIFAR10_JPEG_NAME = "CIFAR-10 (JPEG q75 copy)"
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm"}
 # What the readers of NumPy, gzip, pickle and Pillow raise on a file that is cut off, damaged or of another kind.
@@ -73,15 +78,29 @@ class Dataset:
         return Dataset(**{**vars(self), **tensors})
 
 
-def load(name: str, data_dir: str | os.PathLike[str] | None = None, *, image_size: int = 32) -> Dataset:
+def load(
+    name: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    image_size: int = 32,
+    time_steps: int | None = None,
+    split_by: str = "number",
+) -> Dataset:
     """Read a data set by name into memory.
 
     name: "digits" (scikit-learn's embedded 8x8 digits, no files, a fixed stratified 80/20 split), "mnist" (mnist.npz
     or the four idx files as distributed, gzipped or not), "cifar10" (cifar10_jpeg.npz or the folder
-    cifar-10-batches-py), "npz" (arrays train_x, train_y, test_x, test_y; x is uint8 NHW, NHWC or, for event frames,
-    NTCHW; y holds integer classes from 0), "imagefolder" (folders train/<class>/ and val/<class>/ or test/<class>/;
-    images become RGB and are resized and centre-cropped to `image_size` pixels a side). data_dir: the folder or the
-    file; where None, the environment variable SADP_DATA. Raises DataError.
+    cifar-10-batches-py), "cifar100" (the folder cifar-100-python, fine labels), "nmnist" (N-MNIST in one of three
+    forms: nmnist_small_events.npz with the events of all examples end to end in arrays t, x, y, p, offsets, labels and
+    is_test; ready frames, nmnist_small_frames_T10.npz, with the arrays of "npz"; or folders as for "dvs"), "dvs"
+    (folders train/<class>/ and test/<class>/ of .npz files, one for each recording, with arrays t, x, y, p as
+    SpikingJelly stores its event sets; the frame is the smallest that holds all events), "npz" (arrays train_x,
+    train_y, test_x, test_y; x is uint8 NHW, NHWC or, for event frames, NTCHW; y holds integer classes from 0),
+    "imagefolder" (folders train/<class>/ and val/<class>/ or test/<class>/; images become RGB and are resized and
+    centre-cropped to `image_size` pixels a side). data_dir: the folder or the file; where None, the environment
+    variable SADP_DATA. time_steps: frames of each recording of "nmnist" and "dvs", 10 where None; `split_by` says
+    whether these are of equal numbers of events or of equal time (see `event_frames`); ready frames stay as they are.
+    Raises DataError.
     """
     if name == "digits":
         return _digits()
@@ -97,6 +116,13 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None, *, image_siz
         return _mnist(path)
     if name == "cifar10":
         return _cifar10(path)
+    if name == "cifar100":
+        return _cifar100(path)
+    if name in EVENTS:
+        steps = EVENT_STEPS if time_steps is None else time_steps
+        if steps < 1 or split_by not in SPLITS:
+            raise DataError(f"{steps} frames split by {split_by!r}: ask for at least 1, split by {' or '.join(SPLITS)}")
+        return _nmnist(path, steps, split_by) if name == "nmnist" else _event_folder(path.name, path, steps, split_by)
     if name == "npz":
         return _npz(path)
     return _image_folder(path, image_size)
@@ -166,22 +192,10 @@ def _image_folder(path: Path, size: int) -> Dataset:
 
     test = _first([path / "val", path / "test"], "images")
     train = _first([path / "train"], "images")
-    classes = sorted(folder.name for folder in train.iterdir() if folder.is_dir())
-    unknown = sorted({folder.name for folder in test.iterdir() if folder.is_dir()} - set(classes))
-    if unknown:
-        raise DataError(f"{test / unknown[0]} is a class that {train} lacks: the folders' names are the classes")
+    classes = _classes(train, test)
     arrays = []
     for split in (train, test):
-        files = [
-            (file, label)
-            for label, name in enumerate(classes)
-            for file in sorted((split / name).rglob("*"))
-            if file.suffix.lower() in IMAGE_SUFFIXES
-        ]
-        if not files:
-            raise DataError(
-                f"no images in {split}: put them into {split}/<class>/ as {', '.join(sorted(IMAGE_SUFFIXES))}"
-            )
+        files = _labelled_files(split, classes, IMAGE_SUFFIXES, "images")
         images = np.empty((len(files), size, size, 3), np.uint8)
         for row, (file, _) in enumerate(files):
             try:
@@ -191,6 +205,108 @@ def _image_folder(path: Path, size: int) -> Dataset:
                 raise DataError(f"{file} cannot be read as an image ({error}): replace or remove it") from error
         arrays += [images, np.array([label for _, label in files])]
     return _dataset(path.name, tuple(arrays), len(classes), path)
+
+
+def _classes(train: Path, test: Path) -> list[str]:
+    """The folders in `train`, sorted; those in `test` must be among them."""
+    classes = sorted(folder.name for folder in train.iterdir() if folder.is_dir())
+    unknown = sorted({folder.name for folder in test.iterdir() if folder.is_dir()} - set(classes))
+    if unknown:
+        raise DataError(f"{test / unknown[0]} is a class that {train} lacks: the folders' names are the classes")
+    return classes
+
+
+def _labelled_files(split: Path, classes: list[str], suffixes: set[str], what: str) -> list[tuple[Path, int]]:
+    files = [
+        (file, label)
+        for label, name in enumerate(classes)
+        for file in sorted((split / name).rglob("*"))
+        if file.suffix.lower() in suffixes
+    ]
+    if not files:
+        raise DataError(f"no {what} in {split}: put them into {split}/<class>/ as {', '.join(sorted(suffixes))}")
+    return files
+
+
+def _nmnist(path: Path, steps: int, split_by: str) -> Dataset:
+    if path.is_dir():
+        path = _first(
+            [
+                path / "nmnist_small_events.npz",
+                path / "nmnist_small_frames_T10.npz",
+                *(path / inside for inside in ("train", "events_np")),
+            ],
+            "N-MNIST",
+        )
+    if path.is_dir():
+        root = path.parent if path.name == "train" else path
+        return _event_folder("N-MNIST", root, steps, split_by, size=(34, 34), num_classes=10)
+    arrays = (
+        _packed_events(path, steps, split_by)
+        if _holds(path, "offsets")
+        else _read_npz(path, ("train_x", "train_y", "test_x", "test_y"))
+    )
+    count = len(arrays[0]) + len(arrays[2])
+    name = "N-MNIST" if count == 70_000 else f"N-MNIST ({count:,} of 70,000 examples)"
+    return _dataset(name, arrays, 10, path)
+
+
+def _packed_events(archive: Path, steps: int, split_by: str) -> tuple[np.ndarray, ...]:
+    """N-MNIST's events end to end: example i is events offsets[i] to offsets[i + 1]; 34x34 pixels."""
+    *events, offsets, labels, is_test = _read_npz(archive, ("t", "x", "y", "p", "offsets", "labels", "is_test"))
+    try:
+        lengths = {len(labels), len(is_test), len(offsets) - 1}
+        if len(lengths) > 1 or {len(values) for values in events} != {int(offsets[-1])} or offsets[0] != 0:
+            raise ValueError("its offsets, labels and events do not fit together")
+        frames = np.empty((len(labels), steps, 2, 34, 34), np.uint8)
+        for row, (start, end) in enumerate(itertools.pairwise(offsets)):
+            t, x, y, p = (values[start:end] for values in events)
+            frames[row] = event_frames(t, x, y, p, steps=steps, height=34, width=34, split_by=split_by)
+        test = is_test.astype(bool)
+        return frames[~test], labels[~test], frames[test], labels[test]
+    except UNREADABLE as error:
+        raise _damaged(archive, error) from error
+
+
+def _event_folder(
+    name: str,
+    path: Path,
+    steps: int,
+    split_by: str,
+    *,
+    size: tuple[int, int] | None = None,
+    num_classes: int | None = None,
+) -> Dataset:
+    """Recordings in train/<class>/ and test/<class>/; `size`: (height, width) of the sensor, None to find it out."""
+    path = path / "events_np" if (path / "events_np").is_dir() else path
+    train, test = (_first([path / split], "event") for split in ("train", "test"))
+    classes = _classes(train, test)
+    splits = [_labelled_files(split, classes, {".npz"}, "recordings") for split in (train, test)]
+    height, width = size or _sensor_size([file for files in splits for file, _ in files])
+    arrays = []
+    for files in splits:
+        frames = np.empty((len(files), steps, 2, height, width), np.uint8)
+        for row, (file, _) in enumerate(files):
+            t, x, y, p = _read_npz(file, ("t", "x", "y", "p"))
+            try:
+                frames[row] = event_frames(t, x, y, p, steps=steps, height=height, width=width, split_by=split_by)
+            except ValueError as error:
+                raise _damaged(file, error) from error
+        arrays += [frames, np.array([label for _, label in files])]
+    return _dataset(name, tuple(arrays), num_classes or len(classes), path)
+
+
+def _sensor_size(files: list[Path]) -> tuple[int, int]:
+    """Height and width of the smallest frame that holds the events of all files, read one after the other."""
+    height = width = 0
+    for file in files:
+        x, y = _read_npz(file, ("x", "y"))
+        if x.dtype.kind not in "iuf" or y.dtype.kind not in "iuf" or not x.size or not y.size:
+            raise _damaged(file, ValueError(f"x is {x.dtype} of shape {x.shape}, y {y.dtype} of shape {y.shape}"))
+        if not (x.max() < MAX_SENSOR and y.max() < MAX_SENSOR):  # NaN, too
+            raise _damaged(file, ValueError(f"a pixel at {x.max()}, {y.max()} is on no sensor"))
+        width, height = max(width, int(x.max()) + 1), max(height, int(y.max()) + 1)
+    return height, width
 
 
 def _dataset(name: str, arrays: tuple[np.ndarray, ...], num_classes: int, where: Path) -> Dataset:
@@ -217,7 +333,8 @@ def _dataset(name: str, arrays: tuple[np.ndarray, ...], num_classes: int, where:
             raise DataError(f"{where}: {split} labels hold {wrong}, out of range: classes are 0 to {num_classes - 1}")
     train_images, test_images = (_channels_first(images) for images in (train_x, test_x))
     # Drawn at random, since files are often ordered by class in a way that a stride would follow.
-    drawn = torch.randperm(len(train_images), generator=torch.Generator().manual_seed(0))[:10_000]
+    count = min(10_000, 1 + 2**28 // train_images[0].numel())  # at most 2 GiB of float64
+    drawn = torch.randperm(len(train_images), generator=torch.Generator().manual_seed(0))[:count]
     sample = train_images[drawn].double()
     std, mean = torch.std_mean(sample, dim=[axis for axis in range(sample.ndim) if axis != sample.ndim - 3])
     return Dataset(
@@ -266,6 +383,15 @@ def _read_npz(path: Path, keys: tuple[str, ...]) -> tuple[np.ndarray, ...]:
     return arrays
 
 
+def _holds(path: Path, key: str) -> bool:
+    """Whether an .npz file holds an array of this name."""
+    try:
+        with np.load(path) as archive:
+            return key in archive.files
+    except (*UNREADABLE, AttributeError) as error:
+        raise _damaged(path, error) from error
+
+
 def _read_idx(path: Path, rank: int) -> np.ndarray:
     """The idx format as MNIST is distributed: magic number, `rank` sizes as big-endian int32, then uint8 values."""
     try:
@@ -289,24 +415,39 @@ class _ArrayUnpickler(pickle.Unpickler):
                 return getattr(np, name)
             case "_codecs", "encode":
                 return codecs.encode
-        raise pickle.UnpicklingError(f"{module}.{name} is no part of the CIFAR-10 format")
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of the CIFAR format")
 
 
 def _cifar10_batches(folder: Path) -> Dataset:
+    train = [folder / f"data_batch_{index}" for index in range(1, 6)]
+    return _pickled("CIFAR-10", folder, (train, [folder / "test_batch"]), "labels", 10)
+
+
+def _cifar100(path: Path) -> Dataset:
+    if path.is_file():
+        raise DataError(f"{path} is a file: give the folder cifar-100-python, which holds train, test and meta")
+    folder = path / "cifar-100-python" if (path / "cifar-100-python").is_dir() else path
+    return _pickled("CIFAR-100", folder, ([folder / "train"], [folder / "test"]), "fine_labels", 100)
+
+
+def _pickled(
+    name: str, folder: Path, splits: tuple[list[Path], list[Path]], label_key: str, num_classes: int
+) -> Dataset:
+    """CIFAR's pickled batches: a dictionary with rows of 3 * 32 * 32 bytes under "data", and a list of labels."""
     arrays: list[np.ndarray] = []
-    for files in ([f"data_batch_{index}" for index in range(1, 6)], ["test_batch"]):
+    for files in splits:
         images, labels = [], []
         for file in files:
-            path = _first([folder / file], "CIFAR-10")
+            path = _first([file], name)
             try:
                 with path.open("rb") as stream:
                     batch = _ArrayUnpickler(stream, encoding="latin1").load()
                 images.append(batch["data"].reshape(-1, 3, 32, 32))
-                labels.append(np.asarray(batch["labels"]))
+                labels.append(np.asarray(batch[label_key]))
             except (*UNREADABLE, KeyError, AttributeError) as error:
                 raise _damaged(path, error) from error
         arrays += [np.concatenate(images).transpose(0, 2, 3, 1), np.concatenate(labels)]
-    return _dataset("CIFAR-10", tuple(arrays), 10, folder)
+    return _dataset(name, tuple(arrays), num_classes, folder)
 
 
 def _cached(archive: Path) -> tuple[np.ndarray, ...]:

@@ -46,6 +46,7 @@ class TrainConfig:
 
     dataset: str = "digits"
     image_size: int = 32
+    split_by: str = "number"
     model: str = "conv"
     time_steps: int = 4
     epochs: int = 30
@@ -239,7 +240,7 @@ class Trainer:
         lr = config.lr if self.rate is None else self.rate
         weights = self.model.parameters()
         self.optimizer: torch.optim.Optimizer
-        if config.model == "sew_resnet18":
+        if config.model in ("sew_resnet18", "spiking_vgg"):
             self.optimizer = torch.optim.SGD(weights, lr, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=fused)
         else:
             self.optimizer = torch.optim.AdamW(weights, lr, fused=fused, capturable=graphed)

@@ -93,6 +93,11 @@ ERRORS = [
     (["train", "--epochs", "2"], "lower one of the three or train more epochs"),
     (["train", "--data-dir", "."], "digits needs no files"),
     (["train", "--image-size", "8"], "--image-size is for --dataset imagefolder only"),
+    (["train", "--split-by", "time"], "--split-by is for --dataset nmnist and dvs only"),
+    (["train", "--split-by", "space"], "--split-by: invalid choice"),
+    (["train", "--dataset", "cifar100", "--data-dir", "a_file"], "a_file is a file: give the folder cifar-100-python"),
+    (["train", "--dataset", "nmnist", "--data-dir", "a_file"], "a_file is damaged or of another format"),
+    (["train", "--dataset", "dvs", "--data-dir", "empty"], "no event data at empty/train"),
     (["train", "--dataset", "mnist"], "give --data-dir or set SADP_DATA"),
     (["train", "--dataset", "mnist", "--data-dir", "nowhere"], "no file or folder nowhere"),
     (["train", "--dataset", "cifar10", "--data-dir", "empty"], "no CIFAR-10 data at empty/cifar10_jpeg.npz"),
@@ -250,6 +255,25 @@ def test_event_frames_bring_their_time_steps():
     assert (config["time_steps"], config["model"], config["lr"], config["amp"]) == (5, "conv", 0.002, "off")
 
 
+@pytest.mark.parametrize("model", ["spiking_vgg", "spikformer"])
+def test_events_become_as_many_frames_as_time_steps(model):
+    random = np.random.default_rng(0)
+    for split, count in (("train", 8), ("test", 2)):
+        for name in ("left", "right"):
+            folder = Path("events", split, name)
+            folder.mkdir(parents=True)
+            for i in range(count):
+                x, y = random.integers(0, 8, (2, 200))
+                x[0] = y[0] = 7  # the sensor's corner
+                np.savez(folder / f"{i}.npz", t=np.arange(200), x=x, y=y, p=random.integers(0, 2, 200))
+    arguments = ["train", "--device", "cpu", "--dataset", "dvs", "--data-dir", "events", "--model", model]
+    arguments += ["--time-steps", "3", "--split-by", "time", "--epochs", "3", "--batch-size", "4", "--compare", "none"]
+    assert cli.main([*arguments, "--out", "here"]) == 0
+    result = json.loads(Path("here/results.json").read_text())
+    assert (result["config"]["time_steps"], result["config"]["split_by"]) == (3, "time")
+    assert cli.main(["train", "--resume", "here", "--quiet"]) == 0
+
+
 def stop(monkeypatch, when) -> None:
     """Ctrl-C as soon as `when` holds of a line's method and history entry."""
     shown = cli._Lines.epoch
@@ -386,6 +410,6 @@ def test_help_names_every_option(capsys):
     for option in (
         *("dataset", "data-dir", "model", "prune-ratio", "score", "policy", "smoothing", "schedule", "warmup-epochs"),
         *("tail-epochs", "epochs", "time-steps", "batch-size", "lr", "amp", "compare", "seed", "device", "resume"),
-        *("out", "name", "quiet", "image-size", "label-smoothing", "low-memory"),
+        *("out", "name", "quiet", "image-size", "split-by", "label-smoothing", "low-memory"),
     ):
         assert f"--{option} " in text

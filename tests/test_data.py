@@ -13,6 +13,7 @@ import torch
 
 from sadp_fast import data
 from sadp_fast.augmentation import crop_flip_normalise
+from sadp_fast.event_frames import SPLITS, event_frames
 
 PIL_Image = pytest.importorskip("PIL.Image")
 REAL_DATA = Path(os.environ.get("SADP_DATA") or "no folder")
@@ -321,3 +322,196 @@ def test_data_folder_is_asked_for(monkeypatch, tmp_path):
         data.load("npz", tmp_path)
     with pytest.raises(data.DataError, match="unknown data set"):
         data.load("imagenet", tmp_path)
+
+
+def write_cifar100(folder: Path) -> np.ndarray:
+    folder.mkdir(exist_ok=True)
+    images = RNG.integers(0, 256, (2, 3, 3, 32, 32), dtype=np.uint8)
+    for index, name in enumerate(("train", "test")):
+        batch = {
+            "data": images[index].reshape(3, -1),
+            "fine_labels": [index, 99, 50],
+            "coarse_labels": [0, 19, 10],
+            "filenames": ["a.png", "b.png", "c.png"],
+            "batch_label": "training batch 1 of 1",
+        }
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": ["apple"]}, protocol=2))
+    return images
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_cifar100_has_its_fine_labels(tmp_path, inside):
+    folder = tmp_path / "cifar-100-python"
+    images = write_cifar100(folder)
+    cifar = data.load("cifar100", folder if inside else tmp_path)
+    assert cifar.name == "CIFAR-100" and cifar.num_classes == 100 and cifar.augmented
+    assert np.array_equal(cifar.train_images.numpy(), images[0])
+    assert cifar.train_labels.tolist() == [0, 99, 50] and cifar.test_labels.tolist() == [1, 99, 50]
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "keys", "label", "code"])
+def test_wrong_cifar100_is_one_clear_error(tmp_path, damage):
+    folder = tmp_path / "cifar-100-python"
+    write_cifar100(folder)
+    file, message = folder / "test", r"python.test is damaged"
+    batch = pickle.loads(file.read_bytes())
+    if damage == "missing":
+        file.unlink()
+        message = "no CIFAR-100 data at .*test"
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:500])
+    else:
+        if damage == "keys":
+            del batch["fine_labels"]
+        elif damage == "label":
+            batch["fine_labels"][0], message = 100, "hold 100, out of range: classes are 0 to 99"
+        else:
+            batch["data"] = Path("code")
+        file.write_bytes(pickle.dumps(batch, protocol=2))
+    with pytest.raises(data.DataError, match=message):
+        data.load("cifar100", tmp_path)
+    with pytest.raises(data.DataError, match="is a file: give the folder"):
+        data.load("cifar100", folder / "train")
+
+
+def recordings(count: int, side: int = 34) -> list[dict[str, np.ndarray]]:
+    events = []
+    for _ in range(count):
+        size = int(RNG.integers(50, 300))
+        x, y = RNG.integers(0, side, (2, size), dtype=np.uint8)
+        x[0] = y[-1] = side - 1
+        times = np.sort(RNG.integers(0, 300_000, size)).astype(np.uint32)
+        events.append({"t": times, "x": x, "y": y, "p": RNG.integers(0, 2, size, dtype=np.uint8)})
+    return events
+
+
+def packed_events(path: Path, count: int = 6, **changes) -> list[dict[str, np.ndarray]]:
+    events = recordings(count)
+    content = {key: np.concatenate([event[key] for event in events]) for key in "txyp"}
+    content["offsets"] = np.cumsum([0, *(len(event["t"]) for event in events)])
+    content["labels"] = (np.arange(count) % 10).astype(np.uint8)
+    content["is_test"] = np.arange(count) % 3 == 1
+    np.savez(path, **{**content, **{key: change(content[key]) for key, change in changes.items()}})
+    return events
+
+
+@pytest.mark.parametrize("split_by", SPLITS)
+def test_packed_events_of_nmnist(tmp_path, split_by):
+    events = packed_events(tmp_path / "nmnist_small_events.npz")
+    for where in (tmp_path, tmp_path / "nmnist_small_events.npz"):
+        nmnist = data.load("nmnist", where, time_steps=4, split_by=split_by)
+        assert nmnist.shape == (4, 2, 34, 34) and nmnist.num_classes == 10 and not nmnist.augmented
+        assert nmnist.name == "N-MNIST (6 of 70,000 examples)"
+        assert nmnist.train_labels.tolist() == [0, 2, 3, 5] and nmnist.test_labels.tolist() == [1, 4]
+        expected = [event_frames(**event, steps=4, height=34, width=34, split_by=split_by) for event in events]
+        assert np.array_equal(nmnist.train_images, np.stack([expected[row] for row in (0, 2, 3, 5)]))
+        assert np.array_equal(nmnist.test_images, np.stack([expected[row] for row in (1, 4)]))
+        assert nmnist.mean.tolist() == [0, 0]
+    assert data.load("nmnist", tmp_path).shape == (data.EVENT_STEPS, 2, 34, 34)
+
+
+def test_ready_frames_of_nmnist_stay_as_they_are(tmp_path):
+    source = arrays((10, 2, 34, 34))
+    np.savez(tmp_path / "nmnist_small_frames_T10.npz", **source)
+    nmnist = data.load("nmnist", tmp_path, time_steps=4)
+    assert np.array_equal(nmnist.train_images, source["train_x"]) and nmnist.num_classes == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"offsets": lambda offsets: offsets[:-1]}, "do not fit together"),
+        ({"offsets": lambda offsets: np.maximum(offsets, 1)}, "do not fit together"),
+        ({"t": lambda t: t[:-1]}, "do not fit together"),
+        ({"is_test": lambda is_test: is_test[:-1]}, "do not fit together"),
+        ({"x": lambda x: x + np.uint8(1)}, "x holds 34, which is not in 0 to 33"),
+        ({"offsets": lambda offsets: np.array([0, 0, *offsets[2:]])}, "hold 0, 0, 0, 0 events"),
+        ({"labels": lambda labels: labels + np.uint8(8)}, "out of range: classes are 0 to 9"),
+        ({"is_test": lambda is_test: is_test | True}, "one common shape"),
+    ],
+)
+def test_wrong_packed_events_are_one_clear_error(tmp_path, changes, message):
+    packed_events(tmp_path / "events.npz", **changes)
+    with pytest.raises(data.DataError, match=message) as caught:
+        data.load("nmnist", tmp_path / "events.npz")
+    assert "events.npz" in str(caught.value)
+
+
+def write_recordings(folder: Path, classes: tuple[str, ...] = ("clap", "wave"), side: int = 12) -> dict:
+    written = {}
+    for split, count in (("train", 3), ("test", 1)):
+        for name in classes:
+            (folder / split / name).mkdir(parents=True)
+            written[split, name] = recordings(count, side)
+            for index, event in enumerate(written[split, name]):
+                np.savez(folder / split / name / f"{index}.npz", **event)
+    return written
+
+
+@pytest.mark.parametrize("inside", ["", "events_np"])
+def test_event_folders(tmp_path, inside):
+    written = write_recordings(tmp_path / inside)
+    dvs = data.load("dvs", tmp_path, time_steps=5, split_by="time")
+    assert dvs.name == tmp_path.name and dvs.shape == (5, 2, 12, 12) and dvs.num_classes == 2
+    assert dvs.train_labels.tolist() == [0, 0, 0, 1, 1, 1] and dvs.test_labels.tolist() == [0, 1]
+    expected = [event_frames(**e, steps=5, height=12, width=12, split_by="time") for e in written["test", "wave"]]
+    assert np.array_equal(dvs.test_images[1:], np.stack(expected))
+    assert data.load("dvs", tmp_path).shape[0] == data.EVENT_STEPS
+
+
+@pytest.mark.parametrize("wrong", [{"time_steps": 0}, {"split_by": "space"}])
+@pytest.mark.parametrize("name", data.EVENTS)
+def test_frames_that_cannot_be_are_refused(tmp_path, name, wrong):
+    write_recordings(tmp_path)
+    with pytest.raises(data.DataError, match="ask for at least 1, split by number or time"):
+        data.load(name, tmp_path, **wrong)
+
+
+def test_nmnist_from_event_folders_has_its_size(tmp_path):
+    write_recordings(tmp_path, classes=("0", "7"))
+    nmnist = data.load("nmnist", tmp_path)
+    assert nmnist.shape == (10, 2, 34, 34) and nmnist.num_classes == 10
+
+
+@pytest.mark.parametrize("damage", ["cut", "key", "empty", "far", "nan", "negative", "class", "no test", "no files"])
+def test_wrong_event_folder_is_one_clear_error(tmp_path, damage):
+    write_recordings(tmp_path)
+    file, message = tmp_path / "train/wave/1.npz", r"wave/1\.npz is damaged"
+    event = dict(np.load(file))
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:400])
+    elif damage == "class":
+        (tmp_path / "test/fly").mkdir()
+        message = "fly is a class that .*train lacks"
+    elif damage == "no test":
+        (tmp_path / "test").rename(tmp_path / "val")
+        message = "no event data at .*test"
+    elif damage == "no files":
+        for path in (tmp_path / "test").rglob("*.npz"):
+            path.unlink()
+        message = "no recordings in .*test"
+    else:
+        if damage == "key":
+            del event["p"]
+            message = r"1\.npz has no array 'p'"
+        elif damage == "empty":
+            event = {key: values[:0] for key, values in event.items()}
+        else:
+            event["x"] = event["x"] + {"far": 100_000.0, "nan": np.nan, "negative": -100.0}[damage]
+        np.savez(file, **event)
+    with pytest.raises(data.DataError, match=message) as caught:
+        data.load("dvs", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_real_nmnist_events_count_as_its_frames():
+    """Where SADP_DATA names both files' folder: the same recordings, to the few events after 300 ms."""
+    paths = [REAL_DATA / "nmnist_small_events.npz", REAL_DATA / "nmnist_small_frames_T10.npz"]
+    if not all(path.is_file() for path in paths):
+        pytest.skip("SADP_DATA does not name a folder with nmnist_small_events.npz and nmnist_small_frames_T10.npz")
+    events, frames = (data.load("nmnist", path) for path in paths)
+    assert events.shape == frames.shape == (10, 2, 34, 34) and len(events.test_labels) == 100
+    assert torch.equal(events.train_labels, frames.train_labels)
+    counts, ready = (each.test_images.sum((1, 4)).double() for each in (events, frames))  # by polarity and row
+    assert (counts >= ready).all() and 0 <= 1 - ready.sum() / counts.sum() < 0.01

@@ -65,8 +65,9 @@ def scores_of(model, criterion, x, y, score):
     return per_epoch[1]
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv"])
-@pytest.mark.parametrize("steps", [0, 60])
+@pytest.mark.parametrize(
+    ("name", "steps"), [("mlp", 0), ("mlp", 60), ("conv", 0), ("conv", 60), ("spiking_vgg", 60), ("spikformer", 60)]
+)
 def test_all_score_bounds_and_follows_the_gradient_norm(name, steps, digits, device):
     x, y = (t.to(device) for t in digits)
     model = trained(name, x[-1024:], y[-1024:], steps)

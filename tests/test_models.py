@@ -7,8 +7,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from unfused import unfused
 
 from sadp_fast import SADP, BatchNormLIF, models
+from sadp_fast.models.spikformer import SpikingSelfAttention
 from sadp_fast.neuron import LIFNode, reset
 from sadp_fast.spike_storage import packed_spikes
+from sadp_fast.surrogate import ATan
 
 SHAPES = {"image": (1, 8, 8), "colour": (3, 16, 12), "events": (3, 2, 9, 8)}
 
@@ -173,7 +175,9 @@ def test_every_hidden_layer_is_measured_by_its_neuron(name):
     reduced_inputs = [line for line in lines if ": reduction" in line]
     reduced_gradients = [line for line in lines if "x reduction" in line]
     # The image, what pooling gives, and the gradient of the classifier are all that no neuron knows.
-    assert len(reduced_inputs) == {"mlp": 1, "conv": 3, "sew_resnet18": 2}[name], lines
+    assert len(reduced_inputs) == {"mlp": 1, "conv": 3, "sew_resnet18": 2, "spiking_vgg": 5, "spikformer": 3}[name], (
+        lines
+    )
     assert len(reduced_gradients) == 1 and reduced_gradients[0] == lines[-1]
 
 
@@ -201,7 +205,9 @@ def test_neurons_fire(name):
     rates = []
     for module in model.modules():
         if isinstance(module, LIFNode):
-            module.register_forward_hook(lambda module, inputs, output: rates.append(output.mean().item()))
+            module.register_forward_hook(  # of the spikes alone, without the residual
+                lambda _, inputs, output: rates.append((output - sum(inputs[1:])).mean().item())
+            )
     model(torch.randn(16, 3, 16, 16))
     assert rates and min(rates) > 0.005 and max(rates) < 0.5, rates
 
@@ -223,9 +229,92 @@ def test_sew_resnet18_is_the_published_network():
     assert sizes == [24, 24, 12, 12, 6, 6, 3, 3]
 
 
+def test_spiking_vgg_is_vgg11():
+    """9,217,728 weights of convolutions, as VGG-11 has; 32x32 pixels are pooled five times, 4x4 twice."""
+    model = make("spiking_vgg", (3, 32, 32), classes=10)
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    assert sum(module.weight.numel() for module in convolutions) == 9_217_728 and len(convolutions) == 8
+    assert sum(isinstance(module, nn.MaxPool2d) for module in model.modules()) == 5
+    small = make("spiking_vgg", (3, 4, 4))
+    assert sum(isinstance(module, nn.MaxPool2d) for module in small.modules()) == 2
+    assert make("spiking_vgg", (2, 2, 70, 34), steps=2)(torch.randn(1, 2, 2, 70, 34)).shape == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes", "published", "tokens", "blocks"),
+    [
+        ((3, 32, 32), 10, 9.32e6, (8, 8), 4),
+        ((10, 2, 128, 128), 10, 2.57e6, (8, 8), 2),
+        ((3, 224, 224), 1000, 29.68e6, (14, 14), 8),
+        ((2, 2, 9, 8), 10, None, (5, 4), 2),
+    ],
+    ids=["4-384", "2-256", "8-512", "tiny"],
+)
+def test_spikformer_has_the_published_sizes(shape, classes, published, tokens, blocks):
+    """Parameters as the paper counts them, some of whose linear layers have biases, which the normalisation removes."""
+    with torch.device("meta"):
+        model = make("spikformer", shape, classes=classes, steps=shape[0] if len(shape) == 4 else 2)
+    attentions = [module for module in model.modules() if isinstance(module, SpikingSelfAttention)]
+    assert len(attentions) == blocks
+    width = attentions[0].neuron.num_features
+    biases = blocks * (3 + 1 + 4 + 1) * width
+    if published:
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        assert parameters - 0.005e6 <= published <= parameters + biases + 0.005e6
+    map_ = torch.zeros(1, *shape[-2:])
+    for module in model.body:
+        pooling = module[0] if isinstance(module, models.PerStep) else None
+        map_ = pooling(map_) if isinstance(pooling, nn.MaxPool2d) else map_
+    assert map_.shape[1:] == tokens
+
+
+def test_self_attention_is_the_papers(device):
+    """Q K^T V s, written as the paper does, in its order and one head at a time; and the sum with what came in."""
+    torch.manual_seed(0)
+    attention = SpikingSelfAttention(24, 3).double().to(device)
+    inputs = torch.randint(0, 3, (4, 2, 24, 3, 2), device=device).double()
+    seen = {}
+    for name in ("qkv_neuron", "attention_neuron", "neuron"):
+        attention.get_submodule(name).register_forward_hook(
+            lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)})
+        )
+    output = attention(inputs)
+    q, k, v = seen["qkv_neuron"][1].flatten(3).chunk(3, dim=2)
+    expected = []
+    for head in torch.arange(24, device=device).chunk(3):
+        q_h, k_h, v_h = (part[:, :, head].transpose(-2, -1) for part in (q, k, v))  # tokens x channels
+        expected.append((q_h @ k_h.transpose(-2, -1) @ v_h * 256 / (8 * 6)).transpose(-2, -1))
+    torch.testing.assert_close(seen["attention_neuron"][0], torch.stack(expected, 2))
+    spikes = output - inputs
+    assert ((spikes == 0) | (spikes == 1)).all() and 0 < spikes.mean() < 1
+    assert torch.equal(attention.projection(seen["attention_neuron"][1].reshape(inputs.shape)), seen["neuron"][0])
+
+
+def test_self_attention_is_spikingjellys():
+    """At its fixed scale, that of 64 tokens and 32 channels a head: output, gradients of input and weights."""
+    peer = pytest.importorskip("spikingjelly.activation_based.layer.attention", reason="SpikingJelly is not installed")
+    torch.manual_seed(0)
+    ours = SpikingSelfAttention(64, 2).double()
+    theirs = peer.SpikingSelfAttention(64, 2, surrogate_function=ATan()).double()
+    theirs.qkv_conv_bn[0].weight.data.copy_(ours.qkv[0].weight.data.squeeze(-1))
+    theirs.proj_conv_bn[0].weight.data.copy_(ours.projection[0].weight.data.squeeze(-1))
+    for norm in (ours.qkv_neuron, ours.neuron, theirs.qkv_conv_bn[1], theirs.proj_conv_bn[1]):
+        nn.init.constant_(norm.bias, 0.5)  # so that random inputs make enough spikes
+    x = torch.randint(0, 2, (4, 3, 64, 8, 8)).double()
+    results = []
+    for module, flat, first in ((ours, False, ours.qkv), (theirs, True, theirs.qkv_conv_bn)):
+        given = (x.flatten(3) if flat else x.clone()).requires_grad_()
+        output = module(given) + (given if flat else 0)
+        (output.flatten(3) * torch.linspace(-1, 1, 64, dtype=torch.float64)).sum().backward()
+        results.append((output.flatten(3), given.grad.flatten(3), first[0].weight.grad.flatten()))
+    assert results[0][0].sub(x.flatten(3)).mean() > 0.01 and results[0][2].abs().max() > 0
+    torch.testing.assert_close(*results)
+
+
 def test_neurons_are_set_as_the_reference_code_sets_them():
-    for module in make("conv", (1, 8, 8)).modules():
+    for module in [*make("conv", (1, 8, 8)).modules(), *make("spikformer", (1, 8, 8)).modules()]:
         if isinstance(module, LIFNode):
+            assert module.v_threshold == (0.5 if type(module) is LIFNode else 1.0)
             assert module.tau == 2.0 and module.decay_input and module.detach_reset and module.step_mode == "m"
             assert type(module.surrogate_function).__name__ == "ATan"
 
