@@ -234,13 +234,13 @@ def run(layer, x, residual, repeat, upstream, device) -> Result:
 
 
 def assert_no_less_exact(
-    fused: Tensor, plain: Tensor, truth: Tensor, size: float, what: str, device="cpu", luck=1.0
+    fused: Tensor, plain: Tensor, truth: Tensor, size: float, what: str, device="cpu", luck=1.0, rounding=5e-6
 ) -> None:
     """The criterion; ``size``: what errors are relative to; ``luck``: factor by which plain torch's may vary."""
     assert fused.shape == truth.shape, what
     assert torch.isfinite(fused).all(), what
     fused_error, plain_error = (fused.double() - truth).abs(), (plain.double() - truth).abs()
-    tolerance = 5e-6 * size + 1e-9
+    tolerance = rounding * size + 1e-9
     if fused.dtype == torch.bfloat16 and device == "cpu":
         # Triton's interpreter cuts float32 to bfloat16 instead of rounding: up to one unit in the last place.
         assert (fused_error <= 2**-7 * truth.abs() + plain_error + tolerance).all(), what
@@ -269,6 +269,7 @@ def check(
     plain_size=3e-5,
     upstream=None,
     luck=1.0,
+    rounding=5e-6,
     **options,
 ) -> tuple[Result, Truth]:
     """Oracle, unfused and fused pass on one case, forward and backward; compares everything.
@@ -302,7 +303,7 @@ def check(
     assert torch.equal(plain.out.to(dtype) * truth.clear, exact)
     if residual is None or not (dtype == torch.bfloat16 and device == "cpu" and residual.frac().any()):
         assert torch.equal(fused.out * truth.clear, exact)
-    near = partial(assert_no_less_exact, device=device, luck=luck)
+    near = partial(assert_no_less_exact, device=device, luck=luck, rounding=rounding)
     near(fused.v * truth.clear, plain.v * truth.clear, truth.v * truth.clear, truth.v.abs().max().item(), "v")
     near(fused.grad_x, plain.grad_x.to(dtype), truth.grad_x, truth.sizes["x"], "grad_x")
     # Plain torch itself has to be near the truth, or the comparison says nothing.
@@ -591,7 +592,8 @@ def test_one_huge_value(outlier, where, kernel_device):
     x = input_current((3, 4, 5, 6))
     x[where] = outlier
     # Beside 1e12 the others are alike to float32, and so is what decides between the ones and the others' gradients.
-    check(None, x=x, device=kernel_device, typical=False, plain_size=math.inf, margin=1e-3)
+    # Deviations are taken from the first value: where that is the huge one, the variance loses digits.
+    check(None, x=x, device=kernel_device, typical=False, plain_size=math.inf, margin=1e-3, rounding=2e-5)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -219,7 +219,7 @@ def run_suite(*arguments: str) -> subprocess.CompletedProcess:
     # Neither the interpreter nor this run's workers, under which nothing is timed.
     environment = {k: v for k, v in environment.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_XDIST")}
     command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=FOLDER.parent, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=FOLDER, timeout=600)
 
 
 @pytest.mark.slow
