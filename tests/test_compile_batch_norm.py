@@ -77,8 +77,7 @@ class Compiler:
         from sadp_fast.ops import batch_norm_lif as ops
 
         self.architecture, self.ops, self.found, self.key = architecture, ops, {}, ""
-        early = {"EARLY": True, "launch_pdl": True} if architecture >= 90 else {"EARLY": False}
-        ops._processors, ops._early = lambda device: PROCESSORS, lambda device: early
+        ops._processors = lambda device: PROCESSORS
         compiler = self
 
         class Recorded(ops.Launch):

@@ -198,6 +198,11 @@ class _Shape(NamedTuple):
     def cut(self, config: Configuration) -> _Cut:
         return _cut(self.examples, self.channels, self.pixels, self.channels_last, config, _processors(self.device))
 
+    def cut_numbers(self, cut: _Cut, other_strides: tuple[int, ...] = ()) -> tuple[int, ...]:
+        """The numbers that every kernel over tiles begins with; the strides are those of its second tensor."""
+        sizes = (self.examples, self.channels, self.pixels, self.stride_t, self.stride_n)
+        return (*sizes, *other_strides, cut.channel_blocks, cut.tiles, cut.team, cut.teams)
+
     def cut_constants(self, cut: _Cut, config: Configuration) -> dict[str, Any]:
         return {
             "ROWS": cut.rows,
@@ -230,17 +235,7 @@ def _known_layout(x: Tensor) -> Tensor:
 def _statistics_launch(shape: _Shape) -> Launch:
     config = STATISTICS
     cut = shape.cut(config)
-    numbers = (
-        shape.examples,
-        shape.channels,
-        shape.pixels,
-        shape.stride_t,
-        shape.stride_n,
-        cut.channel_blocks,
-        cut.tiles,
-        cut.team,
-        cut.teams,
-    )
+    numbers = shape.cut_numbers(cut)
     constants = {"T": shape.steps, **shape.cut_constants(cut, config)}
     return Launch(_channel_statistics_kernel, shape.device, cut.programs, numbers, constants)
 
@@ -283,16 +278,7 @@ def _forward_launch(
     config = FORWARD.for_tiles_of(steps, shape.dtype.itemsize)
     cut = shape.cut(config)
     numbers = (
-        shape.examples,
-        shape.channels,
-        shape.pixels,
-        shape.stride_t,
-        shape.stride_n,
-        *((0, 0) if residual_strides is None else residual_strides[:2]),
-        cut.channel_blocks,
-        cut.tiles,
-        cut.team,
-        cut.teams,
+        *shape.cut_numbers(cut, (0, 0) if residual_strides is None else residual_strides[:2]),
         neuron.keep,
         neuron.v_threshold,
         neuron.v_rest,
@@ -325,16 +311,7 @@ def _backward_launch(
     config = (SUMS if sums else GRADIENT).for_tiles_of(steps, shape.dtype.itemsize)
     cut = shape.cut(config)
     numbers = (
-        shape.examples,
-        shape.channels,
-        shape.pixels,
-        shape.stride_t,
-        shape.stride_n,
-        *grad_strides[:2],
-        cut.channel_blocks,
-        cut.tiles,
-        cut.team,
-        cut.teams,
+        *shape.cut_numbers(cut, grad_strides[:2]),
         neuron.keep,
         neuron.gain,
         neuron.v_threshold,

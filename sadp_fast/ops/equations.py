@@ -12,8 +12,6 @@ import os
 import triton
 import triton.language as tl
 
-from ..dynamics import Dynamics
-
 NO_LEAK = tl.constexpr(0)
 LEAK = tl.constexpr(1)
 LEAK_WITH_INPUT_DECAY = tl.constexpr(2)
@@ -101,16 +99,3 @@ def reset(h, fired, v_threshold, v_rest, SOFT_RESET: tl.constexpr):
         return tl.where(fired, h - v_threshold, h)
     else:
         return tl.where(fired, v_rest, h)
-
-
-def step_constants(dynamics: Dynamics) -> dict[str, int | bool]:
-    """The compile-time constants that ``charge`` and ``reset`` take for a neuron."""
-    if dynamics.tau is None:
-        leak = NO_LEAK
-    else:
-        leak = LEAK_WITH_INPUT_DECAY if dynamics.decay_input else LEAK
-    return {
-        "DYNAMICS": leak,
-        "EXACT_RECIPROCAL": math.frexp(1.0 if dynamics.tau is None else dynamics.tau)[0] == 0.5,
-        "SOFT_RESET": dynamics.v_reset is None,
-    }
