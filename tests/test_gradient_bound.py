@@ -1,4 +1,4 @@
-"""The "all" score against the exact per-example gradient norm, by autograd on one example at a time.
+"""The "all" score against the exact per-example gradient norm.
 
 With frozen normalisation an example's gradient does not depend on its batch, so both are well defined. Shown on
 scikit-learn's digits: the score is never below the exact norm, at initialisation and in training, and in training it
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sadp_fast import SADP, models, reset
+from sadp_fast.exact import gradient_norms
 
 STEPS, BATCH, EXAMPLES = 4, 32, 128
 
@@ -21,18 +22,6 @@ def digits():
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8)[order] / 16
     return (x - x.mean()) / x.std(), torch.tensor(labels)[order]
-
-
-def exact_norms(model, criterion, x, y):
-    """Norm of the gradient of all weight matrices and kernels, one example at a time."""
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    norms = []
-    for i in range(x.shape[0]):
-        reset(model)
-        grads = torch.autograd.grad(criterion(model(x[i : i + 1]), y[i : i + 1]), weights)
-        norms.append(torch.linalg.vector_norm(torch.stack([g.norm() for g in grads])))
-    reset(model)
-    return torch.stack(norms)
 
 
 def trained(name, x, y, steps):
@@ -73,7 +62,7 @@ def test_all_score_bounds_and_follows_the_gradient_norm(name, steps, digits, dev
     model = trained(name, x[-1024:], y[-1024:], steps)
     criterion = nn.CrossEntropyLoss()
     x, y = x[:EXAMPLES], y[:EXAMPLES]
-    exact = exact_norms(model, criterion, x, y)
+    exact = gradient_norms(model, x, y, criterion, weights_only=True)
     score = scores_of(model, criterion, x, y, "all")
     assert (score >= exact * (1 - 1e-4)).all(), f"below the norm by {(score / exact).min()}"
     if steps:  # before training, the norms hardly differ between examples
