@@ -19,14 +19,14 @@ import torch
 
 from . import data, models, report, train
 from .event_frames import SPLITS
-from .pruner import SCORES
+from .pruner import WEIGHTS
 from .selection import POLICIES, SCHEDULES
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bars
 
-COMPARED = ("full", "random")
+COMPARED = tuple(method for method in train.METHODS if method != "sadp")
 # What a data set is trained with where no option says otherwise.
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": {"model": "conv", "epochs": 30, "batch_size": 32},
@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         help="train a spiking network with spike-aware data pruning, beside full-data training",
         description="Train a spiking network with spike-aware data pruning (SADP) and, under the same conditions, with "
-        "full data or random pruning; then compare accuracy and time in a table, a plot and a JSON file.",
+        "full data or other ways of pruning; then compare accuracy and time in a table, a plot and a JSON file.",
         epilog="Without options: handwritten digits, no files needed, about a minute on two CPU cores. "
         "Ctrl-C is safe: the checkpoint of the last whole epoch stays, and --resume continues from it.",
         # Options that are not given stay out, so that --resume knows which were asked for.
@@ -128,14 +128,19 @@ def _parser() -> argparse.ArgumentParser:
 
     option = command.add_argument_group("pruning").add_argument
     option("--prune-ratio", type=below_one, metavar="R", help="mean share of examples left out, [0, 1) (default: 0.5)")
-    option("--score", choices=SCORES, help="importance of an example (default: all, from every layer's spikes)")
-    option("--policy", choices=POLICIES, help="how small probabilities are raised (default: mix)")
-    option("--smoothing", type=share, metavar="C", help="how far they are raised, 0 to 1 (default: 0.3)")
+    option("--score", choices=train.SCORES, help="importance of an example (default: all, from every layer's spikes)")
+    option("--policy", choices=POLICIES, help="how scores become probabilities (default: mix)")
+    option("--smoothing", type=share, metavar="C", help="how far small ones are raised, 0 to 1 (default: 0.3)")
+    option("--weights", choices=WEIGHTS, help="weights of the losses (default: by --policy; unbiased for mix)")
+    option("--score-momentum", type=below_one, metavar="M", help="how much of an old score is kept (default: 0)")
     option("--schedule", choices=SCHEDULES, help="the ratio's course over the epochs (default: constant)")
     option("--warmup-epochs", type=natural, metavar="N", help="full-data epochs at the start (default: by --epochs)")
     option("--tail-epochs", type=natural, metavar="N", help="full-data epochs at the end (default: by --epochs)")
     option(
-        "--compare", type=_methods, metavar="LIST", help="also run full, random, full,random or none (default: full)"
+        "--compare",
+        type=_methods,
+        metavar="LIST",
+        help=f"also run none, or any of {','.join(COMPARED)} (default: full)",
     )
 
     option = command.add_argument_group("training").add_argument

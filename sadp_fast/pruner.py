@@ -24,8 +24,12 @@ from .sampling import sample
 from .score import el2n_score, spike_aware_score
 from .selection import inclusion_probabilities, prune_ratios
 
-SCORES = ("all", "last", "loss", "el2n", "random")
+SCORES = ("all", "last", "loss", "el2n", "given", "random", "static_random")
 _GRADIENT_SCORES = ("all", "last")
+_UNIFORM_SCORES = ("random", "static_random")
+WEIGHTS = ("unbiased", "sum", "none")
+# What goes with a policy: InfoBatch rescales by 1/p, Raju et al. do not weight what they select [both papers].
+_POLICY_WEIGHTS = {"infobatch": "sum", "epsilon_greedy": "none"}
 
 # Full-data epochs by default, as fractions of all epochs [ours]: scores need a first pass over the data, and InfoBatch
 # (arXiv 2303.04947) trains its last eighth on everything.
@@ -46,7 +50,7 @@ class _Batch:
         None  # d(what backward() was called on) / d(loss): a GradScaler's factor, 1/accumulation
     )
     mean_factor: float = 1.0  # 1/B where the loss is a mean
-    direct_score: Tensor | None = None  # "loss" and "el2n" need no backward pass
+    direct_score: Tensor | None = None  # "loss", "el2n" and "given" need no backward pass
     collected: bool = False
 
     @property
@@ -69,14 +73,22 @@ class SADP:
                 sadp_fast.reset(model)                                                  # 4, or SpikingJelly's reset_net
 
     Args:
-        model: the network, with this package's neurons; any module for the scores "loss", "el2n" and "random".
+        model: the network, with this package's neurons for the scores "all" and "last"; any module for the others.
         num_examples: N, size of the training set; examples are known by their index in it.
         epochs: how many epochs will be trained: the schedule's length.
         prune_ratio: r in [0, 1), the mean share of examples left out per epoch, full-data epochs included. 0 is
             ordinary training: batches, losses and model are left exactly as they are.
         score: "all": the spike-aware bound over all weight layers [form ours]; "last": over the last weight layer
-            alone; "loss"; "el2n"; "random": every example alike (dynamic random pruning).
+            alone; "loss"; "el2n"; "given": by the loop, see ``give``; "random": every example alike, another subset
+            each epoch (dynamic random pruning); "static_random": one such subset for all pruned epochs, smaller ones
+            being part of larger ones.
         policy, smoothing: see ``inclusion_probabilities``.
+        weights: of the losses. "unbiased": m / (N p_i), mean 1 [mean: ours]; "sum": 1 / p_i, mean N / m, so that the
+            gradients of an epoch sum up to those of the whole data set, as if the learning rate rose where an epoch is
+            shorter; "none": 1. None is the policy's own: "sum" for "infobatch", "none" for "epsilon_greedy", else
+            "unbiased".
+        score_momentum: in [0, 1). An example's score becomes score_momentum * old + (1 - score_momentum) * new where
+            it was scored before.
         schedule, warmup_epochs, tail_epochs: see ``prune_ratios``; None means 5 % of the epochs, at least one, for the
             warm-up and 12.5 % for the tail [ours].
         seed: of the draws and the order of the batches; the same on every device.
@@ -106,6 +118,8 @@ class SADP:
         score: str = "all",
         policy: str = "mix",
         smoothing: float = 0.3,
+        weights: str | None = None,
+        score_momentum: float = 0.0,
         schedule: str = "constant",
         warmup_epochs: int | None = None,
         tail_epochs: int | None = None,
@@ -114,6 +128,12 @@ class SADP:
     ) -> None:
         if score not in SCORES:
             raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
+        if weights is None:
+            weights = _POLICY_WEIGHTS.get(policy, "unbiased")
+        if weights not in WEIGHTS:
+            raise ValueError(f"weights must be one of {', '.join(WEIGHTS)} or None, got {weights!r}")
+        if not 0 <= score_momentum < 1:
+            raise ValueError(f"score_momentum must be in [0, 1), got {score_momentum}: 0 keeps the newest score alone")
         if num_examples < 1:
             raise ValueError(f"num_examples must be the size of the training set, at least 1, got {num_examples}")
         if score in _GRADIENT_SCORES and prune_ratio > 0 and hasattr(model, "_orig_mod"):  # torch.compile's wrapper
@@ -140,6 +160,8 @@ class SADP:
             "score": score,
             "policy": policy,
             "smoothing": float(smoothing),
+            "weights": weights,
+            "score_momentum": float(score_momentum),
             "schedule": schedule,
             "warmup_epochs": warmup_epochs,
             "tail_epochs": tail_epochs,
@@ -208,13 +230,20 @@ class SADP:
             drawn = Drawn(torch.arange(n, device=self.device), torch.ones(n, device=self.device))
         else:
             keep = (1 - ratio) * n
-            if self.score == "random":
+            if self.score in _UNIFORM_SCORES:
                 self.probabilities = torch.full((n,), keep / n, device=self.device)
             else:
                 self.probabilities = inclusion_probabilities(
                     self.scores, keep, smoothing=self.smoothing, policy=self.policy
                 )
-            drawn = Drawn(*sample(self.probabilities, seed=self.seed, epoch=self.epoch)[:2])
+            # The same number for every epoch draws the same subset.
+            draw = 0 if self.score == "static_random" else self.epoch
+            indices, weights, _ = sample(self.probabilities, seed=self.seed, epoch=draw)
+            if self.weights == "sum":
+                weights = weights * (n / keep)
+            elif self.weights == "none":
+                weights = torch.ones_like(weights)
+            drawn = Drawn(indices, weights)
         last = self.epoch == len(self.ratios) - 1  # nothing is carried out of the last epoch
         everything, self._next_carried = pack(
             shuffled(drawn, seed=self.seed, epoch=self.epoch), self._carried, batch_size * world, pad=pad or last
@@ -243,7 +272,7 @@ class SADP:
 
     def _epoch(self, batches: EpochBatches) -> Iterator[Tensor]:
         """Yield the index rows of one epoch, taking scores in between."""
-        scored = self.score != "random" and any(self.ratios[self.epoch + 1 :])
+        scored = self.score not in _UNIFORM_SCORES and any(self.ratios[self.epoch + 1 :])
         weighted = self._weigh_all or self.ratios[self.epoch] > 0 or self._carried.indices.shape[0] > 0
         count, batch_size = batches.indices.shape
         if scored and self.score in _GRADIENT_SCORES:
@@ -418,11 +447,36 @@ class SADP:
                     batch.direct_score = _per_example(unreduced(output, target), batch.size)
             elif self.score == "el2n":
                 batch.direct_score = el2n_score(output, target)
-            elif loss.requires_grad:
+            elif self.score in _GRADIENT_SCORES and loss.requires_grad:
                 if self._layers is None:
                     self._read_dataflow(batch, loss)
                 loss.register_hook(lambda grad: setattr(batch, "loss_gradient", grad.detach()))
         return loss
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether scores are taken from the batch at hand: not without one, nor in the last epochs on all data."""
+        return self._batch is not None and self._batch.scored
+
+    def give(self, scores: Tensor) -> None:
+        """Hand in the scores of the batch at hand, for score="given", at any time before the next batch.
+
+        Args:
+            scores: float [B], >= 0, in the batch's order; what is NaN or infinite leaves the old score. Where
+                ``wants_scores`` is false they are not needed, and not kept.
+
+        Raises:
+            RuntimeError: no batch of this SADP is being trained on.
+            ValueError: another score than "given", or another shape than [B].
+        """
+        batch = self._batch
+        if self.score != "given":
+            raise ValueError(f"give() is for score='given', but this SADP was built with score={self.score!r}")
+        if batch is None:
+            raise RuntimeError("sadp.give() belongs inside a loop over sadp.loader(...) or sadp.batches(...)")
+        if scores.shape != (batch.size,):
+            raise ValueError(f"scores must have shape [{batch.size}], one per example, got {list(scores.shape)}")
+        batch.direct_score = scores.detach()
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -457,6 +511,7 @@ class SADP:
                 batch.weights,
                 batch.indices,
                 self._slots,
+                self.score_momentum,
             )
             return
         inputs, deltas = taps.energies[taps.layer_rows]
@@ -468,13 +523,17 @@ class SADP:
 
     def _keep(self, batch: _Batch, score: Tensor) -> None:
         """Write a batch's scores into its examples' slots, but for those that are not finite or of weight 0."""
-        score = score.to(self.device)
+        score = score.to(self.device, torch.float32)
         usable = torch.isfinite(score)
+        if self.score_momentum > 0:
+            old = self._slots[batch.indices]
+            averaged = self.score_momentum * old + (1 - self.score_momentum) * score
+            score = torch.where(old.isnan(), score, averaged)
         if batch.weights is not None:
             usable &= batch.weights > 0
         slot = torch.where(usable, batch.indices, self.num_examples)
         # amax: independent of the order in which an example that occurs twice is written.
-        self._slots.scatter_reduce_(0, slot, score.float(), "amax", include_self=False)
+        self._slots.scatter_reduce_(0, slot, score, "amax", include_self=False)
         self._slots[-1:].fill_(torch.nan)
 
     def _close(self, batch: _Batch) -> None:
@@ -516,7 +575,8 @@ class SADP:
         Raises:
             ValueError: the state was saved with other settings; the message names the first that differs.
         """
-        for name, saved in state["config"].items():
+        before_these = {"weights": "unbiased", "score_momentum": 0.0}  # what states older than these settings had
+        for name, saved in {**before_these, **state["config"]}.items():
             if self._config[name] != saved:
                 raise ValueError(
                     f"this state was saved with {name}={saved!r}, but SADP was built with {self._config[name]!r}"

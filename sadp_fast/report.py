@@ -27,13 +27,33 @@ NOTES = (
     "relative_variance: an estimate, from the scores in place of the gradient norms, of the variance of the pruned "
     "epoch's gradient over that of uniform random pruning; mean over the pruned epochs.",
 )
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-COLOURS = {"full": "#555555", "random": "#E69F00", "sadp": "#0072B2"}
+LABELS = {
+    "full": "full data",
+    "static_random": "static random",
+    "random": "dynamic random",
+    "loss": "loss",
+    "el2n": "EL2N",
+    "grad_norm": "gradient norm",
+    "infobatch": "InfoBatch",
+    "epsilon_greedy": "ε-greedy",
+}
+# Okabe and Ito's colours, which colour-blind readers can tell apart, and two greys.
+COLOURS = {
+    "full": "#555555",
+    "static_random": "#AAAAAA",
+    "random": "#E69F00",
+    "loss": "#009E73",
+    "el2n": "#56B4E9",
+    "grad_norm": "#000000",
+    "infobatch": "#D55E00",
+    "epsilon_greedy": "#CC79A7",
+    "sadp": "#0072B2",
+}
 
 
 def label(config: TrainConfig) -> str:
     """A method's name as the progress, the table and the plot show it."""
-    return {"full": "full data", "random": "random", "sadp": f"SADP ({config.score})"}[config.method]
+    return LABELS.get(config.method, f"SADP ({config.score})")
 
 
 def summary(results: list[Result], data: Dataset) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .sampling import _native, current_stream
 
-POLICIES = ("mix", "floor")
+POLICIES = ("mix", "floor", "infobatch", "epsilon_greedy")
 SCHEDULES = ("constant", "linear", "cosine")
 MAX_RATIO = 0.95  # the largest prune ratio of one epoch [ours]
 
@@ -32,23 +32,34 @@ def inclusion_probabilities(scores: Tensor, keep: float, *, smoothing: float = 0
     - "mix": p = (1 - smoothing) * optimum + smoothing * u.
     - "floor": p = clip(scores / alpha, smoothing * u, 1), the optimum among all p nowhere below smoothing * u [ours].
 
-    Either way smoothing * u <= p <= 1, so no loss weight u / p exceeds 1 / smoothing, and |sum p / keep - 1| <= 1e-6.
-    smoothing = 0 is the plain optimum, which in effect never draws an example of score 0 again; 1 is uniform.
+    Two policies of other papers, for comparison:
+
+    - "infobatch": p = 1 from the mean score on, and 1 - s for the examples below it [arXiv 2303.04947]. There s is
+      given (0.5) and the number drawn follows; here it is what draws `keep` examples in expectation, the ratio being
+      the same for all policies [ours]. Where that would put 1 - s below smoothing * u, the threshold is not the mean
+      but the lowest quantile that does not [that higher ratios need a quantile is theirs, this quantile is ours].
+    - "epsilon_greedy": p = 1 for the floor((1 - epsilon) * keep) highest scores, all others alike, epsilon * keep of
+      them in expectation [arXiv 2111.12621]; epsilon is `smoothing`. Equal scores at the border have equal p [ours].
+
+    With all of them smoothing * u <= p <= 1, so that no loss weight u / p exceeds 1 / smoothing, and
+    |sum p / keep - 1| <= 1e-6. smoothing = 0 is each policy's plain form, which in effect never draws some examples
+    again; 1 is uniform.
 
     Edge cases [ours]: an example never scored (NaN; infinite and negative scores are taken as such, since raising an
     error would wait for the device) gets p = 1 and leaves the rest of `keep` to the others; where that rest cannot
     give each of them a positive p of at least smoothing * u, knowledge is too thin and p = u for all. Zero scores
     share evenly what the positive ones, all at the optimum p = 1, leave over. keep = N gives exactly 1 for all.
 
-    The solver [ours] brackets alpha in as many passes for every distribution (Newton's method was seen to take 2 to
-    26), nothing waits for the device, and the same scores give the same p in every run. On CUDA it is one kernel, which
-    bisects histograms of integers (float64 scores, and builds without CUDA: torch operations, as on the CPU).
+    The solver of the optimum [ours] brackets alpha in as many passes for every distribution (Newton's method was seen
+    to take 2 to 26), nothing waits for the device, and the same scores give the same p in every run. On CUDA it is one
+    kernel, which bisects histograms of integers (float64 scores, builds without CUDA, and the other papers' policies:
+    torch operations, as on the CPU).
 
     Args:
         scores: [N], any floating dtype; >= 0, in any unit (only ratios matter); NaN = never scored.
         keep: expected number drawn, 0 < keep <= N.
         smoothing: in [0, 1].
-        policy: "mix" or "floor".
+        policy: "mix", "floor", "infobatch" or "epsilon_greedy".
 
     Returns:
         float32 [N] on the device of `scores`.
@@ -73,12 +84,21 @@ def inclusion_probabilities(scores: Tensor, keep: float, *, smoothing: float = 0
     if keep == count or smoothing == 1:
         return torch.full_like(scores, uniform, dtype=torch.float32)
     least = smoothing * uniform
+    too_many_unknown = (keep - least * count) / (1 - least)
+    if policy in ("infobatch", "epsilon_greedy"):
+        unknown = ~((scores >= 0) & (scores < math.inf))
+        ranked = torch.where(unknown, math.inf, scores)
+        if policy == "infobatch":
+            p = _infobatch(ranked, unknown, keep, least)
+        else:
+            p = _epsilon_greedy(ranked, unknown, keep, smoothing)
+        return p.masked_fill_(unknown.sum() >= too_many_unknown, uniform).float()
     mixed, floor = (smoothing, 0.0) if policy == "mix" else (0.0, least)
     problem = _Problem(
         keep=keep,
         # The never scored stay at 1 where mixing would lower them, so what is mixed for the others sums to less.
         unknown_cost=(mixed - mixed * uniform) / (1 - mixed),
-        too_many_unknown=(keep - least * count) / (1 - least),
+        too_many_unknown=too_many_unknown,
         uniform=uniform,
         floor=floor,
         lowest=max(floor, _SMALLEST),
@@ -173,6 +193,28 @@ def _alpha(scores: Tensor, target: Tensor, floor: float) -> Tensor:
         lacking = torch.addcdiv(rank, below, mantissa, value=-(2.0**-24)).mul_(level)
         bits.add_((lacking[0] - lacking[1] <= spare).sum(), alpha=step)
     return bits.view(torch.float32)
+
+
+def _infobatch(ranked: Tensor, unknown: Tensor, keep: float, least: float) -> Tensor:
+    """p = 1 - s below a threshold and 1 from it on, float64, for scores whose unknown ones are infinite."""
+    pruned = ranked.numel() - keep  # in expectation; s = pruned / (number below)
+    mean = ranked.double().masked_fill(unknown, 0.0).sum() / (~unknown).sum()
+    below = ranked < mean
+    needed = pruned / (1 - least)  # so many, and s is not above 1 - least
+    quantile = ranked.sort().values[min(math.ceil(needed), ranked.numel()) - 1]
+    below = torch.where(below.sum() < needed, ranked <= quantile, below)
+    return torch.where(below, (1 - pruned / below.sum(dtype=torch.float64)).clamp(min=least), 1.0)
+
+
+def _epsilon_greedy(ranked: Tensor, unknown: Tensor, keep: float, epsilon: float) -> Tensor:
+    """p = 1 for the highest scores and all others alike, float64, for scores whose unknown ones are infinite."""
+    count = ranked.numel()
+    first = unknown.sum().clamp(min=math.floor((1 - epsilon) * keep))  # how many are certain
+    rest = (keep - first.double()) / (count - first)
+    border = ranked.sort().values.take((count - first).clamp(max=count - 1))
+    above, equal = ranked > border, ranked == border
+    share = (first - above.sum()) / equal.sum(dtype=torch.float64)  # of those at the border, the certain ones
+    return torch.where(above, 1.0, torch.where(equal, share + rest * (1 - share), rest))
 
 
 @torch.no_grad()

@@ -15,17 +15,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import models
+from . import models, pruner
 from .augmentation import crop_flip_normalise, draw_crops
 from .casting import cast_weights_at_once
 from .data import Dataset
+from .exact import gradient_norms
 from .graphs import GraphedStep
 from .neuron import reset
 from .pruner import SADP
 from .selection import relative_variance
 from .spike_storage import packed_spikes
 
-METHODS = ("sadp", "full", "random")
+# The methods, and how each differs from the configuration at hand. Their papers say what they select and how they weigh
+# it; smoothing (for InfoBatch its s = .5 at the mean, for epsilon-greedy epsilon) and momentum are our constants.
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"prune_ratio": 0.0},
+    "static_random": {"score": "static_random", "warmup_epochs": 0, "tail_epochs": 0},
+    "random": {"score": "random"},
+    "loss": {"score": "loss"},
+    "el2n": {"score": "el2n"},  # Paul et al., arXiv 2107.07075
+    "grad_norm": {"score": "grad_norm"},
+    # Qin et al., arXiv 2303.04947; the last eighth of the epochs on all data is theirs.
+    "infobatch": {
+        "score": "loss",
+        "policy": "infobatch",
+        "smoothing": 0.5,
+        "weights": "sum",
+        "score_momentum": 0.0,
+        "tail_epochs": None,
+    },
+    # Raju, Daruwalla and Lipasti, arXiv 2111.12621
+    "epsilon_greedy": {
+        "score": "loss",
+        "policy": "epsilon_greedy",
+        "smoothing": 0.1,
+        "weights": "none",
+        "score_momentum": 0.5,
+    },
+    "sadp": {},
+}
+SCORES = tuple("grad_norm" if score == "given" else score for score in pruner.SCORES)
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RISE = 0.05  # share of training in which the learning rate rises to its peak
 REPORT_EVERY = 10  # steps between two reports of progress
@@ -40,7 +69,8 @@ class TrainError(RuntimeError):
 class TrainConfig:
     """All that decides a run's result, named as the options of `sadp-fast train`.
 
-    `method` is "sadp", "full" (nothing pruned) or "random" (uniform scores). `low_memory` keeps as bits the spikes that
+    `method` is one of METHODS, whose changes `of` makes. `score` is one of SADP's, or "grad_norm": the exact norm of
+    each example's gradient, at a cost that only small networks can bear. `low_memory` keeps as bits the spikes that
     wait for the backward pass, with the same results.
     """
 
@@ -60,6 +90,8 @@ class TrainConfig:
     score: str = "all"
     policy: str = "mix"
     smoothing: float = 0.3
+    weights: str | None = None
+    score_momentum: float = 0.0
     schedule: str = "constant"
     warmup_epochs: int | None = None
     tail_epochs: int | None = None
@@ -68,8 +100,7 @@ class TrainConfig:
 
     def of(self, method: str) -> TrainConfig:
         """The same conditions for another method."""
-        changes: dict[str, dict[str, Any]] = {"full": {"prune_ratio": 0.0}, "random": {"score": "random"}}
-        return replace(self, method=method, **changes.get(method, {}))
+        return replace(self, method=method, **METHODS[method])
 
 
 @dataclass(frozen=True)
@@ -222,9 +253,11 @@ class Trainer:
             len(data.train_labels),
             epochs=config.epochs,
             prune_ratio=config.prune_ratio,
-            score=config.score,
+            score="given" if config.score == "grad_norm" else config.score,
             policy=config.policy,
             smoothing=config.smoothing,
+            weights=config.weights,
+            score_momentum=config.score_momentum,
             schedule=config.schedule,
             warmup_epochs=config.warmup_epochs,
             tail_epochs=config.tail_epochs,
@@ -248,14 +281,26 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.history: list[dict[str, Any]] = []
 
-    def forward(self, images: Tensor, index: Tensor | None = None, draws: Tensor | None = None) -> Tensor:
-        """Logits of uint8 images; see `crop_flip_normalise` for `index` and `draws`."""
-        amp = AMP[self.config.amp]
-        x = crop_flip_normalise(
-            images, index, draws, self.data.mean, self.data.std, dtype=amp, memory_format=self.layout
+    def inputs(self, images: Tensor, index: Tensor | None = None, draws: Tensor | None = None) -> Tensor:
+        """What the network sees of uint8 images; see `crop_flip_normalise` for `index` and `draws`."""
+        return crop_flip_normalise(
+            images,
+            index,
+            draws,
+            self.data.mean,
+            self.data.std,
+            dtype=AMP[self.config.amp],
+            memory_format=self.layout,
         )
-        with torch.autocast(self.device.type, amp, enabled=self.config.amp != "off"):
+
+    def logits(self, x: Tensor) -> Tensor:
+        """What the network says of its inputs."""
+        with torch.autocast(self.device.type, AMP[self.config.amp], enabled=self.config.amp != "off"):
             return self.model(x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of uint8 images as they are."""
+        return self.logits(self.inputs(images))
 
     def step(self, index: Tensor, lr: float) -> Tensor:
         """One optimizer step on the training examples `index` [B]; the loss stays on the device."""
@@ -271,9 +316,11 @@ class Trainer:
         # First of all, so that no gradient takes up memory while the activations do.
         self.optimizer.zero_grad(set_to_none=True)
         draws = draw_crops(len(index), self.generator) if self.data.augmented else None
+        x, labels = self.inputs(self.data.train_images, index, draws), self.data.train_labels[index]
+        if self.config.score == "grad_norm" and self.sadp.wants_scores:
+            self.sadp.give(gradient_norms(self.model, x, labels, self.criterion))
         with packed_spikes() if self.config.low_memory else nullcontext():
-            output = self.forward(self.data.train_images, index, draws)
-            loss = self.sadp.loss(self.criterion, output, self.data.train_labels[index])
+            loss = self.sadp.loss(self.criterion, self.logits(x), labels)
         # Not after the backward pass: a neuron keeps its input for as long as it may be asked for its potential.
         reset(self.model)
         self.scaler.scale(loss).backward()
@@ -339,10 +386,11 @@ class Trainer:
             saved = state["config"]
         except (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
             raise TrainError(f"the checkpoint {path} is damaged ({error}): start a new run") from error
+        saved = {**asdict(TrainConfig()), **saved}  # an older run lacks what was added since
         for field, value in asdict(self.config).items():
-            if saved.get(field) != value:
+            if saved[field] != value:
                 raise TrainError(
-                    f"{field} is {value!r}, but the run in {path.parent} has {saved.get(field)!r}: "
+                    f"{field} is {value!r}, but the run in {path.parent} has {saved[field]!r}: "
                     "resume with that value, or start a new run"
                 )
         self.history[:] = state["history"]

@@ -84,7 +84,7 @@ ERRORS = [
     (["train", "--seed", "-1"], "--seed: '-1' is not"),
     (["train", "--seed", str(2**63)], "is not a whole number"),
     (["train", "--amp", "int8"], "--amp: invalid choice"),
-    (["train", "--compare", "full,half"], "'full,half' is not 'none' or a list out of full,random"),
+    (["train", "--compare", "full,half"], "'full,half' is not 'none' or a list out of full,static_random,random,"),
     (["train", "--compare", "full,full"], "'full,full' is not"),
     (["train", "--device", "gpu"], "--device 'gpu' is no device"),
     (["train", "--device", "meta"], "--device 'meta' is not supported"),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sadp_fast import selection
 from sadp_fast.selection import MAX_RATIO, POLICIES, SCHEDULES, inclusion_probabilities, prune_ratios, relative_variance
 
+OPTIMUM = ("mix", "floor")  # the policies made of Proposition 1
 SIZES = [1, 2, 3, 17, 1000, 100_003]
 SHARES = [0.01, 0.3, 0.5, 0.95]
 SUM_TOLERANCE = 1e-6
@@ -123,7 +124,7 @@ def test_scores_that_newtons_method_caps_one_at_a_time(device):
     assert_same(p, order_statistics(scores, keep))
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", OPTIMUM)
 def test_whole_float32_range_keeps_the_sum(device, policy):
     scores = 2.0 ** torch.arange(-149, 128)
     for keep in (1e-3, 1.0, 30.5, 200.0, 276.9):
@@ -133,7 +134,7 @@ def test_whole_float32_range_keeps_the_sum(device, policy):
             assert (p > 0).all() and (p <= 1).all() and (p.diff() >= 0).all()
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", OPTIMUM)
 def test_far_fewer_kept_than_one(device, policy):
     scores = draw_scores("exponential", 1000)
     p = inclusion_probabilities(scores.to(device), 1e-5, smoothing=0, policy=policy)
@@ -160,7 +161,7 @@ def test_sum_and_bounds(device, problem):
     p = inclusion_probabilities(scores.to(device), keep, smoothing=smoothing, policy=policy)
     assert p.shape == scores.shape and p.device.type == device
     assert_sums_to(p, keep)
-    assert (p > 0).all() and (p <= 1).all()
+    assert (p >= 0).all() and (p <= 1).all() and ((p > 0).all() or policy not in OPTIMUM)
     assert (p >= smoothing * keep / len(scores) * (1 - 1e-6)).all()
 
 
@@ -234,9 +235,65 @@ def test_no_feasible_exchange_lowers_the_variance(device, data):
 def test_floor_has_less_variance_than_mix_at_the_same_smallest_p(device):
     scores = draw_scores("lognormal", 1000).to(device)
     variance = {
-        policy: relative_variance(scores, inclusion_probabilities(scores, 300.0, policy=policy)) for policy in POLICIES
+        policy: relative_variance(scores, inclusion_probabilities(scores, 300.0, policy=policy)) for policy in OPTIMUM
     }
     assert variance["floor"] < variance["mix"] < 1
+
+
+# Other papers' policies
+
+
+def infobatch_by_its_words(scores: list[float], keep: float, smoothing: float) -> list[float]:
+    """1 - s below the mean; else below the lowest score that leaves 1 - s at smoothing * u or more."""
+    count = len(scores)
+    for threshold in [sum(scores) / count, *(math.nextafter(score, math.inf) for score in sorted(scores))]:
+        below = sum(score < threshold for score in scores)
+        if below and 1 - (count - keep) / below >= smoothing * keep / count - 1e-9:
+            return [1 - (count - keep) / below if score < threshold else 1.0 for score in scores]
+    raise AssertionError("all of them below the threshold always do")
+
+
+@properties
+@given(problem=problems(unknown=False))
+def test_infobatch_by_its_words(device, problem):
+    scores, keep, smoothing, _ = problem
+    p = inclusion_probabilities(scores.to(device), keep, smoothing=smoothing, policy="infobatch")
+    expected = infobatch_by_its_words(scores.double().tolist(), keep, smoothing)
+    torch.testing.assert_close(p.cpu().double(), torch.tensor(expected).double(), rtol=1e-6, atol=1e-7)
+
+
+def test_infobatch_at_its_own_ratio(device):
+    """Three of four lie below the mean; s = 0.5 of them are pruned where the ratio is 3/8, as the paper's r says."""
+    scores = torch.tensor([1.0, 2.0, 1.5, 9.0] * 10, device=device)
+    p = inclusion_probabilities(scores, 25.0, policy="infobatch")
+    assert_same(p, [0.5, 0.5, 0.5, 1.0] * 10)
+    # 0.9 pruned of them all at the mean leave 1 - s = -0.2 below it: the quantile takes everything but ties.
+    assert_same(inclusion_probabilities(scores, 4.0, policy="infobatch"), [0.1] * 40)
+    p = inclusion_probabilities(torch.arange(100.0, device=device), 30.0, smoothing=0.5, policy="infobatch")
+    below = math.ceil(70 / (1 - 0.15))
+    assert_same(p, [1 - 70 / below] * below + [1.0] * (100 - below))
+
+
+def epsilon_greedy_by_its_words(scores: list[float], keep: float, epsilon: float) -> list[float]:
+    """The highest are certain, the others alike; the mean over all orders of what is equal."""
+    count, first = len(scores), math.floor((1 - epsilon) * keep)
+    order = sorted(range(count), key=lambda i: -scores[i])
+    p = [0.0] * count
+    for rank, i in enumerate(order):
+        p[i] = 1.0 if rank < first else (keep - first) / (count - first)
+    return [sum(p[j] for j in range(count) if scores[j] == s) / scores.count(s) for s in scores]
+
+
+@properties
+@given(problem=problems(unknown=False))
+def test_epsilon_greedy_by_its_words(device, problem):
+    scores, keep, epsilon, _ = problem
+    p = inclusion_probabilities(scores.to(device), keep, smoothing=epsilon, policy="epsilon_greedy")
+    if epsilon == 1 or keep == len(scores):
+        expected = [keep / len(scores)] * len(scores)
+    else:
+        expected = epsilon_greedy_by_its_words(scores.tolist(), keep, epsilon)
+    torch.testing.assert_close(p.cpu().double(), torch.tensor(expected).double(), rtol=1e-6, atol=1e-7)
 
 
 # Edge cases
@@ -252,7 +309,7 @@ def test_all_zero_or_all_equal_is_uniform(device, policy, smoothing):
 
 def test_zero_scores_share_what_is_left_over(device):
     scores = torch.tensor([0.0, 1e-20, 5.0, 0.0, 0.0, 1e20, 0.0], device=device)
-    for policy in POLICIES:
+    for policy in OPTIMUM:
         assert_same(
             inclusion_probabilities(scores, 5.0, smoothing=0, policy=policy), [0.5, 1.0, 1.0, 0.5, 0.5, 1.0, 0.5]
         )
@@ -289,7 +346,7 @@ def test_never_scored_are_certain(device, policy, bad):
     if policy == "mix":
         optimum = order_statistics(known, (40 - 90 * 0.15) / 0.7)
         assert_same(p[10:], 0.7 * optimum + 0.15)
-    else:
+    elif policy == "floor":
         assert_same(p[10:], clipped(known, 40.0, 0.15))
 
 
@@ -305,7 +362,7 @@ def test_uniform_where_too_few_are_scored(device, policy, unknown):
     assert (inclusion_probabilities(scores.to(device), 50.0, policy=policy)[:40] == 1).all()
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", OPTIMUM)
 def test_known_ones_stay_possible_without_smoothing(device, policy):
     scores = torch.tensor([math.nan, math.nan, 1.0, 3.0], device=device)
     assert_same(inclusion_probabilities(scores, 2, smoothing=0, policy=policy), torch.full((4,), 0.5))
@@ -373,7 +430,7 @@ def test_keep_out_of_range(keep):
     [
         (torch.ones(4), {"smoothing": 1.1}, ValueError, r"smoothing must be in \[0, 1\], got 1.1"),
         (torch.ones(4), {"smoothing": math.nan}, ValueError, "smoothing .* got nan"),
-        (torch.ones(4), {"policy": "floors"}, ValueError, "policy must be one of mix, floor, got 'floors'"),
+        (torch.ones(4), {"policy": "floors"}, ValueError, "policy must be one of mix, floor, .* got 'floors'"),
         (torch.ones(2, 2), {}, ValueError, r"scores must have shape \[N\].* got \[2, 2\]"),
         (torch.ones(0), {}, ValueError, r"scores must have shape \[N\].* got \[0\]"),
         (torch.ones(4, dtype=torch.int64), {}, TypeError, "scores .* torch.int64: pass scores.float"),
@@ -437,7 +494,7 @@ def with_never_scored(scores: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", OPTIMUM)
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_kernel_gives_the_bits_of_the_torch_operations(name, policy, smoothing):
     for count in (1, 2, 5, 1000, 4097, 100_003):
@@ -451,7 +508,7 @@ def test_kernel_gives_the_bits_of_the_torch_operations(name, policy, smoothing):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", OPTIMUM)
 def test_kernel_gives_the_same_bits_for_any_launch_shape(policy, monkeypatch):
     """On one block, 3,000,001 scores take three chunks, between which its sums are emptied."""
     scores = with_never_scored(draw_scores("lognormal", 3_000_001)).cuda()

@@ -112,7 +112,12 @@ def test_methods_differ_only_in_what_they_prune():
         method: {key for key, value in asdict(CONFIG.of(method)).items() if value != asdict(CONFIG)[key]}
         for method in train.METHODS
     }
-    assert changed == {"sadp": set(), "full": {"method", "prune_ratio"}, "random": {"method", "score"}}
+    assert changed["sadp"] == set() and changed["full"] == {"method", "prune_ratio"}
+    for method in ("random", "loss", "el2n", "grad_norm"):
+        assert changed[method] == {"method", "score"}
+    assert changed["static_random"] == {"method", "score", "warmup_epochs", "tail_epochs"}
+    paper = {"method", "score", "policy", "smoothing", "weights"}
+    assert changed["infobatch"] == paper and changed["epsilon_greedy"] == paper | {"score_momentum"}
 
 
 def test_learning_rate_follows_the_share_of_training_done(tmp_path):

@@ -75,13 +75,16 @@ def _score_kernel(
     indices_ptr,
     slots_ptr,
     scores_ptr,
+    old_ptr,
     examples,
     layers,
     stride,  # of the energies' rows
     mean_factor,
+    momentum,
     LAYERS: tl.constexpr,
     BLOCK: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    AVERAGED: tl.constexpr,
 ):
     """The scores of BLOCK examples; their slots are emptied, and the energies set to NaN for the next batch."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -107,6 +110,9 @@ def _score_kernel(
         factor *= tl.load(weights_ptr + n, mask=is_example, other=0.0)
     score = score / factor
     usable = is_example & (factor > 0) & (score < float("inf"))  # NaN is not below
+    if AVERAGED:
+        old = tl.load(old_ptr + n, mask=is_example, other=0.0)
+        score = tl.where(old >= 0, momentum * old + (1 - momentum) * score, score)  # NaN: never scored
     slot = tl.load(indices_ptr + n, mask=usable, other=0)
     tl.store(scores_ptr + n, tl.where(usable, score, float("nan")), mask=is_example)
     tl.store(slots_ptr + slot, tl.zeros([BLOCK], tl.float32), mask=usable)
@@ -136,11 +142,13 @@ def update_scores(
     weights: Tensor | None,
     indices: Tensor,
     slots: Tensor,
+    momentum: float = 0.0,
 ) -> None:
     """``spike_aware_score`` of a batch, divided by |loss_gradient| mean_factor weight, into the examples' slots.
 
     Where an example's weight is 0 or its score is not finite, its slot keeps its value; of an example that occurs twice
-    the larger score is kept. The energies read are set to NaN.
+    the larger score is kept. The energies read are set to NaN. With ``momentum`` > 0, an example that was scored
+    before gets momentum * old + (1 - momentum) * new.
 
     Args:
         energies: float32 [R, B], each row in one block.
@@ -150,10 +158,11 @@ def update_scores(
         weights: float32 [B], or None: all 1.
         indices: int64 [B].
         slots: float32 [N] or longer.
+        momentum: in [0, 1).
     """
     examples, layers = indices.shape[0], layer_rows.shape[1]
     stride = energies.stride(0)
-    key = (examples, layers, stride, mean_factor, weights is None, loss_gradient.dtype, energies.device)
+    key = (examples, layers, stride, mean_factor, momentum, weights is None, loss_gradient.dtype, energies.device)
     padded = triton.next_power_of_2(layers)
     block = min(triton.next_power_of_2(examples), max(16, _TILE // padded))
     programs = triton.cdiv(examples, block)
@@ -164,13 +173,15 @@ def update_scores(
             _score_kernel,
             energies.device,
             programs,
-            (examples, layers, stride, mean_factor),
-            {"LAYERS": padded, "BLOCK": block, "WEIGHTED": weights is not None, **options},
+            (examples, layers, stride, mean_factor, momentum),
+            {"LAYERS": padded, "BLOCK": block, "WEIGHTED": weights is not None, "AVERAGED": momentum > 0, **options},
         )
         _launches["scatter", key] = Launch(
             _scatter_kernel, energies.device, programs, (examples,), {"BLOCK": block, **options}
         )
     scores = torch.empty_like(energies[0])
     weights = energies if weights is None else weights
-    score(energies, layer_rows, multiplicity, loss_gradient, weights, indices, slots, scores)
+    # Read before any slot is emptied: of an example that occurs twice, each of its rows needs the old score.
+    old = slots.index_select(0, indices) if momentum > 0 else scores
+    score(energies, layer_rows, multiplicity, loss_gradient, weights, indices, slots, scores, old)
     _launches["scatter", key](scores, indices, slots.view(torch.int32))
