@@ -21,6 +21,7 @@ from . import data, models, report, train
 from .event_frames import SPLITS
 from .pruner import WEIGHTS
 from .selection import POLICIES, SCHEDULES
+from .study.store import StudyError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given = vars(_parser().parse_args(arguments))
         return given.pop("command")(given)
-    except (CommandError, data.DataError, train.TrainError) as error:
+    except (CommandError, StudyError, data.DataError, train.TrainError) as error:
         message = str(error)
     except torch.OutOfMemoryError:
         message = "the GPU's memory is too small for this: lower --batch-size"
@@ -96,10 +97,14 @@ NOT_NEGATIVE = _number(int, lambda value: value >= 0, "a whole number of at leas
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .study.command import add_parser as add_study  # which reads options as this module does
+
     parser = _Parser(prog="sadp-fast", description="Train spiking networks on the examples that matter.")
     version = report.package_version("sadp_fast") or "(not installed)"
     parser.add_argument("--version", action="version", version=f"sadp-fast {version}")
-    command = parser.add_subparsers(required=True, metavar="train").add_parser(
+    commands = parser.add_subparsers(required=True, metavar="train|study")
+    add_study(commands)
+    command = commands.add_parser(
         "train",
         help="train a spiking network with spike-aware data pruning, beside full-data training",
         description="Train a spiking network with spike-aware data pruning (SADP) and, under the same conditions, with "
@@ -383,4 +388,7 @@ class _Lines(train.Progress):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # As the module that others import from, or there would be two of every class.
+    from sadp_fast import cli
+
+    sys.exit(cli.main())

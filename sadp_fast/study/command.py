@@ -1,0 +1,292 @@
+"""`sadp-fast study`: its options, the folder of a study, and the order in which things happen."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import cli, data, models, report, train
+from .display import Display
+from .plan import DEFAULT_METHODS, QUICK, Plan, Runs, Size
+from .registry import STUDIES
+from .store import Store, StudyError, conditions, write_json
+from .study import Study
+from .summary import write_report
+
+RATIOS, SEEDS = (0.3, 0.5, 0.7), (0, 1, 2)
+# A whole study in minutes on two CPU cores: a smaller network, fewer epochs and seeds.
+QUICK_BASE = {"model": "mlp", "epochs": 8}
+QUICK_SEEDS = (0, 1)
+# Options that decide what a folder's runs have in common; all calls on one folder agree on them.
+_BASE = ("dataset", "model", "epochs", "time_steps", "batch_size", "lr", "amp")
+
+
+def add_parser(commands: Any) -> None:
+    """Add `study` to the parsers of `sadp-fast`."""
+    parser = commands.add_parser(
+        "study",
+        help="reproduce one of the paper's results, or all of them with a report",
+        description="Reproduce a result of the paper: "
+        + "; ".join(
+            f"{study.name} ({study.paper}): {study.question[0].lower()}{study.question[1:-1]}"
+            for study in STUDIES.values()
+        )
+        + "; all: every study and one report.",
+        epilog="Every finished run is a file under DIR/runs: the same command goes on where it was stopped, processes "
+        "and machines may share the work (--seeds, --ratios, --methods) and the files of several folders may be "
+        "copied into one. Without --methods, --ratios and --seeds a folder's own are used.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    positive = cli.POSITIVE
+    above_zero = cli._number(float, lambda value: 0 < value < math.inf, "a number above 0")
+    parser.add_argument("study", choices=(*STUDIES, "all"), metavar="NAME", help=", ".join((*STUDIES, "all")))
+    option = parser.add_argument_group("what is run").add_argument
+    option(
+        "--methods",
+        type=_list(str, _method),
+        metavar="LIST",
+        help=f"of {','.join(train.METHODS)} (default: {','.join(DEFAULT_METHODS)})",
+    )
+    option("--ratios", type=_list(float, _ratio), metavar="LIST", help="pruning ratios (default: 0.3,0.5,0.7)")
+    option("--seeds", type=_list(int, _seed), metavar="LIST", help="seeds (default: 0,1,2)")
+    option("--quick", action="store_true", help="mlp, 8 epochs, seeds 0,1, fewer examples: minutes on two CPU cores")
+    option("--report-only", action="store_true", help="run nothing: tables and plots of the runs that are there")
+    option = parser.add_argument_group("data, network and training (see sadp-fast train)").add_argument
+    option("--dataset", choices=data.NAMES, help="data set (default: digits, which needs no files)")
+    option("--data-dir", metavar="PATH", help="the data set's folder or file (default: $SADP_DATA)")
+    option("--model", choices=models.NAMES, help="network (default: by --dataset)")
+    option("--time-steps", type=positive, metavar="T", help="time steps (default: 4; event frames 10, or their own)")
+    option("--epochs", type=positive, metavar="N", help="epochs (default: by --dataset)")
+    option("--batch-size", type=positive, metavar="B", help="examples a step (default: by --dataset)")
+    option("--lr", type=above_zero, metavar="RATE", help="peak learning rate (default: by --model)")
+    option("--amp", choices=tuple(train.AMP), help="mixed precision (default: bf16 on a GPU, off on the CPU)")
+    option("--device", help="cpu, cuda or cuda:N (default: cuda where there is a GPU)")
+    option = parser.add_argument_group("output").add_argument
+    option("--out", metavar="DIR", help="folder of the study, new or of the same study (default: runs/study-...)")
+    option("--resume", metavar="DIR", help="go on with the study in DIR")
+    option("--quiet", action="store_true", help="no progress, only the tables at the end")
+    parser.set_defaults(command=run)
+
+
+def run(given: dict[str, Any]) -> int:
+    """The command; returns the exit code."""
+    import matplotlib  # noqa: F401  (a missing package is found now, not after hours of training)
+    from rich.console import Console
+
+    quiet = given.pop("quiet", False)
+    names = list(STUDIES) if given["study"] == "all" else [given["study"]]
+    plan = _planned(given)
+    cli._check_device(plan.base.device)
+    studies = [STUDIES[name] for name in names]
+    console = Console(highlight=False)
+    display = Display(None if quiet else console, sum(study.requests(plan) for study in studies))
+    runs = Runs(plan, display)
+    if not plan.report_only:
+        plan = runs.plan = _with_data(plan, runs, "time_steps" in given)
+        _remember(plan)
+        if not quiet:
+            _introduce(plan, runs, console)
+    try:
+        with display.open():
+            results = {study.name: study.collect(runs) for study in studies}
+        plots = {study.name: _show(study, results[study.name], plan.folder, console) for study in studies}
+        if given["study"] == "all":
+            console.print(str(write_report(results, plots, plan.folder)), soft_wrap=True)
+    except KeyboardInterrupt:
+        again = f"sadp-fast study {given['study']} --resume {shlex.quote(str(plan.folder))}"
+        print(f"sadp-fast: interrupted; to go on: {again}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _show(study: Study, result: dict[str, Any], folder: Path, console: Any) -> list[tuple[Path, str]]:
+    """Tables to the console, JSON and plots to the folder."""
+    write_json(result, folder / f"{study.name}.json", indent=1)
+    plots = study.plots(result, folder)
+    for table in study.tables(result):
+        console.print(table.rich())
+    if result["missing_runs"]:
+        console.print(f"missing runs: {'; '.join(result['missing_runs'])}", soft_wrap=True)
+    console.print(
+        "\n".join(str(path) for path in (folder / f"{study.name}.json", *(p for p, _ in plots))), soft_wrap=True
+    )
+    return plots
+
+
+def _introduce(plan: Plan, runs: Runs, console: Any) -> None:
+    base = plan.base
+    console.print(
+        f"{runs.data.name}: {len(runs.data.train_labels):,} training and {len(runs.data.test_labels):,} test examples; "
+        f"{base.model}, T = {base.time_steps}, {base.epochs} epochs; methods {','.join(plan.methods)}; ratios "
+        f"{','.join(f'{r:g}' for r in plan.ratios)}; seeds {','.join(str(s) for s in plan.seeds)}; "
+        f"{report.device_name(base.device)}; {plan.folder}",
+        soft_wrap=True,
+    )
+
+
+# ------------------------------------------------------------------------------------------- what the options decide
+
+
+def _planned(given: dict[str, Any]) -> Plan:
+    """The plan of a new folder, or of one where a study was begun, with the options of this call."""
+    folder = _folder(given)
+    known = _remembered(folder) if folder else None
+    if "resume" in given and known is None:
+        raise StudyError(f"{folder} holds no study to resume: check the folder, or begin one with --out")
+    device = given.get("device", "cuda" if torch.cuda.is_available() else "cpu")
+    asked = {key: given[key] for key in _BASE if key in given}
+    if known is None:
+        if given.get("report_only"):
+            raise StudyError("--report-only needs the folder of a study: name it with --out or --resume")
+        base, size, data_dir = _new_base(asked, given.get("quick", False), device), Size(), given.get("data_dir")
+        if given.get("quick"):
+            size = QUICK
+        began: dict[str, Any] = {
+            "methods": DEFAULT_METHODS,
+            "ratios": RATIOS,
+            "seeds": QUICK_SEEDS if given.get("quick") else SEEDS,
+        }
+        folder = folder or Path("runs") / f"study-{base.dataset}-{base.model}-{datetime.now():%Y%m%d-%H%M%S}"
+    else:
+        assert folder is not None
+        base, size, data_dir = known["base"], known["size"], given.get("data_dir", known["data_dir"])
+        if given.get("quick") and size != QUICK:
+            raise StudyError(f"--quick is given, but the study in {folder} is not a quick one: leave it out")
+        for key, value in asked.items():
+            if getattr(base, key) != value:
+                raise StudyError(
+                    f"--{key.replace('_', '-')} is {value}, but the study in {folder} has {getattr(base, key)}: "
+                    "leave the option out, or name a new folder"
+                )
+        base = replace(base, device=device)
+        began = _with_finished(known, base, folder)
+    if base.dataset == "digits" and given.get("data_dir") is not None:
+        raise StudyError("--data-dir is given, but digits needs no files: leave it out or choose another --dataset")
+    methods, ratios, seeds = (tuple(given.get(key, began[key])) for key in ("methods", "ratios", "seeds"))
+    return Plan(base, methods, tuple(sorted(ratios)), seeds, size, data_dir, folder, given.get("report_only", False))
+
+
+def _new_base(asked: dict[str, Any], quick: bool, device: str) -> train.TrainConfig:
+    dataset = asked.get("dataset", "digits")
+    options = {**cli.RECIPES[dataset], **(QUICK_BASE if quick else {}), **asked, "dataset": dataset, "device": device}
+    options.setdefault("lr", cli.LEARNING_RATES[options["model"]])
+    options.setdefault("amp", "bf16" if device.startswith("cuda") else "off")
+    return train.TrainConfig(**options)
+
+
+def _folder(given: dict[str, Any]) -> Path | None:
+    places = [given[key] for key in ("out", "resume") if key in given]
+    if len(places) > 1:
+        raise StudyError(f"{places[0]} and {places[1]} both name the study's folder: give one of them")
+    return Path(places[0]).expanduser() if places else None
+
+
+def _remembered(folder: Path) -> dict[str, Any] | None:
+    """What is written in a folder of a study; None for a folder that is new or empty."""
+    path = folder / "study.json"
+    if not path.exists():
+        if folder.exists() and not folder.is_dir():
+            raise StudyError(f"{folder} is a file: name a new folder with --out")
+        if folder.exists() and any(folder.iterdir()):
+            raise StudyError(f"{folder} is not empty and holds no study: name a new folder with --out")
+        return None
+    try:
+        written = json.loads(path.read_text())
+        size: dict[str, Any] = written["size"]
+        size["thresholds"] = tuple(size["thresholds"])
+        return {
+            "base": train.TrainConfig(**written["base"]),
+            "size": Size(**size),
+            **{key: written[key] for key in ("methods", "ratios", "seeds", "data_dir")},
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StudyError(f"{path} is damaged ({error}): restore it, or name a new folder with --out") from error
+
+
+def _with_finished(known: dict[str, Any], base: train.TrainConfig, folder: Path) -> dict[str, Any]:
+    """The methods, ratios and seeds that were asked for, and those of finished runs, copied ones included."""
+    methods, ratios, seeds = set(known["methods"]), set(known["ratios"]), set(known["seeds"])
+    for file in Store(folder).files():
+        config = file["identity"].get("config", {})
+        if file["identity"].get("kind") != "training" or config.get("method") not in train.METHODS:
+            continue
+        method, ratio, seed = config["method"], config["prune_ratio"], config["seed"]
+        if conditions(replace(base, prune_ratio=ratio, seed=seed).of(method)) == config:
+            methods.add(method)
+            seeds.add(seed)
+            ratios |= {ratio} - {0.0}
+    return {"methods": [m for m in _order() if m in methods], "ratios": sorted(ratios), "seeds": sorted(seeds)}
+
+
+def _order() -> list[str]:
+    return [*DEFAULT_METHODS, *(method for method in train.METHODS if method not in DEFAULT_METHODS)]
+
+
+def _with_data(plan: Plan, runs: Runs, asked_steps: bool) -> Plan:
+    """The plan with the time steps of event frames that bring their own."""
+    shape = runs.data.shape
+    if len(shape) == 4 and not asked_steps:
+        plan = replace(plan, base=replace(plan.base, time_steps=shape[0]))
+    return plan
+
+
+def _remember(plan: Plan) -> None:
+    """Write down what the folder's runs have in common, and what was asked for so far."""
+    known = _remembered(plan.folder) or {"methods": (), "ratios": (), "seeds": ()}
+    methods = {*known["methods"], *plan.methods}
+    content = {
+        "base": asdict(plan.base),
+        "size": asdict(plan.size),
+        "methods": [method for method in _order() if method in methods],
+        "ratios": sorted({*known["ratios"], *plan.ratios}),
+        "seeds": sorted({*known["seeds"], *plan.seeds}),
+        "data_dir": plan.data_dir and str(Path(plan.data_dir).expanduser().absolute()),
+    }
+    try:
+        write_json(content, plan.folder / "study.json", indent=1)
+    except OSError as error:
+        raise StudyError(f"the folder {plan.folder} cannot be made ({error}): name another with --out") from error
+
+
+def _list(kind: type, check: Callable[[Any], str | None]) -> Callable[[str], list[Any]]:
+    """Parser of a list with commas, every entry of which `check` finds no fault with."""
+
+    def parse(text: str) -> list[Any]:
+        values = []
+        for part in text.split(","):
+            try:
+                value = kind(part)
+            except ValueError:
+                raise argparse.ArgumentTypeError(f"{part!r} in {text!r} is no {kind.__name__}") from None
+            fault = check(value)
+            if fault:
+                raise argparse.ArgumentTypeError(f"{part!r} in {text!r} is not {fault}")
+            values.append(value)
+        if len(set(values)) != len(values):
+            raise argparse.ArgumentTypeError(f"{text!r} names something twice")
+        return values
+
+    return parse
+
+
+def _method(value: str) -> str | None:
+    return None if value in train.METHODS else f"one of {','.join(train.METHODS)}"
+
+
+def _ratio(value: float) -> str | None:
+    return None if 0 < value < 1 else "above 0 and below 1"
+
+
+def _seed(value: int) -> str | None:
+    return None if 0 <= value < 2**63 else "a whole number of at least 0"

@@ -1,0 +1,82 @@
+"""What every study is: runs in, a result for JSON out, and that result as plots and tables."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .plan import Plan, Runs
+from .present import Table
+from .store import StudyError
+
+
+@dataclass
+class Files:
+    """The run files that a result is made of, and the names of those that are not there."""
+
+    found: list[dict[str, Any]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def take(self, file: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
+        """Remember the file, or that it is missing."""
+        if file is None:
+            self.missing.append(name)
+        elif not any(file is other for other in self.found):
+            self.found.append(file)
+        return file
+
+    def header(self, study: str, plan: Plan) -> dict[str, Any]:
+        """What every result begins with; raises StudyError where there is nothing to show."""
+        if not self.found:
+            raise StudyError(f"{plan.folder} holds no finished run for the study {study}: leave --report-only out")
+        where = [{key: file[key] for key in ("device", "versions")} for file in self.found]
+        return {
+            "study": study,
+            "data_set": self.found[0]["data_set"],
+            "settings": {
+                "base": {
+                    key: value
+                    for key, value in asdict(plan.base).items()
+                    if key not in ("method", "prune_ratio", "seed", "device")
+                },
+                "methods": list(plan.methods),
+                "ratios": list(plan.ratios),
+                "seeds": list(plan.seeds),
+                "size": asdict(plan.size),
+            },
+            "environments": [entry for i, entry in enumerate(where) if entry not in where[:i]],
+            "missing_runs": self.missing,
+        }
+
+
+class Study:
+    """One result of the paper."""
+
+    name: str
+    paper: str  # the figure that it reproduces
+    question: str
+    reading: str  # how to read plots and tables, and what they cannot say
+
+    def requests(self, plan: Plan) -> int:
+        """How many runs it asks for."""
+        raise NotImplementedError
+
+    def collect(self, runs: Runs) -> dict[str, Any]:
+        """Run what is not there yet; the result, ready for JSON."""
+        raise NotImplementedError
+
+    def plots(self, result: dict[str, Any], folder: Path) -> list[tuple[Path, str]]:
+        """Write PNGs; each with a caption."""
+        raise NotImplementedError
+
+    def tables(self, result: dict[str, Any]) -> list[Table]:
+        """The figures behind the plots."""
+        raise NotImplementedError
+
+
+def title(result: dict[str, Any]) -> str:
+    """Data set, network, T and device, for a figure's head."""
+    base = result["settings"]["base"]
+    devices = sorted({entry["device"] for entry in result["environments"]})
+    return f"{result['data_set']['name']}, {base['model']}, T = {base['time_steps']} ({', '.join(devices)})"

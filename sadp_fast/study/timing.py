@@ -1,0 +1,230 @@
+"""How close the time of pruned training comes to 1 - r, and where the rest goes."""
+
+from __future__ import annotations
+
+import statistics
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import data, train
+from ..batching import Drawn, pack, shuffled
+from ..sampling import sample
+from .plan import Plan, Runs
+from .present import Table, mean, method_style, panels, save, seeds_text, spread
+from .study import Files, Study, title
+from .training import method_label, training_runs
+
+REPEATS = 5
+# Parts of an epoch beyond its share of a full-data epoch, with colours; from below.
+PARTS = {
+    "weights": ("weighting the losses", "#56B4E9"),
+    "scoring": ("scoring", "#0072B2"),
+    "selection": ("probabilities from scores", "#E69F00"),
+    "drawing": ("drawing and cutting batches", "#CC79A7"),
+}
+
+
+def measure_parts(config: train.TrainConfig, dataset: data.Dataset, steps: int) -> dict[str, Any]:
+    """Seconds of one method's parts on this device, each the median of `REPEATS` timings.
+
+    Returns:
+        "full_step", "weighted_step" and "scored_step" (one training step on all data, on drawn examples without, and
+        with scores), "selection" and "drawing" (of one epoch), "steps" (of a full epoch).
+    """
+    dataset = dataset.to(config.device)
+    own = train.Trainer(config, dataset)
+    trainers = {
+        "full_step": train.Trainer(config.of("full"), dataset),
+        "weighted_step": train.Trainer(config.of("random"), dataset),
+        "scored_step": own,
+    }
+    for trainer in trainers.values():
+        trainer.throw_away_steps()
+    count = len(dataset.train_labels)
+    # As many distinct values as in training; the solver's time does not depend on what they are.
+    own.sadp.scores.copy_(torch.rand(count, generator=torch.Generator().manual_seed(0)))
+    times: dict[str, list[float]] = {name: [] for name in (*trainers, "begin", "drawing")}
+    for _ in range(REPEATS):
+        for name, trainer in trainers.items():  # in turn, so that a machine that slows down slows all alike
+            begin, step = _epoch(trainer, config, steps)
+            times[name].append(step)
+            if trainer is own:
+                times["begin"].append(begin)
+        start = own.clock()
+        drawn = Drawn(*sample(own.sadp.probabilities, seed=0, epoch=0)[:2])
+        nothing = Drawn(drawn.indices[:0], drawn.weights[:0])
+        pack(shuffled(drawn, seed=0, epoch=0), nothing, config.batch_size, pad=False)
+        times["drawing"].append(own.clock() - start)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    selection = max(0.0, medians.pop("begin") - medians["drawing"])
+    return {**medians, "selection": selection, "steps": count / config.batch_size}
+
+
+def _epoch(trainer: train.Trainer, config: train.TrainConfig, steps: int) -> tuple[float, float]:
+    """Seconds until the first pruned epoch's first batch is there, and of one of `steps` training steps."""
+    ratios = trainer.sadp.ratios
+    trainer.sadp.epoch = next((epoch for epoch, ratio in enumerate(ratios) if ratio > 0), 0)
+    trainer.model.train()
+    start = trainer.clock()
+    done = 0
+    with closing(trainer.sadp.batches(config.batch_size)) as batches:
+        for index in batches:
+            if done == 0:
+                drawn = trainer.clock()
+            if done == 1:  # the first step of an epoch sets hooks up and may record a graph
+                first = trainer.clock()
+            trainer.step(index, 0.0)
+            done += 1
+            if done > steps:
+                break
+        end = trainer.clock()
+    return drawn - start, (end - first) / (done - 1)
+
+
+class Time(Study):
+    name = "time"
+    paper = "Fig. 3"
+    question = "How close does the time ratio come to 1 - r, and where does the rest go?"
+    reading = (
+        "Time ratio: training seconds over those of full-data training (mean over seeds, same device). The theoretical "
+        "minimum is the share of examples kept. Parts are timed apart from training: single steps without weights, "
+        "with weights and with scores, in turn, at the middle one of the ratios, and what is done once an epoch; steps "
+        "count by the number that a ratio keeps. What they do not explain of the measured ratio is what timings of "
+        "whole trainings vary by, and work at the border between epochs. Parts are of pruned epochs; in full-data "
+        "epochs only scoring is done."
+    )
+
+    def requests(self, plan: Plan) -> int:
+        return len(plan.cells()) * len(plan.seeds) + len(_pruned(plan))
+
+    def collect(self, runs: Runs) -> dict[str, Any]:
+        plan, files = runs.plan, Files()
+        trained = training_runs(runs, files)
+        full: dict[str, list[float]] = {}
+        for row in trained:
+            if row["method"] == "full":
+                full.setdefault(row["device"], []).append(_seconds(row))
+        ratios, parts = [], []
+        for row in trained:
+            count = files.found[0]["data_set"]["train_examples"] * len(row["history"])
+            ratios.append(
+                {
+                    **{key: row[key] for key in ("method", "ratio", "seed", "device")},
+                    "seconds": _seconds(row),
+                    "examples_share": row["history"][-1]["examples_trained"] / count,
+                    "time_ratio": _seconds(row) / mean(full[row["device"]]) if row["device"] in full else None,
+                }
+            )
+        middle = sorted(plan.ratios)[len(plan.ratios) // 2]
+        for method in _pruned(plan):
+            file = runs.timing(method, middle, lambda config, data: measure_parts(config, data, plan.size.timed_steps))
+            files.take(file, f"timing of {method}")
+            runs.display.advance()
+            for ratio in plan.ratios if file else ():
+                where = {"method": method, "ratio": ratio, "device": file["device"]}  # type: ignore[index]
+                parts.append({**where, **_shares(file["timing"], ratio)})  # type: ignore[index]
+        return {**files.header(self.name, plan), "time_ratios": ratios, "overheads": parts}
+
+    def plots(self, result: dict[str, Any], folder: Path) -> list[tuple[Path, str]]:
+        figure, (ratios, parts) = panels(1, 2, 13, 5.4)
+        rows = [r for r in result["time_ratios"] if r["method"] != "full" and r["time_ratio"] is not None]
+        ratios.plot([0, 1], [0, 1], "--", color="#555555", linewidth=1.2, label="theoretical minimum, 1 - r")
+        counts = {0}
+        for method in result["settings"]["methods"]:
+            style = method_style(method)
+            cells = sorted({r["ratio"] for r in rows if r["method"] == method}, reverse=True)
+            heights = []
+            for ratio in cells:
+                values = [r["time_ratio"] for r in rows if r["method"] == method and r["ratio"] == ratio]
+                counts.add(len(values))
+                heights.append(mean(values))
+                ratios.plot([1 - ratio] * 2, [min(values), max(values)], color=style["color"], linewidth=2.5, alpha=0.5)
+            if cells:
+                label = method_label(result, method)
+                ratios.plot([1 - ratio for ratio in cells], heights, **style, label=label)
+        ratios.set(xlabel="1 - r (share of examples kept)", ylabel="Training time / that of full data")
+        top = 1.08 * max([1.0, *(r["time_ratio"] for r in rows)])
+        ratios.set(xlim=(0, 1.02), ylim=(0, top))
+        ratios.legend(loc="upper left", frameon=False, fontsize=9)
+        ratios.set_title(f"Whole trainings: {seeds_text(max(counts))}", fontsize=10)
+        self._bars(parts, result)
+        figure.suptitle(f"Time of pruned training\n{title(result)}")
+        return [(save(figure, folder / "time.png"), self.question)]
+
+    @staticmethod
+    def _bars(panel: Any, result: dict[str, Any]) -> None:
+        rows = result["overheads"]
+        labels = []
+        for i, row in enumerate(rows):
+            low, high = 0.0, 0.0  # what saves time by noise hangs below zero
+            for part, (_, colour) in PARTS.items():
+                share = 100 * row[part]
+                panel.bar(i, share, 0.7, bottom=high if share >= 0 else low, color=colour)
+                high, low = high + max(share, 0.0), low + min(share, 0.0)
+            whole = [
+                100 * (r["time_ratio"] - r["examples_share"])
+                for r in result["time_ratios"]
+                if (r["method"], r["ratio"]) == (row["method"], row["ratio"]) and r["time_ratio"] is not None
+            ]
+            if whole:
+                panel.plot([i, i], [min(whole), max(whole)], color="black", linewidth=1)
+                panel.plot(i, mean(whole), "D", color="black", markersize=4)
+            labels.append(f"{method_label(result, row['method'])}\nr = {row['ratio']:g}")
+        panel.axhline(0, color="#555555", linewidth=0.8)
+        for name, colour in PARTS.values():
+            panel.bar([0], [0], color=colour, label=name)
+        panel.plot([], [], "D", color="black", markersize=4, label="whole trainings: time ratio - share of examples")
+        panel.set_xticks(range(len(rows)), labels, fontsize=8, rotation=90 if len(rows) > 6 else 0)
+        panel.set_ylabel("Overhead (% of a full-data epoch's time)")
+        panel.legend(loc="upper right", frameon=False, fontsize=8)
+        low, high = panel.get_ylim()
+        panel.set_ylim(low, high + 0.35 * (high - low))
+        panel.set_title("Overhead beyond the share of examples", fontsize=10)
+
+    def tables(self, result: dict[str, Any]) -> list[Table]:
+        overheads = {(r["method"], r["ratio"]): r for r in result["overheads"]}
+        lines = []
+        cells = {(r["method"], r["ratio"]): None for r in result["time_ratios"]}
+        for method, ratio in cells:
+            own = [r for r in result["time_ratios"] if (r["method"], r["ratio"]) == (method, ratio)]
+            parts = overheads.get((method, ratio), {})
+            lines.append(
+                (
+                    method_label(result, method),
+                    f"{1 - ratio:g}",
+                    f"{mean(r['examples_share'] for r in own):.3f}",
+                    spread((r["time_ratio"] for r in own), 3),
+                    *(f"{100 * parts[part]:.1f}" if part in parts else "-" for part in PARTS),
+                )
+            )
+        names = tuple(f"{name} (%)" for name, _ in PARTS.values())
+        return [
+            Table(
+                "Training time over that of full data, and overheads in % of a full-data epoch",
+                ("method", "1 - r", "share of examples", "time ratio", *names),
+                lines,
+                "± is the standard deviation over the seeds. Overheads within a few tenths are noise of the timing.",
+            )
+        ]
+
+
+def _pruned(plan: Plan) -> list[str]:
+    return [method for method in plan.methods if method != "full"]
+
+
+def _seconds(row: dict[str, Any]) -> float:
+    return float(sum(entry["seconds"] for entry in row["history"]))
+
+
+def _shares(timing: dict[str, Any], ratio: float) -> dict[str, float]:
+    """Every part's seconds in an epoch of (1 - ratio) of the steps, as shares of a full-data epoch's seconds."""
+    epoch, kept = timing["full_step"] * timing["steps"], (1 - ratio) * timing["steps"]
+    return {
+        "weights": (timing["weighted_step"] - timing["full_step"]) * kept / epoch,
+        "scoring": (timing["scored_step"] - timing["weighted_step"]) * kept / epoch,
+        "selection": timing["selection"] / epoch,
+        "drawing": timing["drawing"] / epoch,
+    }
