@@ -89,7 +89,8 @@ def run(given: dict[str, Any]) -> int:
     plan = _planned(given)
     cli._check_device(plan.base.device)
     studies = [STUDIES[name] for name in names]
-    console = Console(highlight=False)
+    # Wide enough for the tables where no terminal says how wide it is.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     display = Display(None if quiet else console, sum(study.requests(plan) for study in studies))
     runs = Runs(plan, display)
     if not plan.report_only:

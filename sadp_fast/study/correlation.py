@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .measure import EXACT, SCORES, pearson, spearman
@@ -75,7 +76,7 @@ class Correlation(Study):
             panel.set(xscale="log", xlabel="Epoch of training (log scale)", ylabel=_ylabel(kind))
             panel.set_xticks(epochs, [str(epoch) for epoch in epochs])
             panel.minorticks_off()
-            panel.set_title(f"Over training: {seeds_text(len(seeds))}", fontsize=10)
+            panel.set_title("Over training", fontsize=10)
         rows, seeds = result["by_sparsity"], _seeds(result["by_sparsity"])
         points = sorted(
             (mean(r["sparsity"] for r in rows if r["threshold"] == t), t) for t in {r["threshold"] for r in rows}
@@ -85,16 +86,15 @@ class Correlation(Study):
                 by_seed = [[_value(rows, kind, score, seed=seed, threshold=t) for _, t in points] for seed in seeds]
                 band(panel, [100 * sparsity for sparsity, _ in points], by_seed, score_style(score))
             panel.set(xlabel="Sparsity: neurons and steps without a spike (%)", ylabel=_ylabel(kind))
-            panel.set_title(
-                "At the sparsity that firing thresholds "
-                f"{', '.join(f'{t:g}' for t in sorted(t for _, t in points))} lead to: {seeds_text(len(seeds))}",
-                fontsize=10,
-            )
+            thresholds = ", ".join(f"{t:g}" for t in sorted(t for _, t in points))
+            panel.set_title(f"By sparsity (networks with firing thresholds {thresholds})", fontsize=10)
         for panel in axes:
-            low = min([0.0, *(y for line in panel.lines for y in line.get_ydata())])
-            panel.set_ylim(-1.02 if low < 0 else 0.0, 1.02)
+            _stretch(panel)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-        figure.suptitle(f"Correlation of scores with the exact gradient norm of {examples} examples\n{title(result)}")
+        figure.suptitle(
+            f"Correlation of scores with the exact gradient norm of {examples} examples "
+            f"({seeds_text(len(seeds))})\n{title(result)}"
+        )
         return [(save(figure, folder / "correlation.png"), self.question)]
 
     def tables(self, result: dict[str, Any]) -> list[Table]:
@@ -151,4 +151,22 @@ def _value(rows: list[dict[str, Any]], kind: str, score: str, **where: Any) -> f
 
 
 def _ylabel(kind: str) -> str:
-    return f"{kind.capitalize()} correlation"
+    return f"{kind.capitalize()} correlation (1 is perfect; stretched near 1)"
+
+
+def _stretch(panel: Any) -> None:
+    """An axis on which 0.9, 0.99 and 0.999 are equally far from each other: logarithmic in 1 - correlation."""
+    panel.set_yscale("function", functions=(_distance, _correlation))
+    lows = [y for line in panel.lines for y in line.get_ydata()]
+    low = min([0.0, *lows]) - 0.05
+    panel.set_ylim(max(low, -1.05), 0.99995)
+    ticks = [tick for tick in (-0.9, -0.5, 0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 0.999, 0.9999) if tick > low]
+    panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+
+
+def _distance(correlation: Any) -> Any:
+    return -np.log10(np.maximum(1 - np.asarray(correlation, dtype=float), 1e-5))
+
+
+def _correlation(distance: Any) -> Any:
+    return 1 - 10 ** -np.asarray(distance, dtype=float)

@@ -89,7 +89,8 @@ class Convergence(Study):
             if not counts:
                 continue
             _limits(axes)
-            axes[1].legend(loc="lower right", frameon=False, title="final accuracy", fontsize=9)
+            handles = axes[0].get_legend_handles_labels()
+            figure.legend(*handles, loc="outside lower center", ncols=5, frameon=False, title="Final test accuracy")
             figure.suptitle(f"Convergence at r = {ratio:g} ({_counts(counts)})\n{title(result)}")
             path = save(figure, folder / f"convergence-r{ratio:g}.png")
             written.append((path, f"Convergence with a share of {ratio:g} of the examples left out."))
@@ -181,11 +182,17 @@ class Accuracy(Study):
                     places.append(x)
                     heights.append(mean(values))
                     panel.plot([x, x], [min(values), max(values)], color=style["color"], linewidth=2.5, alpha=0.5)
+                    if panel is by_time:
+                        panel.annotate(f"{ratio:g}", (x, mean(values)), (4, 4), textcoords="offset points", fontsize=7)
                 if places:
                     panel.plot(places, heights, **style, label=method_label(result, method))
         by_ratio.set(xlabel="Pruning ratio r (share left out)", ylabel="Test accuracy after the last epoch (%)")
         by_ratio.set_xticks(ratios)
-        by_time.set(xlabel="Training time / that of full data", ylabel="Test accuracy after the last epoch (%)")
+        if full:
+            by_time.plot(1, mean(full), "o", color=report.COLOURS["full"])
+        by_time.set(
+            xlabel="Training time / that of full data (numbers: r)", ylabel="Test accuracy after the last epoch (%)"
+        )
         by_ratio.legend(loc="lower left", frameon=False, fontsize=9)
         figure.suptitle(
             f"Accuracy after {result['settings']['base']['epochs']} epochs (bars: {_counts(counts)})\n{title(result)}"
@@ -251,14 +258,14 @@ def _counts(counts: set[int]) -> str:
 
 
 def _limits(axes: list[Any]) -> None:
-    """Labels, and a scale that the first epochs do not stretch."""
+    """Labels, and a scale of accuracy that the first eighth of training does not stretch."""
     for i, panel in enumerate(axes):
-        panel.set(ylabel="Test accuracy (%)" if i < 2 else "Training loss", xlim=(0, None))
+        panel.set(ylabel="Test accuracy (%)", xlim=(0, None))
         panel.set_xlabel("Training time (s)" if i % 2 else "Examples seen")
         if not i % 2:
             thousands(panel)
-        settled = [y for line in panel.lines for y in known(line.get_ydata())[len(line.get_ydata()) // 8 :]]
         if i < 2:
-            panel.set_ylim(max(0.0, min(settled) - 5), min(100.5, max(settled) + 1.5))
+            settled = [y for line in panel.lines for y in known(line.get_ydata())[len(line.get_ydata()) // 8 :]]
+            panel.set_ylim(max(0.0, min(settled) - 1.5), min(100.5, max(settled) + 1))
         else:
-            panel.set_ylim(0, 1.15 * max(settled))
+            panel.set(yscale="log", ylabel="Training loss (log scale)")

@@ -63,8 +63,9 @@ class Variance(Study):
         "tr Var = (1/N^2) sum |g_i|^2 (1/p_i - 1) with exact gradient norms |g_i| (all parameters) of the measured "
         "examples as the whole data set, over the same for uniform probabilities and as many examples kept: 1 is "
         "uniform pruning, lower is better, and the exact norms' own probabilities without smoothing are the least "
-        "possible. A stale score was taken on the weights of earlier epochs of the same training: in use, an "
-        "example's score is as old as its last draw. Values worse than any plot shows are in the JSON file."
+        "possible (in the plots, the exact norm's line in the first panel). A stale score was taken on the weights of "
+        "earlier epochs of the same training: in use, an example's score is as old as its last draw. ε-greedy trains "
+        "without weights, so this is its variance if it had them. Values worse than any plot shows are in the JSON file."
     )
 
     def requests(self, plan: Plan) -> int:
@@ -99,16 +100,14 @@ class Variance(Study):
                 band(panel, x, by_seed, score_style(score))
 
         every = [*SCORES, EXACT]
-        for panel, age in zip(axes[:2], (0, 1), strict=True):
+        first = ((0, OPTIMUM, "fresh scores, not smoothed"), (1, policy, f"scores one epoch old, {smoothed}"))
+        for panel, (age, name, what) in zip(axes[:2], first, strict=True):
             epochs = sorted({row["epoch"] for row in rows if row["age"] == age})
-            over(panel, "epoch", epochs, epochs, every, age=age, ratio=ratio, policy=policy)
-            least = [mean(_values(rows, epoch=e, age=0, ratio=ratio, policy=OPTIMUM, score=EXACT)) for e in epochs]
-            panel.plot(epochs, least, ":", color="black", label="optimum (exact norms, fresh, not smoothed)")
+            over(panel, "epoch", epochs, epochs, every, age=age, ratio=ratio, policy=name)
             panel.set(xscale="log", xlabel="Epoch of training (log scale)")
             panel.set_xticks(epochs, [str(epoch) for epoch in epochs])
             panel.minorticks_off()
-            old = "Fresh scores" if age == 0 else "Scores one epoch old"
-            panel.set_title(f"{old}, r = {ratio:g}, {smoothed}", fontsize=10)
+            panel.set_title(f"Over training, r = {ratio:g}: {what}", fontsize=10)
         by_policy, by_ratio = axes[2:]
         offsets = {score: 0.12 * (i - (len(every) - 1) / 2) for i, score in enumerate(every)}
         for score in every:
@@ -129,12 +128,11 @@ class Variance(Study):
         over(by_ratio, "ratio", ratios, ratios, every, age=0, epoch=last, policy=policy)
         by_ratio.set(xlabel="Pruning ratio r (share left out)", xticks=ratios)
         by_ratio.set_title(f"By ratio, after epoch {last}, fresh scores, {smoothed}", fontsize=10)
+        shown = [y for panel in axes for line in panel.lines for y in line.get_ydata() if y > 0]
         for panel in axes:
-            panel.axhline(1, color="#555555", linewidth=1, linestyle="--")
+            panel.axhline(1, color="#555555", linewidth=1, linestyle="--", label="uniform pruning")
             panel.set(yscale="log", ylabel="Variance / that of uniform pruning")
-            shown = [y for line in panel.lines for y in line.get_ydata() if y > 0 and math.isfinite(y)]
-            panel.set_ylim(max(min(shown) / 1.5, 1e-6), min(TOP, max(shown) * 1.5))
-        axes[0].annotate("uniform pruning", (1, 1), (0, 3), textcoords="offset points", fontsize=8, color="#555555")
+            panel.set_ylim(max(min(shown) / 1.5, 1e-6), min(TOP, max(1.0, *shown) * 1.5))
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
         figure.suptitle(
             f"Variance of the pruned gradient, from exact norms of {settings['size']['examples']} examples "
@@ -146,20 +144,20 @@ class Variance(Study):
         rows, settings = result["variances"], result["settings"]
         ratio, last = _middle(settings["ratios"]), max(row["epoch"] for row in rows)
         ages = [age for age in AGES if any(row["age"] == age and row["epoch"] == last for row in rows)]
-        columns = [(policy, age) for policy in POLICIES for age in ages]
         return [
             Table(
                 f"Variance over that of uniform pruning, after epoch {last}, r = {ratio:g} (± is the seeds' deviation)",
-                ("score", *(f"{POLICIES[policy]}, {_age(age)}" for policy, age in columns)),
+                ("policy, age of scores", *(SCORE_LABELS[score] for score in (*SCORES, EXACT))),
                 [
                     (
-                        SCORE_LABELS[score],
+                        f"{POLICIES[policy]}, {_age(age)}",
                         *(
                             _text(_values(rows, epoch=last, age=age, ratio=ratio, policy=policy, score=score))
-                            for policy, age in columns
+                            for score in (*SCORES, EXACT)
                         ),
                     )
-                    for score in (*SCORES, EXACT)
+                    for policy in POLICIES
+                    for age in ages
                 ],
                 f"Smoothing {settings['base']['smoothing']:g} where smoothed; uniform pruning is 1.",
             )
