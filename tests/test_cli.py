@@ -75,6 +75,10 @@ ERRORS = [
     (["train", "--smoothing", "1.5"], "--smoothing: '1.5' is not between 0 and 1"),
     (["train", "--score", "best"], "--score: invalid choice: 'best'"),
     (["train", "--policy", "cap"], "--policy: invalid choice"),
+    (["train", "--weights", "equal"], "--weights: invalid choice: 'equal'"),
+    (["train", "--score", "given"], "--score: invalid choice: 'given'"),
+    (["train", "--score-momentum", "1"], "--score-momentum: '1' is not at least 0 and below 1"),
+    (["train", "--compare", "sadp"], "'sadp' is not 'none' or a list out of"),
     (["train", "--schedule", "step"], "--schedule: invalid choice"),
     (["train", "--epochs", "0"], "--epochs: '0' is not a whole number of at least 1"),
     (["train", "--epochs", "2.5"], "--epochs: '2.5' is not"),
@@ -177,7 +181,7 @@ def test_a_run_writes_table_json_and_plot(capsys):
     lines = written.out.splitlines()
     assert lines[0].startswith("digits: 1,437 training and 360 test examples; mlp, T = 2, 4 epochs; CPU, 1 thread")
     assert sum(bool(re.match(r".*: epoch \d/4, loss .*, accuracy .*%, kept .*%, .* s", line)) for line in lines) == 12
-    for word in ("full data", "random", "SADP (all)", "5,748", "0.70"):
+    for word in ("full data", "dynamic random", "SADP (all)", "5,748", "0.70"):
         assert word in written.out
     assert {path.name for path in Path("here").iterdir()} - {"tb"} == {
         *("run.json", "results.json", "results.png", "full", "random", "sadp")
@@ -205,6 +209,40 @@ def test_a_run_writes_table_json_and_plot(capsys):
     image = Path("here/results.png").read_bytes()
     assert image[:8] == b"\x89PNG\r\n\x1a\n"
     assert image[16:24] == bytes([0, 0, 1500 >> 8, 1500 & 255, 0, 0, 630 >> 8, 630 & 255])  # 10 x 4.2 inches, 150 dpi
+
+
+def test_baselines_are_compared_and_resumed(capsys):
+    compared = ["static_random", "infobatch", "epsilon_greedy"]
+    settings = ["--weights", "sum", "--score-momentum", "0.25", "--out", "here", "--prune-ratio", "0.3", "--quiet"]
+    assert cli.main([*FAST, "--compare", ",".join(compared), *settings]) == 0
+    output = capsys.readouterr().out
+    for word in ("static random", "InfoBatch", "ε-greedy"):
+        assert word in output
+    results = json.loads(Path("here/results.json").read_text())
+    assert list(results["methods"]) == [*compared, "sadp"]
+    assert [entry["ratio"] for entry in results["methods"]["static_random"]["epochs"]] == [pytest.approx(0.3)] * 4
+    assert results["config"]["weights"] == "sum" and results["config"]["score_momentum"] == 0.25
+    assert cli.main(["train", "--resume", "here", "--quiet", "--weights", "sum"]) == 0
+    assert json.loads(Path("here/results.json").read_text())["methods"] == results["methods"]
+    assert cli.main(["train", "--resume", "here", "--score-momentum", "0.5"]) == 2
+    assert "--score-momentum is 0.5, but the run in here began with 0.25" in capsys.readouterr().err
+
+
+def test_a_run_begun_before_weights_were_a_setting_goes_on():
+    assert cli.main([*FAST, "--out", "here", "--quiet", "--compare", "none", "--prune-ratio", "0.3"]) == 0
+    began = json.loads(Path("here/run.json").read_text())
+    state = torch.load("here/sadp/checkpoint.pt", weights_only=True)
+    for config in (began["config"], state["config"], state["sadp"]["config"]):
+        del config["weights"], config["score_momentum"]
+    Path("here/run.json").write_text(json.dumps(began))
+    torch.save(state, "here/sadp/checkpoint.pt")
+    assert cli.main(["train", "--resume", "here", "--quiet"]) == 0
+
+
+def test_every_method_has_a_label_and_a_colour():
+    labels = [report.label(train.TrainConfig().of(method)) for method in train.METHODS]
+    assert len(set(labels)) == len(labels)
+    assert report.COLOURS.keys() == train.METHODS.keys() and len(set(report.COLOURS.values())) == len(labels)
 
 
 def test_plot_shows_every_method_with_units(monkeypatch):
@@ -411,5 +449,6 @@ def test_help_names_every_option(capsys):
         *("dataset", "data-dir", "model", "prune-ratio", "score", "policy", "smoothing", "schedule", "warmup-epochs"),
         *("tail-epochs", "epochs", "time-steps", "batch-size", "lr", "amp", "compare", "seed", "device", "resume"),
         *("out", "name", "quiet", "image-size", "split-by", "label-smoothing", "low-memory"),
+        *("weights", "score-momentum"),
     ):
         assert f"--{option} " in text

@@ -115,6 +115,41 @@ def test_what_is_no_score_leaves_the_old_one(kernel_device):
     assert slots.tolist() == [0.5, 0.5, 0.5, 5.0, 2.0, 0.0, 0.5]
 
 
+def test_scores_are_averaged_with_the_old_ones(kernel_device):
+    """momentum * old + (1 - momentum) * new; the new one alone where there is no old one; the larger of two rows."""
+    from sadp_fast.ops.score import update_scores
+
+    inf = float("inf")
+    deltas = torch.tensor([4.0, 9.0, 16.0, inf, 25.0, 1.0], device=kernel_device)
+    indices = torch.tensor([0, 1, 2, 3, 2, 2], device=kernel_device)
+    rows = torch.tensor([[0], [1]], device=kernel_device)
+    one = torch.ones((), device=kernel_device)
+    for order in (torch.arange(6), torch.arange(6).flip(0)):
+        slots = torch.tensor([6.0, NAN, 0.0, 7.0, 8.0], device=kernel_device)
+        energies = torch.stack((torch.ones_like(deltas), deltas[order.to(kernel_device)]))
+        update_scores(energies, rows, one.view(1), one, 1.0, None, indices[order.to(kernel_device)], slots, 0.75)
+        assert slots.tolist() == [5.0, 3.0, 1.25, 7.0, 8.0]
+
+
+def test_averages_of_rows_in_several_programs(kernel_device):
+    """36 layers leave 16 examples a program: one that occurs in each of three is averaged with the same old score."""
+    from sadp_fast.ops.score import update_scores
+
+    layers, examples = 36, 48
+    values = torch.arange(1.0, examples + 1, device=kernel_device)
+    indices = torch.arange(examples, device=kernel_device)
+    indices[[20, 40]] = 3
+    rows = torch.tensor([[0], [1]], device=kernel_device).repeat(1, layers)
+    slots = torch.full((examples + 1,), 100.0, device=kernel_device)
+    energies = torch.stack((torch.ones_like(values), values.square() / layers))
+    one = torch.ones((), device=kernel_device)
+    update_scores(energies, rows, torch.ones(layers, device=kernel_device), one, 1.0, None, indices, slots, 0.5)
+    expected = (100 + values) / 2
+    expected[3] = (100 + 41) / 2
+    expected[[20, 40]] = 100
+    torch.testing.assert_close(slots[:-1], expected, rtol=1e-5, atol=0)
+
+
 def test_large_energies_do_not_overflow(kernel_device):
     from sadp_fast.ops.score import update_scores
 
