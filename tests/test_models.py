@@ -311,12 +311,16 @@ def test_self_attention_is_spikingjellys():
     torch.testing.assert_close(*results)
 
 
-def test_neurons_are_set_as_the_reference_code_sets_them():
-    for module in [*make("conv", (1, 8, 8)).modules(), *make("spikformer", (1, 8, 8)).modules()]:
-        if isinstance(module, LIFNode):
-            assert module.v_threshold == (0.5 if type(module) is LIFNode else 1.0)
-            assert module.tau == 2.0 and module.decay_input and module.detach_reset and module.step_mode == "m"
-            assert type(module.surrogate_function).__name__ == "ATan"
+@pytest.mark.parametrize("name", models.NAMES)
+def test_neurons_settings(name):
+    """Spikformer's neurons are those of its reference code; the others take their input whole."""
+    published = name == "spikformer"
+    neurons = [module for module in make(name, (1, 8, 8)).modules() if isinstance(module, LIFNode)]
+    for node in neurons:
+        assert node.v_threshold == (0.5 if type(node) is LIFNode else 1.0)
+        assert node.tau == 2.0 and node.decay_input == published and node.detach_reset and node.step_mode == "m"
+        assert type(node.surrogate_function).__name__ == ("ATan" if published else "PiecewiseQuadratic")
+    assert neurons
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ..batch_norm_lif import BatchNormLIF
 from ..spike_storage import packed_spikes
-from ..surrogate import ATan
+from ..surrogate import PiecewiseQuadratic
 
 Layers = tuple[list[nn.Module], BatchNormLIF, list[nn.Module]]  # stem, first neurons, body
 
@@ -51,8 +51,14 @@ class PerStep(nn.Sequential):
 
 
 def lif(features: int) -> BatchNormLIF:
-    """Normalisation and neurons, the latter set as the reference code of SEW-ResNet sets its leaky ones."""
-    return BatchNormLIF(features, tau=2.0, decay_input=True, surrogate_function=ATan(), detach_reset=True)
+    """Normalisation and leaky neurons, whose input is not divided by tau, with a triangular surrogate [ours].
+
+    Divided by tau, a normalised input hardly reaches the threshold in a few steps; docs/training-settings.md shows
+    what either choice is worth.
+    """
+    return BatchNormLIF(
+        features, tau=2.0, decay_input=False, surrogate_function=PiecewiseQuadratic(), detach_reset=True
+    )
 
 
 def convolution(channels_in: int, channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:

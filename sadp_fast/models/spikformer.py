@@ -12,9 +12,16 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..batch_norm_lif import BatchNormLIF
 from ..neuron import LIFNode
 from ..surrogate import ATan
-from .layers import Layers, PerStep, classifier, convolution, lif
+from .layers import Layers, PerStep, classifier, convolution
+
+
+def lif(features: int) -> BatchNormLIF:
+    """Normalisation and neurons as published: at the rates of the other networks, products of three spikes in the
+    attention would drive its neurons all the time."""
+    return BatchNormLIF(features, tau=2.0, decay_input=True, surrogate_function=ATan(), detach_reset=True)
 
 
 @dataclass(frozen=True)
