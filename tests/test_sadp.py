@@ -411,7 +411,7 @@ def test_same_draws_on_every_device(data, device):
     [
         ({"prune_ratio": 1.0}, "ratio"),
         ({"prune_ratio": -0.1}, "ratio"),
-        ({"score": "entropy"}, "score must be one of all, last, loss, el2n, given, random, static_random, got 'entropy'"),
+        ({"score": "entropy"}, "score must be one of all, last, loss, .*static_random, got 'entropy'"),
         ({"policy": "best"}, "policy"),
         ({"smoothing": 2.0}, "smoothing"),
         ({"schedule": "step"}, "schedule"),
