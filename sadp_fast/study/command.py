@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import cli, data, models, report, train
+from ..pruner import SADP
 from .display import Display
 from .plan import DEFAULT_METHODS, QUICK, Plan, Runs, Size
 from .registry import STUDIES
@@ -95,6 +97,7 @@ def run(given: dict[str, Any]) -> int:
     runs = Runs(plan, display)
     if not plan.report_only:
         plan = runs.plan = _with_data(plan, runs, "time_steps" in given)
+        _check_runnable(plan, runs.data)
         _remember(plan)
         if not quiet:
             _introduce(plan, runs, console)
@@ -240,6 +243,31 @@ def _with_data(plan: Plan, runs: Runs, asked_steps: bool) -> Plan:
     if len(shape) == 4 and not asked_steps:
         plan = replace(plan, base=replace(plan.base, time_steps=shape[0]))
     return plan
+
+
+def _check_runnable(plan: Plan, dataset: data.Dataset) -> None:
+    """Find what cannot be run before anything is; raises StudyError."""
+    base, count = plan.base, len(dataset.train_labels)
+    if base.batch_size > count:
+        raise StudyError(
+            f"the batch size {base.batch_size} is above the number of training examples, {count}: lower it"
+        )
+    try:
+        models.build(base.model, dataset.shape, dataset.num_classes, base.time_steps)
+        for method, ratio in plan.cells():
+            config = plan.config(method, ratio, plan.seeds[0])
+            SADP(
+                nn.Identity(),
+                count,
+                epochs=config.epochs,
+                prune_ratio=config.prune_ratio,
+                score="random",
+                schedule=config.schedule,
+                warmup_epochs=config.warmup_epochs,
+                tail_epochs=config.tail_epochs,
+            )
+    except ValueError as error:
+        raise StudyError(str(error)) from error
 
 
 def _remember(plan: Plan) -> None:

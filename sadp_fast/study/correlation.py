@@ -16,6 +16,7 @@ from .study import Files, Study, title
 from .trajectory import shown_epochs
 
 KINDS = ("pearson", "spearman")
+TICKS = (-0.9, -0.5, 0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 0.999, 0.9999, 0.99999)
 
 
 def correlations(snapshot: dict[str, Any]) -> dict[str, dict[str, float | None]]:
@@ -151,21 +152,22 @@ def _value(rows: list[dict[str, Any]], kind: str, score: str, **where: Any) -> f
 
 
 def _ylabel(kind: str) -> str:
-    return f"{kind.capitalize()} correlation (1 is perfect; stretched near 1)"
+    return f"{kind.capitalize()} correlation (stretched near 1)"
 
 
 def _stretch(panel: Any) -> None:
     """An axis on which 0.9, 0.99 and 0.999 are equally far from each other: logarithmic in 1 - correlation."""
     panel.set_yscale("function", functions=(_distance, _correlation))
-    lows = [y for line in panel.lines for y in line.get_ydata()]
-    low = min([0.0, *lows]) - 0.05
-    panel.set_ylim(max(low, -1.05), 0.99995)
-    ticks = [tick for tick in (-0.9, -0.5, 0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 0.999, 0.9999) if tick > low]
+    shown = [y for line in panel.lines for y in line.get_ydata()]
+    low, high = min([0.0, *shown]) - 0.05, min(max([0.99, *shown]), 1 - 1e-6)
+    high = 1 - (1 - high) / 1.5
+    panel.set_ylim(max(low, -1.05), high)
+    ticks = [tick for tick in TICKS if low < tick < high]
     panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
 
 
 def _distance(correlation: Any) -> Any:
-    return -np.log10(np.maximum(1 - np.asarray(correlation, dtype=float), 1e-5))
+    return -np.log10(np.maximum(1 - np.asarray(correlation, dtype=float), 1e-7))
 
 
 def _correlation(distance: Any) -> Any:

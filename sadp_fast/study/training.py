@@ -20,8 +20,8 @@ def method_label(result: dict[str, Any], method: str) -> str:
 def training_runs(runs: Runs, files: Files) -> list[dict[str, Any]]:
     """Every training run of the plan that there is: its "method", "ratio", "seed", "device" and "history"."""
     rows = []
-    for method, ratio in runs.plan.cells():
-        for seed in runs.plan.seeds:
+    for seed in runs.plan.seeds:  # a whole table for one seed first, and methods side by side in time
+        for method, ratio in runs.plan.cells():
             name = f"{method}, r = {ratio:g}, seed {seed}"
             file = files.take(runs.training(method, ratio, seed), name)
             runs.display.advance()

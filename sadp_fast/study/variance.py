@@ -65,7 +65,7 @@ class Variance(Study):
         "uniform pruning, lower is better, and the exact norms' own probabilities without smoothing are the least "
         "possible (in the plots, the exact norm's line in the first panel). A stale score was taken on the weights of "
         "earlier epochs of the same training: in use, an example's score is as old as its last draw. ε-greedy trains "
-        "without weights, so this is its variance if it had them. Values worse than any plot shows are in the JSON file."
+        "without weights: this is its variance if it had them. Values worse than any plot shows are in the JSON file."
     )
 
     def requests(self, plan: Plan) -> int:

@@ -1,0 +1,456 @@
+"""The studies: what they measure against its definition, and the command that runs, resumes, merges and shows them."""
+
+import json
+import math
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sadp_fast import SADP, BatchNormLIF, cli, data, inclusion_probabilities, models, reset, train
+from sadp_fast.exact import gradient_norms
+from sadp_fast.study import command, plan, timing, trajectory, variance
+from sadp_fast.study.measure import EXACT, SCORES, measure, pearson, sparsity, spearman
+from sadp_fast.study.registry import STUDIES
+from sadp_fast.study.store import Store, StudyError, conditions
+
+for package in ("sklearn", "scipy", "rich", "matplotlib"):
+    pytest.importorskip(package)
+
+
+@pytest.fixture(autouse=True)
+def fresh_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SADP_DATA", raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------------------------------------ what is measured
+
+
+def small_network(name, device="cpu"):
+    torch.manual_seed(0)
+    model = models.build(name, (1, 8, 8), 10, 3).to(device)
+    x, y = torch.randn(96, 1, 8, 8, device=device), torch.arange(96, device=device) % 10
+    model.train()
+    with torch.no_grad():
+        model(x)
+    reset(model)
+    return model, x, y
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+def test_scores_are_those_that_training_takes(name, device):
+    model, x, y = small_network(name, device)
+    model.eval()
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
+    measured = measure(model, x, y, criterion)
+    for score in ("all", "last", "loss", "el2n"):
+        sadp = SADP(model, len(x), epochs=2, warmup_epochs=1, tail_epochs=0, prune_ratio=0.4, score=score)
+        for index in sadp.batches(32):
+            sadp.loss(criterion, model(x[index]), y[index]).backward()
+            reset(model)
+        torch.testing.assert_close(measured[score], sadp.scores, rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(measured[EXACT], gradient_norms(model, x, y, criterion).float())
+    weights = gradient_norms(model, x, y, criterion, weights_only=True)
+    assert (measured["all"] >= weights * (1 - 1e-4)).all()
+    assert measured.keys() == {*SCORES, EXACT}
+
+
+def test_measuring_leaves_the_network_alone():
+    model, x, y = small_network("conv")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    measure(model, x, y, nn.CrossEntropyLoss())
+    sparsity(model, x)
+    assert model.training and all(p.grad is None for p in model.parameters())
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_score_without_the_spike_factor_ignores_the_input():
+    """Of a linear network of one layer: |delta| against |delta| |x|."""
+
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 4, bias=False)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    model, x, y = Linear(), torch.randn(20, 6), torch.arange(20) % 4
+    values = measure(model, x, y, nn.CrossEntropyLoss())
+    delta = (model(x).softmax(1) - nn.functional.one_hot(y, 4)).norm(dim=1)
+    torch.testing.assert_close(values["delta"], delta)
+    torch.testing.assert_close(values["all"], delta * x.norm(dim=1))
+    torch.testing.assert_close(values[EXACT], delta * x.norm(dim=1))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_correlations_are_those_of_scipy(ties):
+    from scipy import stats
+
+    a = torch.randn(200, dtype=torch.float64)
+    b = a + torch.randn(200, dtype=torch.float64)
+    if ties:
+        a, b = a.round(), b.round()
+    assert pearson(a, b) == pytest.approx(stats.pearsonr(a, b).statistic, abs=1e-12)
+    assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-12)
+    assert pearson(a, torch.ones(200)) is None and spearman(a, torch.ones(200)) is None
+    assert pearson(a, torch.full((200,), math.nan)) is None and spearman(a, torch.full((200,), math.nan)) is None
+
+
+def test_sparsity_counts_spikes_without_the_residual():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = BatchNormLIF(3), BatchNormLIF(3)
+
+        def forward(self, x):
+            spikes = self.first(x.transpose(0, 1))
+            return self.second(spikes, spikes)
+
+    model, x = Residual(), 3 * torch.randn(70, 2, 3)
+    model.eval()
+    first = model.first(x.transpose(0, 1))
+    total = model.second(first, first)
+    reset(model)
+    # The second output holds the first one's spikes beside its own.
+    expected = 1 - (total.sum() / (2 * first.numel())).item()
+    assert sparsity(model, x) == pytest.approx(expected) and 0 < expected < 1
+
+
+@pytest.mark.parametrize("policy", list(variance.POLICIES))
+def test_variance_is_that_of_its_formula(policy):
+    generator = torch.Generator().manual_seed(0)
+    norm = torch.rand(300, generator=generator, dtype=torch.float64) ** 3
+    score = norm * (0.5 + torch.rand(300, generator=generator, dtype=torch.float64))
+    own = {"optimum": 0.0, "infobatch": 0.5, "epsilon_greedy": 0.1}.get(policy, 0.3)
+    p = inclusion_probabilities(score, 150.0, smoothing=own, policy="mix" if policy == "optimum" else policy).double()
+    expected = float((norm**2 * (1 / p - 1)).sum() / (norm**2 * (300 / 150 - 1)).sum())
+    assert variance.estimator_variance(score, norm, 0.5, policy, 0.3) == pytest.approx(expected, rel=1e-5)
+    least = variance.estimator_variance(norm, norm, 0.5, "optimum", 0.3)
+    assert least < 1 and least <= variance.estimator_variance(norm, norm, 0.5, policy, 0.3) * (1 + 1e-6)
+
+
+def test_every_shown_epoch_has_its_stale_scores():
+    for epochs in (1, 2, 8, 60, 100):
+        measured, shown = trajectory.measured_epochs(epochs), trajectory.shown_epochs(epochs)
+        assert shown[-1] == epochs and set(shown) <= set(measured) and measured[0] == 1
+        for epoch in shown:
+            assert all(epoch - age in measured for age in trajectory.AGES if epoch - age >= 1)
+
+
+def test_overheads_add_up_to_the_time_ratio():
+    parts = {
+        "full_step": 2.0,
+        "weighted_step": 2.5,
+        "scored_step": 3.0,
+        "selection": 10.0,
+        "drawing": 20.0,
+        "steps": 100,
+    }
+    shares = timing._shares(parts, 0.7)
+    pruned_epoch = 30 * 3.0 + 10.0 + 20.0
+    assert 0.3 + sum(shares.values()) == pytest.approx(pruned_epoch / 200.0)
+    assert shares.keys() == timing.PARTS.keys()
+
+
+def test_parts_of_the_time_are_measured(device):
+    config = train.TrainConfig(model="mlp", time_steps=2, epochs=4, batch_size=100, device=device)
+    parts = timing.measure_parts(config.of("sadp"), data.load("digits"), steps=3)
+    assert parts["steps"] == pytest.approx(14.37)
+    assert all(parts[key] > 0 for key in ("full_step", "weighted_step", "scored_step", "drawing"))
+    parts = timing.measure_parts(config.of("random"), data.load("digits"), steps=3)
+    assert parts["scored_step"] == parts["weighted_step"]
+
+
+# --------------------------------------------------------------------------------------------------- finished runs
+
+
+def test_conditions_are_what_decides_a_result():
+    base = train.TrainConfig()
+    assert conditions(base.of("full")) == conditions(replace(base, policy="floor", device="cuda:1").of("full"))
+    assert conditions(base.of("random")) == conditions(replace(base, smoothing=0.1).of("random"))
+    assert conditions(base.of("sadp")) != conditions(replace(base, smoothing=0.1).of("sadp"))
+    assert conditions(base.of("full")) != conditions(replace(base, seed=1).of("full"))
+    assert conditions(base.of("random")) != conditions(replace(base, prune_ratio=0.3).of("random"))
+
+
+def test_a_run_is_found_again_and_damage_is_reported():
+    store = Store(Path("here"))
+    identity = {"kind": "test", "config": {"ratio": 0.3, "sizes": (1, 2)}}
+    assert store.read("name", identity, ("value",)) is None
+    made = store.produce("name", identity, "cpu", lambda folder: {"value": [1.5, None]})
+    assert store.read("name", identity, ("value",)) == made and made["value"] == [1.5, None]
+    assert store.read("name", {**identity, "kind": "other"}, ("value",)) is None
+    path = store.path("name", identity)
+    text = path.read_text()
+    with pytest.raises(StudyError, match=r"is damaged \(it lacks 'history'\): delete it"):
+        store.read("name", identity, ("history",))
+    for damage in (text[:-20], "", "[]", text.replace("0.3", "0.4")):
+        path.write_text(damage)
+        with pytest.raises(StudyError, match=f"the run file {path} is damaged .*: delete it"):
+            store.read("name", identity, ("value",))
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+TINY = plan.Size(examples=32, thresholds=(0.5, 1.5), sparsity_epochs=1, timed_steps=2)
+FAST = ["--device", "cpu", "--quick", "--time-steps", "2", "--epochs", "3", "--batch-size", "100", "--quiet"]
+CELLS = ["--seeds", "0,1", "--ratios", "0.3", "--methods", "full,random,sadp"]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setattr(command, "QUICK", TINY)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder in which `study all` has run."""
+    folder = tmp_path_factory.mktemp("studies") / "all"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(command, "QUICK", TINY)
+        assert cli.main(["study", "all", *FAST, *CELLS, "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("nothing is to be trained here")
+
+    monkeypatch.setattr(train, "run", refuse)
+    monkeypatch.setattr(train, "Trainer", refuse)
+
+
+def finite(value):
+    """No NaN or infinity anywhere: JSON has none."""
+    json.dumps(value, allow_nan=False)
+    return value
+
+
+def test_all_writes_every_result_and_one_report(finished):
+    names = {path.name for path in finished.iterdir()}
+    plots = {"correlation.png", "variance.png", "convergence-r0.3.png", "accuracy.png", "time.png"}
+    assert names == {"runs", "unfinished", "study.json", "report.md", *plots, *(f"{name}.json" for name in STUDIES)}
+    assert not list((finished / "unfinished").iterdir())
+    for plot in plots:
+        assert (finished / plot).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    results = {name: finite(json.loads((finished / f"{name}.json").read_text())) for name in STUDIES}
+    for result in results.values():
+        assert result["settings"]["seeds"] == [0, 1] and result["missing_runs"] == []
+        assert result["environments"][0]["versions"]["torch"] == torch.__version__
+        assert result["data_set"] == {"name": "digits", "train_examples": 1437}
+
+    rows = results["correlation"]["over_training"]
+    assert [(r["seed"], r["epoch"]) for r in rows] == [(s, e) for s in (0, 1) for e in (1, 2, 3)]
+    assert all(r["pearson"]["all"] > 0.95 for r in rows if r["epoch"] == 3)
+    by_sparsity = results["correlation"]["by_sparsity"]
+    low, high = ([r["sparsity"] for r in by_sparsity if r["threshold"] == t] for t in TINY.thresholds)
+    assert max(low) < min(high)
+
+    rows = results["variance"]["variances"]
+    assert {r["age"] for r in rows} == {0, 1}
+    for row in rows:
+        assert row["variance"]["mix"].keys() == {*SCORES, EXACT} and row["variance"].keys() == variance.POLICIES.keys()
+        if row["age"] == 0:
+            least = row["variance"]["optimum"][EXACT]
+            everything = [v for scores in row["variance"].values() for v in scores.values() if v is not None]
+            assert least < 1 and all(least <= v * (1 + 1e-4) for v in everything)
+
+    cells = {("full", 0.0), ("random", 0.3), ("sadp", 0.3)}
+    for name, key in (("convergence", "curves"), ("accuracy", "accuracies"), ("time", "time_ratios")):
+        assert {(r["method"], r["ratio"], r["seed"]) for r in results[name][key]} == {
+            (*cell, seed) for cell in cells for seed in (0, 1)
+        }
+    curves = results["convergence"]["curves"]
+    for end in results["accuracy"]["accuracies"]:
+        curve = [r for r in curves if all(r[key] == end[key] for key in ("method", "ratio", "seed"))]
+        assert [r["epoch"] for r in curve] == [1, 2, 3]
+        assert curve[-1]["test_accuracy"] == end["test_accuracy"]
+        assert curve[-1]["seconds"] == pytest.approx(end["seconds"]) and curve[-1]["examples"] == end["examples"]
+    full = [r["seconds"] for r in results["accuracy"]["accuracies"] if r["method"] == "full"]
+    for row in results["time"]["time_ratios"]:
+        assert row["time_ratio"] == pytest.approx(row["seconds"] / (sum(full) / 2))
+        assert row["examples_share"] == pytest.approx(1 - row["ratio"], abs=0.05)
+
+    report = (finished / "report.md").read_text()
+    for text in ("CPU, 1 thread; sadp_fast", torch.__version__, "Seeds: 0, 1", "## Not comparable with the paper"):
+        assert text in report
+    for study in STUDIES.values():
+        assert f"({study.name}.png)" in report or study.name == "convergence"
+        assert f"**{study.question}**" in report
+    assert all(f"({plot})" in report for plot in plots)
+
+
+def test_runs_hold_what_they_were_and_where(finished):
+    path = next(path for path in (finished / "runs").iterdir() if "-sadp-r0.3-s1-" in path.name)
+    run = json.loads(path.read_text())
+    assert run["identity"]["config"]["method"] == "sadp" and run["identity"]["config"]["epochs"] == 3
+    assert run["device"].startswith("CPU") and run["versions"]["torch"] == torch.__version__
+    assert [entry["epoch"] for entry in run["history"]] == [1, 2, 3]
+    assert {"test_accuracy", "loss", "seconds", "examples_trained"} <= run["history"][0].keys()
+
+
+def test_finished_runs_are_not_run_again(finished, no_training, capsys):
+    before = {path: path.read_bytes() for path in (finished / "runs").iterdir()}
+    table = json.loads((finished / "accuracy.json").read_text())
+    assert cli.main(["study", "accuracy", "--resume", str(finished), "--device", "cpu"]) == 0
+    assert "Test accuracy after the last epoch" in capsys.readouterr().out
+    assert cli.main(["study", "time", "--out", str(finished), "--device", "cpu", "--quiet", "--epochs", "3"]) == 0
+    assert {path: path.read_bytes() for path in (finished / "runs").iterdir()} == before
+    assert json.loads((finished / "accuracy.json").read_text()) == table
+
+
+def test_folders_of_two_machines_are_merged_by_copying(finished, no_training, capsys):
+    for name, seed in (("one", 0), ("two", 1)):
+        shutil.copytree(finished, name)
+        for path in Path(name, "runs").iterdir():
+            if f"-s{seed}-" not in path.name:
+                path.unlink()
+        settings = json.loads(Path(name, "study.json").read_text())
+        Path(name, "study.json").write_text(json.dumps({**settings, "seeds": [seed]}))
+    show = ["study", "accuracy", "--out", "one", "--device", "cpu", "--quiet"]
+    assert cli.main(show) == 0
+    assert {r["seed"] for r in json.loads(Path("one/accuracy.json").read_text())["accuracies"]} == {0}
+    for path in Path("two/runs").iterdir():
+        shutil.copy(path, "one/runs")
+    assert cli.main(show) == 0
+    merged, whole = (json.loads(Path(folder, "accuracy.json").read_text()) for folder in ("one", finished))
+    assert merged == whole
+
+
+def test_report_of_what_is_there(finished, no_training, capsys):
+    shutil.copytree(finished, "some")
+    for path in Path("some/runs").glob("*-full-*"):
+        path.unlink()
+    assert cli.main(["study", "all", "--out", "some", "--report-only", "--quiet", "--device", "cpu"]) == 0
+    output = capsys.readouterr().out
+    assert "missing runs: full, r = 0, seed 0; full, r = 0, seed 1" in output
+    assert "**Not complete.** Missing runs: full, r = 0, seed 0" in Path("some/report.md").read_text()
+    assert {r["time_ratio"] for r in json.loads(Path("some/time.json").read_text())["time_ratios"]} == {None}
+    shutil.rmtree("some/runs")
+    assert cli.main(["study", "variance", "--out", "some", "--report-only", "--device", "cpu"]) == 2
+    assert "some holds no finished run for the study variance" in capsys.readouterr().err
+
+
+def without_seconds(history):
+    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in history]
+
+
+@pytest.mark.parametrize(("study", "method"), [("accuracy", "sadp"), ("variance", "scores")])
+def test_interrupted_study_goes_on_where_it_was(study, method, finished, monkeypatch, capsys):
+    arguments = [*FAST[:-1], "--seeds", "1", "--ratios", "0.3", "--methods", "sadp", "--out", "cut short"]
+    saved = train.Trainer.save
+
+    def save(self, path):
+        saved(self, path)
+        if len(self.history) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(train.Trainer, "save", save)
+        assert cli.main(["study", study, *arguments]) == 130
+    assert capsys.readouterr().err == (
+        f"sadp-fast: interrupted; to go on: sadp-fast study {study} --resume 'cut short'\n"
+    )
+    assert len(list(Path("cut short/unfinished").iterdir())) == 1 and not Path("cut short/runs").exists()
+    epochs = []
+    taken = train.Trainer.step
+    monkeypatch.setattr(train.Trainer, "step", lambda self, *a: (epochs.append(self.sadp.epoch), taken(self, *a))[1])
+    monkeypatch.setattr(train, "prepare", lambda *arguments: None)
+    assert cli.main(["study", study, "--resume", "cut short", "--device", "cpu"]) == 0
+    assert set(epochs) == {2}  # of three epochs
+    pattern = f"*-{method}*-s1-*.json"
+    (again,), (whole,) = (
+        [json.loads(path.read_text()) for path in Path(folder, "runs").glob(pattern) if "threshold" not in path.name]
+        for folder in ("cut short", finished)
+    )
+    assert again["identity"] == whole["identity"]
+    if study == "accuracy":
+        assert without_seconds(again["history"]) == without_seconds(whole["history"])
+    else:
+        assert again["snapshots"] == whole["snapshots"]
+
+
+def test_progress_names_every_run(capsys):
+    assert cli.main(["study", "accuracy", *FAST[:-1], "--seeds", "3", "--ratios", "0.3", "--methods", "random"]) == 0
+    output = capsys.readouterr().out
+    assert "digits: 1,437 training and 360 test examples; mlp, T = 2, 3 epochs; methods random; ratios 0.3" in output
+    assert re.search(r"digits-mlp-random-r0.3-s3: epoch 3/3, loss .*, accuracy .*%", output)
+    assert re.search(r"1/1 digits-mlp-random-r0.3-s3: done, accuracy .*%", output)
+    (folder,) = Path("runs").iterdir()
+    assert re.fullmatch(r"study-digits-mlp-\d{8}-\d{6}", folder.name)
+
+
+def test_bars_in_a_terminal(monkeypatch):
+    import io
+
+    from rich.console import Console
+
+    screen = io.StringIO()
+    monkeypatch.setattr("rich.console.Console", lambda **_: Console(file=screen, force_terminal=True, width=140))
+    assert cli.main(["study", "accuracy", *FAST[:-1], "--seeds", "3", "--ratios", "0.3", "--methods", "random"]) == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    assert re.search(r"all runs .*1/1", text) and re.search(
+        r"random-r0.3-s3 .*loss +\d\.\d{3} accuracy +\d+\.\d%", text
+    )
+
+
+ERRORS = [
+    (["nothing"], "invalid choice: 'nothing'"),
+    (["all", "--ratios", "0.3,1"], "'1' in '0.3,1' is not above 0 and below 1"),
+    (["all", "--ratios", "half"], "'half' in 'half' is no float"),
+    (["all", "--seeds", "1,-2"], "'-2' in '1,-2' is not a whole number of at least 0"),
+    (["all", "--seeds", "1,1"], "'1,1' names something twice"),
+    (["all", "--methods", "full,best"], "'best' in 'full,best' is not one of full,"),
+    (["all", "--report-only"], "--report-only needs the folder of a study"),
+    (["all", "--resume", "nowhere"], "nowhere holds no study to resume"),
+    (["all", "--out", "full_folder"], "full_folder is not empty and holds no study"),
+    (["all", "--out", "a_file"], "a_file is a file"),
+    (["all", "--out", "a", "--resume", "b"], "a and b both name the study's folder"),
+    (["all", "--out", "damaged"], "damaged/study.json is damaged"),
+    (["all", "--out", "study", "--lr", "0.5"], "--lr is 0.5, but the study in study has 0.002"),
+    (["all", "--out", "study", "--quick"], "the study in study is not a quick one"),
+    (["all", "--data-dir", "x"], "digits needs no files"),
+    (["all", "--dataset", "mnist"], "give --data-dir or set SADP_DATA"),
+    (["all", "--device", "tpu"], "--device 'tpu'"),
+    (["accuracy", "--batch-size", "5000", "--out", "new"], "the batch size 5000 is above"),
+    (["accuracy", "--ratios", "0.3,0.9", "--epochs", "5", "--out", "new"], "ratio = 0.9 over 5 epochs needs"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), ERRORS, ids=[" ".join(arguments) for arguments, _ in ERRORS])
+def test_errors_are_one_line(arguments, message, capsys):
+    Path("full_folder").mkdir()
+    Path("full_folder/precious.txt").write_text("precious")
+    Path("a_file").write_text("precious")
+    Path("damaged").mkdir()
+    Path("damaged/study.json").write_text('{"base": {')
+    Path("study").mkdir()
+    command._remember(plan.Plan(train.TrainConfig(), ("full",), (0.5,), (0,), plan.Size(), None, Path("study")))
+    given = arguments if "--device" in arguments else [*arguments, "--device", "cpu"]
+    assert cli.main(["study", *given, "--quiet"]) == 2
+    output = capsys.readouterr()
+    assert re.fullmatch(r"sadp-fast: error: [^\n]+\n", output.err) and message in output.err and output.out == ""
+    assert not Path("new").exists() and not Path("runs").exists()
+
+
+def test_help_names_every_study_and_option(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["study", "--help"])
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name in (*STUDIES, "all"):
+        assert name in text
+    for option in ("methods", "ratios", "seeds", "quick", "report-only", "dataset", "data-dir", "model", "epochs"):
+        assert f"--{option}" in text
