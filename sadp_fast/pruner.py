@@ -100,6 +100,7 @@ class SADP:
         scores: float32 [N]; NaN where an example was never scored.
         probabilities: float32 [N], inclusion probabilities of the running or last epoch.
         examples_trained: examples trained on so far (by all ranks together), padding not counted.
+        progress: share of all training that is done, 0 to 1, which a learning rate should follow.
 
     Under torch.distributed every rank builds the same SADP around its own model (DistributedDataParallel or not) and
     loops alike: all draw the same subset, each trains its share of every batch, and scores are combined once an epoch.
@@ -170,7 +171,7 @@ class SADP:
         # A bad policy or smoothing should be found here, not an epoch later.
         inclusion_probabilities(torch.ones(2), 1.0, smoothing=smoothing, policy=policy)
         self.epoch = 0
-        self.examples_trained = 0
+        self._trained, self._trained_now = 0, 0  # examples, in completed epochs and in the running one
         # One slot more than examples: padding and unusable scores are written there, so that shapes stay constant.
         self._slots = torch.full((num_examples + 1,), torch.nan, device=self.device)
         self.probabilities = torch.ones(num_examples, device=self.device)
@@ -196,6 +197,19 @@ class SADP:
     @property
     def scores(self) -> Tensor:
         return self._slots[:-1]
+
+    @property
+    def examples_trained(self) -> int:
+        return self._trained + self._trained_now
+
+    @property
+    def progress(self) -> float:
+        """Share of all training that is done, the batch at hand included, 0 to 1: examples trained over those expected.
+
+        What a learning rate should follow: counted in epochs, a pruned run would spend too few examples at high rates
+        where a full-data tail comes at the end.
+        """
+        return min(1.0, self.examples_trained / (self.num_examples * sum(1 - ratio for ratio in self.ratios)))
 
     @property
     def passive(self) -> bool:
@@ -279,12 +293,13 @@ class SADP:
             self._attach(batch_size)
         _, world = _rank_and_world()
         self._scores_before = self.scores.clone() if scored and world > 1 else None
+        self._trained_now = 0
         try:
             for k in range(count):
                 padding = batches.padding if k == count - 1 else 0
                 weights = batches.weights[k] if weighted or padding else None
                 self._begin(_Batch(batches.indices[k], weights, scored, self._taps))
-                self.examples_trained += batch_size * world - padding
+                self._trained_now += batch_size * world - padding
                 yield batches.indices[k]
                 self.collect()
             self._share_scores()
@@ -292,7 +307,11 @@ class SADP:
             self._batch = None
             self._detach()
             self._carried = self._next_carried
-            self.epoch += 1
+            self._complete_epoch()
+
+    def _complete_epoch(self) -> None:
+        self._trained, self._trained_now = self.examples_trained, 0
+        self.epoch += 1
 
     def batches(self, batch_size: int) -> Generator[Tensor, None, None]:
         """One epoch of index batches, for data that lies on the device.
@@ -564,7 +583,7 @@ class SADP:
             "scores": self.scores.clone(),
             "carried_indices": self._carried.indices.clone(),
             "carried_weights": self._carried.weights.clone(),
-            "examples_trained": self.examples_trained,
+            "examples_trained": self._trained,
             "layers": None if self._layers is None else [asdict(layer) for layer in self._layers],
             "steps": self._steps,
         }
@@ -584,7 +603,7 @@ class SADP:
         self.epoch = int(state["epoch"])
         self._slots[:-1] = state["scores"].to(self.device)
         self._carried = Drawn(state["carried_indices"].to(self.device), state["carried_weights"].to(self.device))
-        self.examples_trained = int(state["examples_trained"])
+        self._trained, self._trained_now = int(state["examples_trained"]), 0
         # A first batch is measured in another way, equal up to rounding: resumed, there is no first batch.
         self._steps = state["steps"]
         self._taps = None
@@ -633,10 +652,11 @@ class PrunedLoader:
         sadp = self.sadp
         sadp._check_epoch()
         if self._pruned is None:
-            yield from self.loader
-            whole, examples = len(self.loader) * self.batch_size, len(self.loader.sampler)  # type: ignore[arg-type]
-            sadp.examples_trained += whole if self.loader.drop_last else examples
-            sadp.epoch += 1
+            sadp._trained_now, examples = 0, len(self.loader.sampler)  # type: ignore[arg-type]
+            for batch in self.loader:
+                sadp._trained_now = min(sadp._trained_now + self.batch_size, examples)
+                yield batch
+            sadp._complete_epoch()
             return
         batches = sadp._draw(self.batch_size, pad=not self.loader.drop_last)
         self._batches = batches.indices.tolist()

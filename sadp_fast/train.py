@@ -144,12 +144,12 @@ def run(
         loss = RunningMean(trainer.device)
         trainer.model.train()
         start = trainer.clock()
+        done = sadp.progress
         for step, index in enumerate(sadp.batches(config.batch_size)):
-            # The learning rate follows the share of the epoch that is done, so a pruned run sees the same curve.
-            share = min((step + 0.5) / planned_steps, 1.0)
-            loss.add(trainer.step(index, learning_rate(config.lr, (epoch + share) / config.epochs)))
+            before, done = done, sadp.progress
+            loss.add(trainer.step(index, learning_rate(config.lr, (before + done) / 2)))
             if step % REPORT_EVERY == 0:
-                shown = loss.peek()
+                shown, share = loss.peek(), min((step + 0.5) / planned_steps, 1.0)
                 for viewer in viewers:
                     viewer.step(epoch + 1, share, step, shown, kept)
         seconds = trainer.clock() - start
@@ -190,7 +190,11 @@ def prepare(config: TrainConfig, data: Dataset) -> None:
 
 
 def learning_rate(peak: float, done: float) -> float:
-    """Linear rise to the peak, then half a cosine down to 0; `done` is the share of training that lies behind."""
+    """Linear rise to the peak, then half a cosine down to 0; `done` is the share of training that lies behind.
+
+    Training is counted in examples, not in epochs (`SADP.progress`): on epochs, a full-data tail would spend a large
+    part of a pruned run's examples at a learning rate near 0.
+    """
     if done < RISE:
         return peak * done / RISE
     return peak * 0.5 * (1 + math.cos(math.pi * (done - RISE) / (1 - RISE)))

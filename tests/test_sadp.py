@@ -105,6 +105,30 @@ def test_collecting_scores_does_not_change_full_data_training(data):
     assert with_scores == run(None, Net())
 
 
+def test_progress_counts_examples_and_a_state_saved_within_an_epoch_does_not(data):
+    """Two of four epochs are on all data: they make up 2 / 2.4 of the training, not half of it."""
+    sadp = SADP(Net(), N, epochs=4, prune_ratio=0.4, warmup_epochs=1, tail_epochs=1, score="random")
+    assert sadp.ratios == [0.0, 0.8, 0.8, 0.0] and sadp.progress == 0
+    list(sadp.batches(16))
+    assert abs(sadp.progress - 1 / 2.4) < 16 / N
+    within = sadp.batches(16)
+    before = sadp.examples_trained
+    next(within)
+    assert sadp.examples_trained == before + 16 and sadp.state_dict()["examples_trained"] == before
+    list(within)
+    for _ in range(2):
+        list(sadp.batches(16))
+    assert sadp.progress > 0.9
+
+    passive = SADP(Net(), N, epochs=2, prune_ratio=0.0)
+    loader = passive.loader(DataLoader(data, batch_size=16))
+    next(iter(loader))
+    assert passive.progress == 16 / (2 * N) and passive.state_dict()["examples_trained"] == 0
+    for _ in range(2):
+        list(loader)
+    assert passive.progress == 1
+
+
 def test_passive_batches_cover_every_epoch_and_pad_only_the_last(data):
     sadp = SADP(Net(), N, epochs=3, prune_ratio=0.0)
     rows = [list(sadp.batches(16)) for _ in range(3)]
