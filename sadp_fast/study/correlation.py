@@ -11,12 +11,12 @@ import torch
 
 from .measure import EXACT, SCORES, pearson, spearman
 from .plan import Plan, Runs
-from .present import Table, band, mean, panels, save, score_style, seeds_text, spread
+from .present import Table, band, known, mean, panels, save, score_style, seeds_text, spread
 from .study import Files, Study, title
 from .trajectory import shown_epochs
 
 KINDS = ("pearson", "spearman")
-TICKS = (-0.9, -0.5, 0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 0.999, 0.9999, 0.99999)
+TICKS = (-0.9, -0.5, 0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9999, 0.99999)
 
 
 def correlations(snapshot: dict[str, Any]) -> dict[str, dict[str, float | None]]:
@@ -89,8 +89,9 @@ class Correlation(Study):
             panel.set(xlabel="Sparsity: neurons and steps without a spike (%)", ylabel=_ylabel(kind))
             thresholds = ", ".join(f"{t:g}" for t in sorted(t for _, t in points))
             panel.set_title(f"By sparsity (networks with firing thresholds {thresholds})", fontsize=10)
+        values = [row[kind][score] for row in (*result["over_training"], *rows) for kind in KINDS for score in SCORES]
         for panel in axes:
-            _stretch(panel)
+            _stretch(panel, known(values))
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
         figure.suptitle(
             f"Correlation of scores with the exact gradient norm of {examples} examples "
@@ -155,14 +156,13 @@ def _ylabel(kind: str) -> str:
     return f"{kind.capitalize()} correlation (stretched near 1)"
 
 
-def _stretch(panel: Any) -> None:
+def _stretch(panel: Any, values: list[float]) -> None:
     """An axis on which 0.9, 0.99 and 0.999 are equally far from each other: logarithmic in 1 - correlation."""
     panel.set_yscale("function", functions=(_distance, _correlation))
-    shown = [y for line in panel.lines for y in line.get_ydata()]
-    low, high = min([0.0, *shown]) - 0.05, min(max([0.99, *shown]), 1 - 1e-6)
-    high = 1 - (1 - high) / 1.5
-    panel.set_ylim(max(low, -1.05), high)
-    ticks = [tick for tick in TICKS if low < tick < high]
+    low = max((tick for tick in TICKS if tick < min(values, default=0.0)), default=-1.05)
+    high = 1 - (1 - min(max(values, default=0.99), 1 - 1e-6)) / 1.5
+    panel.set_ylim(min(low, 0.9), high)
+    ticks = [tick for tick in TICKS if min(low, 0.9) <= tick < high]
     panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
 
 

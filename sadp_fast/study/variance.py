@@ -108,7 +108,7 @@ class Variance(Study):
             panel.set_xticks(epochs, [str(epoch) for epoch in epochs])
             panel.minorticks_off()
             panel.set_title(f"Over training, r = {ratio:g}: {what}", fontsize=10)
-        by_policy, by_ratio = axes[2:]
+        by_policy, excess = axes[2:]
         offsets = {score: 0.12 * (i - (len(every) - 1) / 2) for i, score in enumerate(every)}
         for score in every:
             style = {**score_style(score), "linestyle": "none"}
@@ -124,12 +124,28 @@ class Variance(Study):
         by_policy.set_title(
             f"By policy, after epoch {last}, r = {ratio:g}: filled fresh, hollow one epoch old", fontsize=10
         )
-        ratios = sorted(settings["ratios"])
-        over(by_ratio, "ratio", ratios, ratios, every, age=0, epoch=last, policy=policy)
-        by_ratio.set(xlabel="Pruning ratio r (share left out)", xticks=ratios)
-        by_ratio.set_title(f"By ratio, after epoch {last}, fresh scores, {smoothed}", fontsize=10)
-        shown = [y for panel in axes for line in panel.lines for y in line.get_ydata() if y > 0]
-        for panel in axes:
+        epochs = sorted({row["epoch"] for row in rows})
+        for score in SCORES:
+            where = {"age": 0, "ratio": ratio, "policy": OPTIMUM}
+            by_seed = [
+                [
+                    _quotient(
+                        _value(rows, epoch=e, seed=seed, score=score, **where),
+                        _value(rows, epoch=e, seed=seed, score=EXACT, **where),
+                    )
+                    for e in epochs
+                ]
+                for seed in seeds
+            ]
+            band(excess, epochs, by_seed, score_style(score))
+        excess.set(xscale="log", xlabel="Epoch of training (log scale)", ylabel="Variance / least possible")
+        excess.set_xticks(epochs, [str(epoch) for epoch in epochs])
+        excess.minorticks_off()
+        excess.axhline(1, color="black", linewidth=1)
+        excess.set_ylim(0.98, min(excess.get_ylim()[1], 3.0))
+        excess.set_title(f"What a score costs, r = {ratio:g}: fresh, not smoothed, over exact norms", fontsize=10)
+        shown = [y for panel in axes[:3] for line in panel.lines for y in line.get_ydata() if y > 0]
+        for panel in axes[:3]:
             panel.axhline(1, color="#555555", linewidth=1, linestyle="--", label="uniform pruning")
             panel.set(yscale="log", ylabel="Variance / that of uniform pruning")
             panel.set_ylim(max(min(shown) / 1.5, 1e-6), min(TOP, max(1.0, *shown) * 1.5))
@@ -142,6 +158,7 @@ class Variance(Study):
 
     def tables(self, result: dict[str, Any]) -> list[Table]:
         rows, settings = result["variances"], result["settings"]
+        base = settings["base"]
         ratio, last = _middle(settings["ratios"]), max(row["epoch"] for row in rows)
         ages = [age for age in AGES if any(row["age"] == age and row["epoch"] == last for row in rows)]
         return [
@@ -160,7 +177,22 @@ class Variance(Study):
                     for age in ages
                 ],
                 f"Smoothing {settings['base']['smoothing']:g} where smoothed; uniform pruning is 1.",
-            )
+            ),
+            Table(
+                f"The same by ratio, {_policy_label(base['policy'], base['smoothing'])}",
+                ("ratio, age of scores", *(SCORE_LABELS[score] for score in (*SCORES, EXACT))),
+                [
+                    (
+                        f"r = {each:g}, {_age(age)}",
+                        *(
+                            _text(_values(rows, epoch=last, age=age, ratio=each, policy=base["policy"], score=score))
+                            for score in (*SCORES, EXACT)
+                        ),
+                    )
+                    for each in settings["ratios"]
+                    for age in ages
+                ],
+            ),
         ]
 
 
@@ -202,6 +234,10 @@ def _values(rows: list[dict[str, Any]], policy: str, score: str, **where: Any) -
 def _value(rows: list[dict[str, Any]], **where: Any) -> float | None:
     found = _values(rows, **where)
     return found[0] if found else None
+
+
+def _quotient(a: float | None, b: float | None) -> float | None:
+    return None if a is None or not b else a / b
 
 
 def _middle(ratios: list[float]) -> float:
