@@ -24,9 +24,10 @@ from sadp_fast.ops.lif import LONGEST_CHUNK
 
 CHUNK = LONGEST_CHUNK[4]  # of float32, in which most of these tests run
 
-ARCHITECTURES = {80: (16,), 90: (1, 4, 16, 40), 100: (16,)}  # compute capability: the T that are compiled
+ARCHITECTURES = {80: (16,), 90: (1, 4, 16, 40, 96), 100: (16,)}  # compute capability: the T that are compiled
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 VARIANT_STEPS = 2
+WALKS = ("recursion", "tree")  # the two ways through a chunk
 DYNAMICS = [(None, False, 0.0), (2.0, True, 0.0), (3.0, True, -0.5), (2.0, False, None), (3.0, False, 0.25)]
 
 
@@ -139,12 +140,15 @@ def compile_for(architecture: int) -> dict:
         # The interpreter does not check types: every branch of the kernels has to get through the compiler too.
         variants = [(*DYNAMICS[1], surrogate) for surrogate in range(len(FUSED))]
         variants += [(*dynamics, 0) for dynamics in DYNAMICS]
-        for variant in variants:
-            launch(
-                torch.empty(VARIANT_STEPS, 2, 8, 4, 4, dtype=torch.float16), *variant, statistics=True, everything=True
-            )
-            for direction, recorder in (("forward", forward), ("backward", backward)):
-                report[f"{direction} {variant}"] = describe(compile_recorded(recorder, architecture), recorder)
+        x = torch.empty(VARIANT_STEPS, 2, 8, 4, 4, dtype=torch.float16)
+        for walk in WALKS:
+            ops.TUNING = {key: ((VARIANT_STEPS, ops.Tuning(4, tree=walk == "tree")),) for key in ops.TUNING}
+            for variant in variants:
+                launch(x, *variant, statistics=True, everything=True)
+                for direction, recorder in (("forward", forward), ("backward", backward)):
+                    report[f"{direction} {walk} {variant}"] = describe(
+                        compile_recorded(recorder, architecture), recorder
+                    )
     return report
 
 
@@ -207,12 +211,13 @@ def test_memory_is_read_and_written_16_bytes_at_a_time(architecture, key, steps,
 
 @pytest.mark.parametrize("dynamics", [d for d in DYNAMICS if d[0] != 2.0], ids=str)
 @pytest.mark.parametrize("direction", ("forward", "backward"))
-def test_no_contraction(direction, dynamics):
+@pytest.mark.parametrize("walk", WALKS)
+def test_no_contraction(walk, direction, dynamics):
     """A fused multiply-add in the potential could flip a spike at the threshold; where 1 / tau is exact it cannot.
 
     The backward kernel has those that are written there, two an element and step, in the gradient.
     """
-    report = compiled_for(90)[f"{direction} {(*dynamics, 0)}"]
+    report = compiled_for(90)[f"{direction} {walk} {(*dynamics, 0)}"]
     assert report["fma"] == (0 if direction == "forward" else 2 * VARIANT_STEPS * report["elements"])
 
 
@@ -229,7 +234,8 @@ def test_no_kernel_calls_itself_by_name():
 def test_every_variant_compiles():
     report = compiled_for(90)
     variants = [key for key in report if "T=" not in key]
-    assert len(variants) == 2 * 12  # 8 surrogates and 5 dynamics, one of them counted among the surrogates
+    # 8 surrogates and 5 dynamics, one of them counted among the surrogates
+    assert len(variants) == len(WALKS) * 2 * 12
     for key in variants:
         assert report[key]["local"] in (0, None), key
 

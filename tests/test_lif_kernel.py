@@ -50,6 +50,14 @@ def real_chunks():
     """Marks a test that runs with the chunks that users get."""
 
 
+@pytest.fixture(params=["recursion", "tree"])
+def walk(request, monkeypatch):
+    """Both ways to walk a chunk, whichever is chosen for the case."""
+    tuned = ops.Tuning(elements=1, warps=1, tree=request.param == "tree", call_ahead=1)
+    monkeypatch.setattr(ops, "TUNING", {key: ((math.inf, tuned),) for key in ops.TUNING})
+    return request.param
+
+
 def shapes(small, large=()):
     """The parameters of a test: small shapes everywhere, large ones too where the kernels run on a GPU."""
     return [*small, *(large if ON_GPU else ())]
@@ -268,7 +276,7 @@ def check(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("steps", [1, 2, 4, 7, CHUNK, CHUNK + 1, 2 * CHUNK + 1, 3 * CHUNK])
-def test_steps_and_dtypes(steps, dtype, kernel_device):
+def test_steps_and_dtypes(steps, dtype, walk, kernel_device):
     """Every way that T falls into chunks, with an initial potential, every output used."""
     shape = (steps, *((2, 9, 5) if not ON_GPU else (16, 64, 14, 14)))
     v = torch.randn(shape[1:], generator=torch.Generator().manual_seed(9)) * 0.4
@@ -284,7 +292,7 @@ NEURONS = [
 
 
 @pytest.mark.parametrize("dynamics", NEURONS, ids=str)
-def test_dynamics(dynamics, kernel_device):
+def test_dynamics(dynamics, walk, kernel_device):
     v = torch.randn(2, 40, generator=torch.Generator().manual_seed(3)) * 0.3
     check((4, 2, 40), torch.float32, dynamics, ATAN, 2.0, v=v, device=kernel_device)
 
@@ -465,7 +473,7 @@ def test_gradients_in_any_layout(loss, steps, kernel_device):
 
 @pytest.mark.parametrize("flows", [f for f in itertools.product((True, False), repeat=3) if any(f)], ids=str)
 @pytest.mark.parametrize("steps", [3, CHUNK + 1])
-def test_gradient_through_each_output(flows, steps, kernel_device):
+def test_gradient_through_each_output(flows, steps, walk, kernel_device):
     v = torch.randn(2, 20, generator=torch.Generator().manual_seed(4)) * 0.3
     check((steps, 2, 20), torch.float32, v=v, flows=flows, device=kernel_device)
 
@@ -582,7 +590,7 @@ def test_second_backward_is_an_error_not_a_wrong_number(kernel_device):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("inner", shapes([(5,), (3, 7), (5, 3, 2), (3, 19, 23)], [(64, 28, 28)]), ids=str)
-def test_channel_scale(inner, dtype, channels_last, kernel_device):
+def test_channel_scale(inner, dtype, channels_last, walk, kernel_device):
     """grad_norm_sq is that of the gradient times the scale along dimension 2, in both layouts."""
     if channels_last and len(inner) != 3:
         pytest.skip("channels_last needs height and width")
@@ -601,7 +609,7 @@ def test_channel_scale(inner, dtype, channels_last, kernel_device):
     assert torch.equal(fused.grad_x, unscaled.grad_x)  # the scale is for the statistic only
 
 
-def test_spike_count_counts_only_real_elements(kernel_device):
+def test_spike_count_counts_only_real_elements(walk, kernel_device):
     """Lanes past the end of an example start from v and must not count: here they would all fire."""
     dynamics = Dynamics(None, False, 1.0, None, False)
     x = torch.full((2, 3, 1030 if ON_GPU else 37), 5.0, device=kernel_device)
@@ -617,7 +625,7 @@ def test_statistics_off_emit_nothing(kernel_device):
 
 
 @pytest.mark.parametrize("inner", shapes([(1500,)], [(3, 1_000_003), (128, 56, 56)]), ids=str)
-def test_deterministic(inner, kernel_device):
+def test_deterministic(inner, walk, kernel_device):
     """Run to run the same bits, sums over several blocks included."""
     x = current((4, 2, *inner), torch.float32)
     grads = [torch.randn(x.shape), torch.randn(x.shape[1:]), torch.randn(x.shape)]

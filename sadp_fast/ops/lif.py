@@ -8,7 +8,8 @@ potential in registers; the time axis is never split over programs, so nothing i
 chunk of steps by a compile-time recursion over time that loads on the way in and stores on the way out: all loads of a
 chunk are in flight before its first store. The backward kernel needs nothing but the input: the way in walks the
 potential forward again, the way out walks the gradient back. For T beyond one chunk the forward pass also writes the
-potential between chunks, and the backward pass starts each chunk from there.
+potential between chunks, and the backward pass starts each chunk from there. There, and where TUNING says so, a chunk
+is walked over a tree of values loaded before: one chunk's loads are in flight while another is worked on.
 
 State and arithmetic are float32 whatever the tensors' dtype. Floating-point contraction is off and divisions are
 exact, so that a spike is the same, bit for bit, as in the plain torch reference.
@@ -31,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dynamics import Dynamics
-from .equations import LEAK, LEAK_WITH_INPUT_DECAY, NO_LEAK, charge, reset, surrogate_gradient
+from .equations import INTERPRETED, LEAK, LEAK_WITH_INPUT_DECAY, NO_LEAK, charge, reset, surrogate_gradient
 from .launch import Launch, await_previous_kernel, early_launch
 from .layout import (
     has_strides,
@@ -52,21 +53,38 @@ SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # By bytes of an element of x: the most steps of a chunk. One float32 potential a chunk is 1/16 of the input's bytes.
 LONGEST_CHUNK = {4: 16, 2: 32}
 
-# Elements of a step that a thread holds, by direction and bytes of an element: (steps of a chunk up to, elements), ...
-# Chosen on an H100. The forward kernel wants wide accesses and few reductions; the backward kernel, which holds a
-# float32 potential for each element and step, wants registers for many warps before 16-byte accesses.
-ELEMENTS = {
-    ("forward", 4): ((8, 8), (16, 4)),
-    ("forward", 2): ((8, 8), (32, 4)),
-    ("backward", 4): ((4, 4), (16, 2)),
-    ("backward", 2): ((4, 8), (8, 4), (32, 2)),
+
+class Tuning(NamedTuple):
+    """How a kernel is launched.
+
+    elements: of a step that a thread holds; fewer where there would be less than ``warps_per_multiprocessor``, the
+    warps of the whole grid for each of the GPU's multiprocessors. warps: of a program; with one, its reductions are
+    shuffles, without barriers. tree: whether a chunk is walked over a tree of its steps' values, loaded before the walk
+    (of several chunks, while the one in front is worked on), or by a recursion that loads on its way in. call_ahead: of
+    several chunks, how many chunks before its time a program's input is called into the L2 cache (0: never).
+    """
+
+    elements: int
+    warps: int = 1
+    warps_per_multiprocessor: int = 8
+    tree: bool = False
+    call_ahead: int = 0
+
+
+# By direction and bytes of an element: (T up to, launch), ... of one chunk; the last is for more. One chunk: chosen on
+# an H100. The forward kernel wants wide accesses and few reductions; the backward kernel, which holds a float32 for
+# each element and step, wants registers for many warps before 16-byte accesses.
+TUNING: dict[tuple[str, int], tuple[tuple[float, Tuning], ...]] = {
+    ("forward", 4): ((8, Tuning(8)), (16, Tuning(4)), (math.inf, Tuning(1, tree=True, call_ahead=3))),
+    ("forward", 2): ((8, Tuning(8)), (32, Tuning(4)), (math.inf, Tuning(1, tree=True, call_ahead=3))),
+    ("backward", 4): ((4, Tuning(4)), (16, Tuning(2)), (math.inf, Tuning(1, tree=True, call_ahead=2))),
+    ("backward", 2): (
+        (4, Tuning(8)),
+        (8, Tuning(4)),
+        (32, Tuning(2)),
+        (math.inf, Tuning(1, tree=True, call_ahead=2)),
+    ),
 }
-
-# One warp a program: its reductions are shuffles, without barriers.
-WARPS = 1
-
-# Threads hold fewer elements where there would be fewer warps than this for each of the GPU's multiprocessors.
-WARPS_PER_MULTIPROCESSOR = 8
 
 
 def chunk_steps(steps: int, element_size: int) -> int:
@@ -159,6 +177,331 @@ def _forward_steps(
     return v_end, counts
 
 
+# Trees. With few neurons and many steps a multiprocessor has no other warp to turn to while one waits, so that the next
+# chunk is loaded while this one is worked on, nothing but the recurrences themselves waits for the step before, and all
+# steps are summed together. What is loaded passes from one turn of the loop to the next as one tensor [BLOCK, 2, 2,
+# ...], whose steps are the leaves of a binary tree; tl.join and tl.split of registers of one thread move nothing.
+
+
+@triton.jit
+def _load_steps(
+    ptr,
+    offsets,
+    mask,
+    first,
+    T,
+    stride_t,
+    STEP: tl.constexpr,
+    COUNT: tl.constexpr,
+    STEPS: tl.constexpr,
+    MASKED: tl.constexpr,
+    RECURSE: tl.constexpr,
+):
+    """Steps STEP ... STEP + COUNT of a chunk of STEPS, which starts at step ``first`` and at ptr, as a tree.
+
+    MASKED: some of the chunk's elements or steps do not exist; zeros take their place.
+    """
+    if COUNT > 1:
+        lower = RECURSE(ptr, offsets, mask, first, T, stride_t, STEP, COUNT // 2, STEPS, MASKED, RECURSE)
+        upper = RECURSE(ptr, offsets, mask, first, T, stride_t, STEP + COUNT // 2, COUNT // 2, STEPS, MASKED, RECURSE)
+        return tl.join(lower, upper)
+    elif STEP >= STEPS:
+        return tl.zeros_like(offsets).to(ptr.dtype.element_ty)
+    elif MASKED:
+        inside = tl.where(first + STEP < T, mask, False)
+        return tl.load(ptr + STEP * stride_t + offsets, mask=inside, other=0.0)
+    else:
+        return tl.load(ptr + STEP * stride_t + offsets)
+
+
+@triton.jit
+def _call_into_cache(ptr, first, T, stride_t, start, size, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+    """Asks for BLOCK elements, from ``start`` on, of each of STEPS steps to be brought into the L2 cache."""
+    if not INTERPRETED:
+        SECTOR: tl.constexpr = 32 * 8 // ptr.dtype.element_ty.primitive_bitwidth  # elements in 32 bytes
+        SECTORS: tl.constexpr = BLOCK // SECTOR
+        lanes = tl.arange(0, STEPS * SECTORS)
+        step, element = first + lanes // SECTORS, start + lanes % SECTORS * SECTOR
+        inside = (step >= 0) & (step < T) & (element < size)
+        address = ptr + tl.where(inside, step * stride_t + element, 0)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [address.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def _forward_tree(
+    x,
+    spikes_ptr,
+    v_seq_ptr,
+    offsets,
+    mask,
+    first,
+    T,
+    dense_stride_t,
+    v,
+    tau,
+    v_threshold,
+    v_rest,
+    STEP: tl.constexpr,
+    COUNT: tl.constexpr,
+    STEPS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    DYNAMICS: tl.constexpr,
+    EXACT_RECIPROCAL: tl.constexpr,
+    SOFT_RESET: tl.constexpr,
+    STORE_SPIKES: tl.constexpr,
+    STORE_V_SEQ: tl.constexpr,
+    RECURSE: tl.constexpr,
+):
+    """Steps STEP ... STEP + COUNT of a chunk of STEPS, whose inputs are the tree x; else as ``_forward_steps``.
+
+    Returns the last potential and the tree of spikes, as integers.
+    """
+    if COUNT > 1:
+        lower, upper = tl.split(x)
+        v, lower_spikes = RECURSE(
+            lower,
+            spikes_ptr,
+            v_seq_ptr,
+            offsets,
+            mask,
+            first,
+            T,
+            dense_stride_t,
+            v,
+            tau,
+            v_threshold,
+            v_rest,
+            STEP,
+            COUNT // 2,
+            STEPS,
+            RAGGED,
+            DYNAMICS,
+            EXACT_RECIPROCAL,
+            SOFT_RESET,
+            STORE_SPIKES,
+            STORE_V_SEQ,
+            RECURSE,
+        )
+        v, upper_spikes = RECURSE(
+            upper,
+            spikes_ptr,
+            v_seq_ptr,
+            offsets,
+            mask,
+            first,
+            T,
+            dense_stride_t,
+            v,
+            tau,
+            v_threshold,
+            v_rest,
+            STEP + COUNT // 2,
+            COUNT // 2,
+            STEPS,
+            RAGGED,
+            DYNAMICS,
+            EXACT_RECIPROCAL,
+            SOFT_RESET,
+            STORE_SPIKES,
+            STORE_V_SEQ,
+            RECURSE,
+        )
+        return v, tl.join(lower_spikes, upper_spikes)
+    elif STEP >= STEPS:
+        return v, tl.zeros_like(offsets)
+    else:
+        if RAGGED:
+            mask = tl.where(first + STEP < T, mask, False)
+        h = charge(x.to(tl.float32), v, tau, v_rest, DYNAMICS, EXACT_RECIPROCAL)
+        fired = h >= v_threshold
+        v_after = reset(h, fired, v_threshold, v_rest, SOFT_RESET)
+        if RAGGED:
+            v_after = tl.where(mask, v_after, v)
+        if STORE_SPIKES:
+            spikes = tl.where(fired, 1.0, 0.0).to(spikes_ptr.dtype.element_ty)
+            tl.store(spikes_ptr + STEP * dense_stride_t + offsets, spikes, mask=mask)
+        if STORE_V_SEQ:
+            tl.store(v_seq_ptr + STEP * dense_stride_t + offsets, v_after, mask=mask)
+        return v_after, tl.where(fired & mask, 1, 0)
+
+
+@triton.jit
+def _derivatives(
+    x,
+    v,
+    tau,
+    v_threshold,
+    v_rest,
+    alpha,
+    COUNT: tl.constexpr,
+    DYNAMICS: tl.constexpr,
+    EXACT_RECIPROCAL: tl.constexpr,
+    SOFT_RESET: tl.constexpr,
+    DETACH_RESET: tl.constexpr,
+    SURROGATE: tl.constexpr,
+    RECURSE: tl.constexpr,
+):
+    """The way in of a chunk: for the tree x of COUNT steps those of dv/dh and ds/dh, and the last potential."""
+    if COUNT > 1:
+        lower, upper = tl.split(x)
+        lower_dv, lower_ds, v = RECURSE(
+            lower,
+            v,
+            tau,
+            v_threshold,
+            v_rest,
+            alpha,
+            COUNT // 2,
+            DYNAMICS,
+            EXACT_RECIPROCAL,
+            SOFT_RESET,
+            DETACH_RESET,
+            SURROGATE,
+            RECURSE,
+        )
+        upper_dv, upper_ds, v = RECURSE(
+            upper,
+            v,
+            tau,
+            v_threshold,
+            v_rest,
+            alpha,
+            COUNT // 2,
+            DYNAMICS,
+            EXACT_RECIPROCAL,
+            SOFT_RESET,
+            DETACH_RESET,
+            SURROGATE,
+            RECURSE,
+        )
+        return tl.join(lower_dv, upper_dv), tl.join(lower_ds, upper_ds), v
+    else:
+        h = charge(x.to(tl.float32), v, tau, v_rest, DYNAMICS, EXACT_RECIPROCAL)
+        fired = h >= v_threshold
+        ds_dh = surrogate_gradient(h - v_threshold, alpha, SURROGATE)
+        dv_dh = tl.full(h.shape, 1.0, tl.float32) if SOFT_RESET else tl.where(fired, 0.0, 1.0)
+        if not DETACH_RESET:
+            dv_dh = tl.fma(ds_dh, tl.zeros_like(h) - v_threshold if SOFT_RESET else v_rest - h, dv_dh)
+        return dv_dh, ds_dh, reset(h, fired, v_threshold, v_rest, SOFT_RESET)
+
+
+@triton.jit
+def _backward_tree(
+    dv_dh,
+    ds_dh,
+    grad_spikes,
+    grad_v_seq_ptr,
+    grad_x_ptr,
+    offsets,
+    mask,
+    first,
+    T,
+    scale,
+    dense_stride_t,
+    carry,
+    tau,
+    STEP: tl.constexpr,
+    COUNT: tl.constexpr,
+    STEPS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    DYNAMICS: tl.constexpr,
+    HAS_GRAD_V_SEQ: tl.constexpr,
+    HAS_CHANNEL_SCALE: tl.constexpr,
+    RECURSE: tl.constexpr,
+):
+    """The way out of a chunk, last step first: of steps STEP ... STEP + COUNT; else as ``_backward_steps``.
+
+    Returns dL/dv before step STEP and the tree of the gradients' squares.
+    """
+    if COUNT > 1:
+        lower_dv, upper_dv = tl.split(dv_dh)
+        lower_ds, upper_ds = tl.split(ds_dh)
+        lower_grad, upper_grad = tl.split(grad_spikes)
+        carry, upper_squares = RECURSE(
+            upper_dv,
+            upper_ds,
+            upper_grad,
+            grad_v_seq_ptr,
+            grad_x_ptr,
+            offsets,
+            mask,
+            first,
+            T,
+            scale,
+            dense_stride_t,
+            carry,
+            tau,
+            STEP + COUNT // 2,
+            COUNT // 2,
+            STEPS,
+            RAGGED,
+            DYNAMICS,
+            HAS_GRAD_V_SEQ,
+            HAS_CHANNEL_SCALE,
+            RECURSE,
+        )
+        carry, lower_squares = RECURSE(
+            lower_dv,
+            lower_ds,
+            lower_grad,
+            grad_v_seq_ptr,
+            grad_x_ptr,
+            offsets,
+            mask,
+            first,
+            T,
+            scale,
+            dense_stride_t,
+            carry,
+            tau,
+            STEP,
+            COUNT // 2,
+            STEPS,
+            RAGGED,
+            DYNAMICS,
+            HAS_GRAD_V_SEQ,
+            HAS_CHANNEL_SCALE,
+            RECURSE,
+        )
+        return carry, tl.join(lower_squares, upper_squares)
+    elif STEP >= STEPS:
+        return carry, tl.zeros_like(carry)
+    else:
+        if RAGGED:
+            mask = tl.where(first + STEP < T, mask, False)
+        grad_v = carry
+        if HAS_GRAD_V_SEQ:
+            grad_v += tl.load(grad_v_seq_ptr + STEP * dense_stride_t + offsets, mask=mask, other=0.0)
+        grad_h = tl.fma(dv_dh, grad_v, ds_dh * grad_spikes.to(tl.float32))
+        grad_x = grad_h * (1.0 / tau) if DYNAMICS == LEAK_WITH_INPUT_DECAY else grad_h
+        tl.store(grad_x_ptr + STEP * dense_stride_t + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        grad_v_before = grad_h if DYNAMICS == NO_LEAK else grad_h * (1.0 - 1.0 / tau)
+        scaled = grad_x * scale if HAS_CHANNEL_SCALE else grad_x
+        return tl.where(mask, grad_v_before, carry) if RAGGED else grad_v_before, scaled * scaled
+
+
+@triton.jit
+def _sums_of_steps(tree, LANES: tl.constexpr):
+    """The sums of a tree's steps over the program's elements, as a vector, and the step in each of its lanes."""
+    sums = tl.sum(tree, axis=0)
+    lanes = tl.arange(0, LANES)
+    if LANES == 1:
+        return tl.zeros((1,), tree.dtype) + sums, lanes
+    else:
+        steps = tl.zeros_like(lanes)  # the lane's bits the other way round, since the last axis is the tree's root
+        for BIT in tl.static_range(16):
+            if (1 << BIT) < LANES:
+                steps = steps * 2 + (lanes >> BIT) % 2
+        return tl.reshape(sums, (LANES,)), steps
+
+
 @triton.jit
 def _lif_forward_kernel(
     x_ptr,
@@ -193,9 +536,9 @@ def _lif_forward_kernel(
     STORE_V_SEQ: tl.constexpr,
     STORE_CHECKPOINTS: tl.constexpr,
     COUNT_SPIKES: tl.constexpr,
+    TREE: tl.constexpr,
+    CALL_AHEAD: tl.constexpr,
 ):
-    if EARLY:
-        await_previous_kernel()
     if REST_AT_ZERO:
         v_rest = 0.0  # known to the compiler, which then leaves out what it is subtracted from
     program = tl.program_id(0)
@@ -206,42 +549,97 @@ def _lif_forward_kernel(
     state_size = one * examples * size  # every tensor but x is dense, [T,] N, *
     state_offset = n * size
     lanes = tl.arange(0, LANES)
+    MASKED: tl.constexpr = not EVEN or T % CHUNK != 0
+    if EARLY:
+        await_previous_kernel()
     if HAS_V_INIT:
         v = tl.load(v_init_ptr + state_offset + offsets, mask=mask, other=0.0)
     else:
         v = tl.full((BLOCK,), v_init, tl.float32)
+    x_ptr += n * x_stride_n
+    x_stride_t = one * x_stride_t
+    if TREE:
+        x = _load_steps(x_ptr, offsets, mask, 0, T, x_stride_t, 0, LANES, CHUNK, MASKED, _load_steps)
     for first in range(0, T, CHUNK):
         t = one * first
-        v, counts = _forward_steps(
-            x_ptr + n * x_stride_n + t * x_stride_t,
-            spikes_ptr + state_offset + t * state_size,
-            v_seq_ptr + state_offset + t * state_size,
-            offsets,
-            mask,
-            lanes,
-            first,
-            T,
-            one * x_stride_t,
-            state_size,
-            v,
-            tl.zeros((LANES,), tl.float32),
-            tau,
-            v_threshold,
-            v_rest,
-            0,
-            CHUNK,
-            T % CHUNK != 0,
-            DYNAMICS,
-            EXACT_RECIPROCAL,
-            SOFT_RESET,
-            STORE_SPIKES,
-            STORE_V_SEQ,
-            COUNT_SPIKES,
-            _forward_steps,
-        )
+        if CALL_AHEAD > 0:
+            called = first + CALL_AHEAD * CHUNK
+            _call_into_cache(x_ptr, called, T, x_stride_t, program % blocks * BLOCK, size, LANES, BLOCK)
+        if TREE:
+            if T > CHUNK:
+                ahead = tl.minimum(first + CHUNK, (T - 1) // CHUNK * CHUNK)  # past the last, that again: no predicate
+                next_x = _load_steps(
+                    x_ptr + ahead * x_stride_t,
+                    offsets,
+                    mask,
+                    ahead,
+                    T,
+                    x_stride_t,
+                    0,
+                    LANES,
+                    CHUNK,
+                    MASKED,
+                    _load_steps,
+                )
+            v, spikes = _forward_tree(
+                x,
+                spikes_ptr + state_offset + t * state_size,
+                v_seq_ptr + state_offset + t * state_size,
+                offsets,
+                mask,
+                first,
+                T,
+                state_size,
+                v,
+                tau,
+                v_threshold,
+                v_rest,
+                0,
+                LANES,
+                CHUNK,
+                T % CHUNK != 0,
+                DYNAMICS,
+                EXACT_RECIPROCAL,
+                SOFT_RESET,
+                STORE_SPIKES,
+                STORE_V_SEQ,
+                _forward_tree,
+            )
+            counts, steps = _sums_of_steps(spikes, LANES)
+            if T > CHUNK:
+                x = next_x
+        else:
+            steps = lanes
+            v, counts = _forward_steps(
+                x_ptr + t * x_stride_t,
+                spikes_ptr + state_offset + t * state_size,
+                v_seq_ptr + state_offset + t * state_size,
+                offsets,
+                mask,
+                lanes,
+                first,
+                T,
+                x_stride_t,
+                state_size,
+                v,
+                tl.zeros((LANES,), tl.float32),
+                tau,
+                v_threshold,
+                v_rest,
+                0,
+                CHUNK,
+                T % CHUNK != 0,
+                DYNAMICS,
+                EXACT_RECIPROCAL,
+                SOFT_RESET,
+                STORE_SPIKES,
+                STORE_V_SEQ,
+                COUNT_SPIKES,
+                _forward_steps,
+            )
         if COUNT_SPIKES:
-            inside = (lanes < CHUNK) & (first + lanes < T)
-            tl.store(count_ptr + one * program * T + first + lanes, counts.to(tl.int32), mask=inside)
+            inside = (steps < CHUNK) & (first + steps < T)
+            tl.store(count_ptr + one * program * T + first + steps, counts.to(tl.int32), mask=inside)
         if STORE_CHECKPOINTS:
             if first + CHUNK < T:
                 tl.store(checkpoint_ptr + state_offset + (t // CHUNK) * state_size + offsets, v, mask=mask)
@@ -357,6 +755,31 @@ def _backward_steps(
 
 
 @triton.jit
+def _potential_before(
+    checkpoint_ptr,
+    v_init_ptr,
+    offsets,
+    mask,
+    first,
+    T: tl.constexpr,
+    state_size,
+    v_init,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_V_INIT: tl.constexpr,
+):
+    """The potential before step ``first``, at which a chunk starts; pointers to the program's example."""
+    v = tl.full((BLOCK,), v_init, tl.float32)
+    if T > CHUNK:
+        # Two masks rather than a branch: loads of one chunk move past those of another only without one.
+        before = (first // CHUNK - 1) * state_size
+        v = tl.load(checkpoint_ptr + before + offsets, mask=tl.where(first > 0, mask, False), other=v_init)
+    if HAS_V_INIT:
+        v = tl.load(v_init_ptr + offsets, mask=tl.where(first == 0, mask, False), other=v)
+    return v
+
+
+@triton.jit
 def _lif_backward_kernel(
     x_ptr,
     v_init_ptr,
@@ -400,9 +823,9 @@ def _lif_backward_kernel(
     HAS_CHANNEL_SCALE: tl.constexpr,
     GRAD_NORM: tl.constexpr,
     SURROGATE: tl.constexpr,
+    TREE: tl.constexpr,
+    CALL_AHEAD: tl.constexpr,
 ):
-    if EARLY:
-        await_previous_kernel()
     if REST_AT_ZERO:
         v_rest = 0.0
     program = tl.program_id(0)
@@ -413,6 +836,9 @@ def _lif_backward_kernel(
     state_size = one * examples * size
     state_offset = n * size
     lanes = tl.arange(0, LANES)
+    MASKED: tl.constexpr = not EVEN or T % CHUNK != 0
+    if EARLY:
+        await_previous_kernel()
     scale = 1.0
     if HAS_CHANNEL_SCALE:
         scale = tl.load(channel_scale_ptr + (offsets // channel_stride) % channels, mask=mask, other=0.0)
@@ -420,53 +846,141 @@ def _lif_backward_kernel(
         carry = tl.load(grad_v_final_ptr + state_offset + offsets, mask=mask, other=0.0)
     else:
         carry = tl.zeros((BLOCK,), tl.float32)
-    for i in range(0, T, CHUNK):  # from the last chunk to the first
-        first = (T - 1) // CHUNK * CHUNK - i
-        t = one * first
-        v = tl.full((BLOCK,), v_init, tl.float32)
-        if T > CHUNK:
-            # Two masks rather than a branch: loads of one chunk move past those of another only without one.
-            before = state_offset + (t // CHUNK - 1) * state_size
-            v = tl.load(checkpoint_ptr + before + offsets, mask=tl.where(first > 0, mask, False), other=v_init)
-        if HAS_V_INIT:
-            v = tl.load(v_init_ptr + state_offset + offsets, mask=tl.where(first == 0, mask, False), other=v)
-        carry, norms = _backward_steps(
-            x_ptr + n * x_stride_n + t * x_stride_t,
-            grad_spikes_ptr + n * gs_stride_n + t * gs_stride_t,
-            grad_v_seq_ptr + state_offset + t * state_size,
-            grad_x_ptr + state_offset + t * state_size,
-            offsets,
-            mask,
-            lanes,
-            first,
-            T,
-            scale,
-            one * x_stride_t,
-            one * gs_stride_t,
-            state_size,
-            v,
-            carry,
-            tl.zeros((LANES,), tl.float32),
-            tau,
-            v_threshold,
-            v_rest,
-            alpha,
-            0,
-            CHUNK,
-            T % CHUNK != 0,
-            DYNAMICS,
-            EXACT_RECIPROCAL,
-            SOFT_RESET,
-            DETACH_RESET,
-            HAS_GRAD_V_SEQ,
-            HAS_CHANNEL_SCALE,
-            GRAD_NORM,
-            SURROGATE,
-            _backward_steps,
+    x_ptr += n * x_stride_n
+    grad_spikes_ptr += n * gs_stride_n
+    v_init_ptr += state_offset
+    checkpoint_ptr += state_offset
+    x_stride_t, gs_stride_t = one * x_stride_t, one * gs_stride_t
+    last = (T - 1) // CHUNK * CHUNK
+    if TREE:
+        x = _load_steps(
+            x_ptr + last * x_stride_t, offsets, mask, last, T, x_stride_t, 0, LANES, CHUNK, MASKED, _load_steps
         )
+        v = _potential_before(
+            checkpoint_ptr, v_init_ptr, offsets, mask, last, T, state_size, v_init, CHUNK, BLOCK, HAS_V_INIT
+        )
+    for i in range(0, T, CHUNK):  # from the last chunk to the first
+        first = last - i
+        t = one * first
+        if CALL_AHEAD > 0:
+            called = first - CALL_AHEAD * CHUNK
+            start = program % blocks * BLOCK
+            _call_into_cache(x_ptr, called, T, x_stride_t, start, size, LANES, BLOCK)
+            _call_into_cache(grad_spikes_ptr, called, T, gs_stride_t, start, size, LANES, BLOCK)
+        if TREE:
+            # Under way while the potential is walked forward are this chunk's gradients, and then the next chunk's x.
+            grad_spikes = _load_steps(
+                grad_spikes_ptr + t * gs_stride_t,
+                offsets,
+                mask,
+                first,
+                T,
+                gs_stride_t,
+                0,
+                LANES,
+                CHUNK,
+                MASKED,
+                _load_steps,
+            )
+            dv_dh, ds_dh, v = _derivatives(
+                x,
+                v,
+                tau,
+                v_threshold,
+                v_rest,
+                alpha,
+                LANES,
+                DYNAMICS,
+                EXACT_RECIPROCAL,
+                SOFT_RESET,
+                DETACH_RESET,
+                SURROGATE,
+                _derivatives,
+            )
+            if T > CHUNK:
+                ahead = tl.maximum(first - CHUNK, 0)  # before the first, that again: no predicate
+                x = _load_steps(
+                    x_ptr + ahead * x_stride_t,
+                    offsets,
+                    mask,
+                    ahead,
+                    T,
+                    x_stride_t,
+                    0,
+                    LANES,
+                    CHUNK,
+                    MASKED,
+                    _load_steps,
+                )
+                v = _potential_before(
+                    checkpoint_ptr, v_init_ptr, offsets, mask, ahead, T, state_size, v_init, CHUNK, BLOCK, HAS_V_INIT
+                )
+            carry, squares = _backward_tree(
+                dv_dh,
+                ds_dh,
+                grad_spikes,
+                grad_v_seq_ptr + state_offset + t * state_size,
+                grad_x_ptr + state_offset + t * state_size,
+                offsets,
+                mask,
+                first,
+                T,
+                scale,
+                state_size,
+                carry,
+                tau,
+                0,
+                LANES,
+                CHUNK,
+                T % CHUNK != 0,
+                DYNAMICS,
+                HAS_GRAD_V_SEQ,
+                HAS_CHANNEL_SCALE,
+                _backward_tree,
+            )
+            norms, steps = _sums_of_steps(squares, LANES)
+        else:
+            steps = lanes
+            v = _potential_before(
+                checkpoint_ptr, v_init_ptr, offsets, mask, first, T, state_size, v_init, CHUNK, BLOCK, HAS_V_INIT
+            )
+            carry, norms = _backward_steps(
+                x_ptr + t * x_stride_t,
+                grad_spikes_ptr + t * gs_stride_t,
+                grad_v_seq_ptr + state_offset + t * state_size,
+                grad_x_ptr + state_offset + t * state_size,
+                offsets,
+                mask,
+                lanes,
+                first,
+                T,
+                scale,
+                x_stride_t,
+                gs_stride_t,
+                state_size,
+                v,
+                carry,
+                tl.zeros((LANES,), tl.float32),
+                tau,
+                v_threshold,
+                v_rest,
+                alpha,
+                0,
+                CHUNK,
+                T % CHUNK != 0,
+                DYNAMICS,
+                EXACT_RECIPROCAL,
+                SOFT_RESET,
+                DETACH_RESET,
+                HAS_GRAD_V_SEQ,
+                HAS_CHANNEL_SCALE,
+                GRAD_NORM,
+                SURROGATE,
+                _backward_steps,
+            )
         if GRAD_NORM:
-            inside = (lanes < CHUNK) & (first + lanes < T)
-            tl.store(norm_ptr + one * program * T + first + lanes, norms, mask=inside)
+            inside = (steps < CHUNK) & (first + steps < T)
+            tl.store(norm_ptr + one * program * T + first + steps, norms, mask=inside)
     if STORE_GRAD_V_INIT:
         tl.store(grad_v_init_ptr + state_offset + offsets, carry, mask=mask)
 
@@ -510,12 +1024,15 @@ class _Grid:
         self.steps, self.examples = x.shape[:2]
         self.size = math.prod(x.shape[2:])
         self.chunk = chunk_steps(self.steps, x.element_size())
-        elements = next(n for steps, n in ELEMENTS[direction, x.element_size()] if self.chunk <= steps)
+        several = self.steps > self.chunk
+        launches = TUNING[direction, x.element_size()]
+        self.tuning = launches[-1][1] if several else next(how for most, how in launches if self.steps <= most)
         multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 0
-        needed = 32 * WARPS_PER_MULTIPROCESSOR * multiprocessors
+        elements, lanes = self.tuning.elements, 32 * self.tuning.warps
+        needed = 32 * self.tuning.warps_per_multiprocessor * multiprocessors
         while elements > 1 and self.examples * self.size < elements * needed:
             elements //= 2
-        self.block = max(32 * WARPS, min(32 * WARPS * elements, triton.next_power_of_2(self.size)))
+        self.block = max(lanes, min(lanes * elements, triton.next_power_of_2(self.size)))
         self.blocks = triton.cdiv(self.size, self.block)
         self.programs = self.examples * self.blocks
         self.partials = (self.examples, self.blocks, self.steps)
@@ -536,7 +1053,9 @@ class _Grid:
             "SOFT_RESET": neuron.soft_reset,
             "REST_AT_ZERO": neuron.v_rest == 0.0,
             "EVEN": self.size % self.block == 0,  # no thread is beyond an example's end
-            "num_warps": WARPS,
+            "TREE": self.tuning.tree,
+            "CALL_AHEAD": self.tuning.call_ahead if self.steps > self.chunk else 0,
+            "num_warps": self.tuning.warps,
             "enable_fp_fusion": False,
             **self.early,
         }
