@@ -93,7 +93,10 @@ def _methods(text: str) -> list[str]:
 
 
 POSITIVE = _number(int, lambda value: value >= 1, "a whole number of at least 1")
-NOT_NEGATIVE = _number(int, lambda value: value >= 0, "a whole number of at least 0")
+NATURAL = _number(int, lambda value: 0 <= value < 2**63, "a whole number of at least 0")
+SHARE = _number(float, lambda value: 0 <= value <= 1, "between 0 and 1")
+BELOW_ONE = _number(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
+ABOVE_ZERO = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -115,48 +118,17 @@ def _parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    positive = _number(int, lambda value: value >= 1, "a whole number of at least 1")
-    natural = _number(int, lambda value: 0 <= value < 2**63, "a whole number of at least 0")
-    share = _number(float, lambda value: 0 <= value <= 1, "between 0 and 1")
-    below_one = _number(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
-    above_zero = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
-
-    option = command.add_argument_group("data and network").add_argument
-    option("--dataset", choices=data.NAMES, help="data set (default: digits, which needs no files)")
-    option("--data-dir", metavar="PATH", help="the data set's folder or file (default: $SADP_DATA)")
-    option("--image-size", type=positive, metavar="PIXELS", help="side of an imagefolder's images (default: 32)")
-    option(
-        "--split-by", choices=SPLITS, help="frames of equal numbers of events (default) or of equal time: nmnist, dvs"
-    )
-    option("--model", choices=models.NAMES, help="network (default: conv; sew_resnet18 for cifar, dvs, imagefolder)")
-    option("--time-steps", type=positive, metavar="T", help="time steps (default: 4; event frames 10, or their own)")
-
-    option = command.add_argument_group("pruning").add_argument
-    option("--prune-ratio", type=below_one, metavar="R", help="mean share of examples left out, [0, 1) (default: 0.5)")
-    option("--score", choices=train.SCORES, help="importance of an example (default: all, from every layer's spikes)")
-    option("--policy", choices=POLICIES, help="how scores become probabilities (default: mix)")
-    option("--smoothing", type=share, metavar="C", help="how far small ones are raised, 0 to 1 (default: 0.3)")
-    option("--weights", choices=WEIGHTS, help="weights of the losses (default: by --policy; unbiased for mix)")
-    option("--score-momentum", type=below_one, metavar="M", help="how much of an old score is kept (default: 0)")
-    option("--schedule", choices=SCHEDULES, help="the ratio's course over the epochs (default: constant)")
-    option("--warmup-epochs", type=natural, metavar="N", help="full-data epochs at the start (default: by --epochs)")
-    option("--tail-epochs", type=natural, metavar="N", help="full-data epochs at the end (default: by --epochs)")
+    groups = add_settings(command)
+    option = groups["pruning"].add_argument
+    option("--prune-ratio", type=BELOW_ONE, metavar="R", help="mean share of examples left out, [0, 1) (default: 0.5)")
     option(
         "--compare",
         type=_methods,
         metavar="LIST",
         help=f"also run none, or any of {','.join(COMPARED)} (default: full)",
     )
-
-    option = command.add_argument_group("training").add_argument
-    option("--epochs", type=positive, metavar="N", help="epochs (default: 30; mnist 10; cifar, dvs, imagefolder 60)")
-    option("--batch-size", type=positive, metavar="B", help="examples a step (default: 32; mnist, cifar 128; dvs 16)")
-    option("--lr", type=above_zero, metavar="RATE", help="peak learning rate (default: by --model)")
-    option("--label-smoothing", type=share, metavar="S", help="label smoothing, 0 to 1 (default: 0)")
-    option("--amp", choices=tuple(train.AMP), help="mixed precision (default: bf16 on a GPU, off on the CPU)")
-    option("--low-memory", action="store_true", help="keep spikes as bits for the backward pass: a third less memory")
-    option("--seed", type=natural, metavar="N", help="seed of weights, draws and augmentation (default: 0)")
-    option("--device", help="cpu, cuda or cuda:N (default: cuda where there is a GPU)")
+    option = groups["training"].add_argument
+    option("--seed", type=NATURAL, metavar="N", help="seed of weights, draws and augmentation (default: 0)")
 
     option = command.add_argument_group("output").add_argument
     option("--out", metavar="DIR", help="folder of the run, new or empty (default: runs/NAME)")
@@ -165,6 +137,40 @@ def _parser() -> argparse.ArgumentParser:
     option("--quiet", action="store_true", help="no progress, only the table at the end")
     command.set_defaults(command=_train)
     return parser
+
+
+def add_settings(command: argparse.ArgumentParser) -> dict[str, Any]:
+    """Add the options that `train` and `study` share; returns the groups that they are in, by name."""
+    groups = {name: command.add_argument_group(name) for name in ("data and network", "pruning", "training")}
+    option = groups["data and network"].add_argument
+    option("--dataset", choices=data.NAMES, help="data set (default: digits, which needs no files)")
+    option("--data-dir", metavar="PATH", help="the data set's folder or file (default: $SADP_DATA)")
+    option("--image-size", type=POSITIVE, metavar="PIXELS", help="side of an imagefolder's images (default: 32)")
+    option(
+        "--split-by", choices=SPLITS, help="frames of equal numbers of events (default) or of equal time: nmnist, dvs"
+    )
+    option("--model", choices=models.NAMES, help="network (default: conv; sew_resnet18 for cifar, dvs, imagefolder)")
+    option("--time-steps", type=POSITIVE, metavar="T", help="time steps (default: 4; event frames 10, or their own)")
+
+    option = groups["pruning"].add_argument
+    option("--score", choices=train.SCORES, help="importance of an example (default: all, from every layer's spikes)")
+    option("--policy", choices=POLICIES, help="how scores become probabilities (default: mix)")
+    option("--smoothing", type=SHARE, metavar="C", help="how far small ones are raised, 0 to 1 (default: 0.3)")
+    option("--weights", choices=WEIGHTS, help="weights of the losses (default: by --policy; unbiased for mix)")
+    option("--score-momentum", type=BELOW_ONE, metavar="M", help="how much of an old score is kept (default: 0)")
+    option("--schedule", choices=SCHEDULES, help="the ratio's course over the epochs (default: constant)")
+    option("--warmup-epochs", type=NATURAL, metavar="N", help="full-data epochs at the start (default: by --epochs)")
+    option("--tail-epochs", type=NATURAL, metavar="N", help="full-data epochs at the end (default: by --epochs)")
+
+    option = groups["training"].add_argument
+    option("--epochs", type=POSITIVE, metavar="N", help="epochs (default: 30; mnist 10; cifar, dvs, imagefolder 60)")
+    option("--batch-size", type=POSITIVE, metavar="B", help="examples a step (default: 32; mnist, cifar 128; dvs 16)")
+    option("--lr", type=ABOVE_ZERO, metavar="RATE", help="peak learning rate (default: by --model)")
+    option("--label-smoothing", type=SHARE, metavar="S", help="label smoothing, 0 to 1 (default: 0)")
+    option("--amp", choices=tuple(train.AMP), help="mixed precision (default: bf16 on a GPU, off on the CPU)")
+    option("--low-memory", action="store_true", help="keep spikes as bits for the backward pass: a third less memory")
+    option("--device", help="cpu, cuda or cuda:N (default: cuda where there is a GPU)")
+    return groups
 
 
 def _train(given: dict[str, Any]) -> int:
@@ -249,22 +255,30 @@ def _planned(given: dict[str, Any]) -> Plan:
     options = dict(given)
     folder = _asked_folder(options)
     methods, data_dir = [*options.pop("compare", ["full"]), "sadp"], options.pop("data_dir", None)
-    dataset = options.setdefault("dataset", "digits")
-    if dataset == "digits" and data_dir is not None:
-        raise CommandError("--data-dir is given, but digits needs no files: leave it out or choose another --dataset")
-    if dataset != "imagefolder" and "image_size" in options:
-        raise CommandError("--image-size is for --dataset imagefolder only: leave it out")
-    if dataset not in data.EVENTS and "split_by" in options:
-        raise CommandError("--split-by is for --dataset nmnist and dvs only: leave it out")
-    options = {**RECIPES[dataset], "device": "cuda" if torch.cuda.is_available() else "cpu", **options}
-    options.setdefault("lr", LEARNING_RATES[options["model"]])
-    options.setdefault("amp", "bf16" if options["device"].startswith("cuda") else "off")
+    options = with_defaults(options, data_dir)
+    dataset = options["dataset"]
     folder = folder or Path("runs") / f"{dataset}-{options['model']}-{datetime.now():%Y%m%d-%H%M%S}"
     if folder.exists() and not folder.is_dir():
         raise CommandError(f"{folder} is a file: name a new folder with --out")
     if folder.exists() and any(folder.iterdir()):
         raise CommandError(f"{folder} is not empty: name a new folder, or continue its run with --resume {folder}")
     return Plan(train.TrainConfig(**options), methods, data_dir, folder, resume=False)
+
+
+def with_defaults(options: dict[str, Any], data_dir: str | None) -> dict[str, Any]:
+    """The options of a new run with what the data set and the network are trained with by default."""
+    dataset = options.get("dataset", "digits")
+    if dataset == "digits" and data_dir is not None:
+        raise CommandError("--data-dir is given, but digits needs no files: leave it out or choose another --dataset")
+    if dataset != "imagefolder" and "image_size" in options:
+        raise CommandError("--image-size is for --dataset imagefolder only: leave it out")
+    if dataset not in data.EVENTS and "split_by" in options:
+        raise CommandError("--split-by is for --dataset nmnist and dvs only: leave it out")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = {"dataset": dataset, **RECIPES[dataset], "device": device, **options}
+    options.setdefault("lr", LEARNING_RATES[options["model"]])
+    options.setdefault("amp", "bf16" if options["device"].startswith("cuda") else "off")
+    return options
 
 
 def _resumed(given: dict[str, Any]) -> Plan:

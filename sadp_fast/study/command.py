@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,9 @@ RATIOS, SEEDS = (0.3, 0.5, 0.7), (0, 1, 2)
 # A whole study in minutes on two CPU cores: a smaller network, fewer epochs and seeds.
 QUICK_BASE = {"model": "mlp", "epochs": 8}
 QUICK_SEEDS = (0, 1)
-# Options that decide what a folder's runs have in common; all calls on one folder agree on them.
-_BASE = ("dataset", "model", "epochs", "time_steps", "batch_size", "lr", "amp")
+_RUN = ("method", "prune_ratio", "seed", "device")  # what differs between runs
+# What a folder's runs have in common; all calls on one folder agree on it.
+_BASE = [field.name for field in fields(train.TrainConfig) if field.name not in _RUN]
 
 
 def add_parser(commands: Any) -> None:
@@ -50,8 +50,6 @@ def add_parser(commands: Any) -> None:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    positive = cli.POSITIVE
-    above_zero = cli._number(float, lambda value: 0 < value < math.inf, "a number above 0")
     parser.add_argument("study", choices=(*STUDIES, "all"), metavar="NAME", help=", ".join((*STUDIES, "all")))
     option = parser.add_argument_group("what is run").add_argument
     option(
@@ -64,16 +62,7 @@ def add_parser(commands: Any) -> None:
     option("--seeds", type=_list(int, _seed), metavar="LIST", help="seeds (default: 0,1,2)")
     option("--quick", action="store_true", help="mlp, 8 epochs, seeds 0,1, fewer examples: minutes on two CPU cores")
     option("--report-only", action="store_true", help="run nothing: tables and plots of the runs that are there")
-    option = parser.add_argument_group("data, network and training (see sadp-fast train)").add_argument
-    option("--dataset", choices=data.NAMES, help="data set (default: digits, which needs no files)")
-    option("--data-dir", metavar="PATH", help="the data set's folder or file (default: $SADP_DATA)")
-    option("--model", choices=models.NAMES, help="network (default: by --dataset)")
-    option("--time-steps", type=positive, metavar="T", help="time steps (default: 4; event frames 10, or their own)")
-    option("--epochs", type=positive, metavar="N", help="epochs (default: by --dataset)")
-    option("--batch-size", type=positive, metavar="B", help="examples a step (default: by --dataset)")
-    option("--lr", type=above_zero, metavar="RATE", help="peak learning rate (default: by --model)")
-    option("--amp", choices=tuple(train.AMP), help="mixed precision (default: bf16 on a GPU, off on the CPU)")
-    option("--device", help="cpu, cuda or cuda:N (default: cuda where there is a GPU)")
+    cli.add_settings(parser)
     option = parser.add_argument_group("output").add_argument
     option("--out", metavar="DIR", help="folder of the study, new or of the same study (default: runs/study-...)")
     option("--resume", metavar="DIR", help="go on with the study in DIR")
@@ -153,13 +142,15 @@ def _planned(given: dict[str, Any]) -> Plan:
     if known is None:
         if given.get("report_only"):
             raise StudyError("--report-only needs the folder of a study: name it with --out or --resume")
-        base, size, data_dir = _new_base(asked, given.get("quick", False), device), Size(), given.get("data_dir")
-        if given.get("quick"):
-            size = QUICK
+        quick, data_dir = given.get("quick", False), given.get("data_dir")
+        options = cli.with_defaults({**(QUICK_BASE if quick else {}), **asked, "device": device}, data_dir)
+        if options["dataset"] in data.EVENTS:
+            options.setdefault("time_steps", data.EVENT_STEPS)
+        base, size = train.TrainConfig(**options), QUICK if quick else Size()
         began: dict[str, Any] = {
             "methods": DEFAULT_METHODS,
             "ratios": RATIOS,
-            "seeds": QUICK_SEEDS if given.get("quick") else SEEDS,
+            "seeds": QUICK_SEEDS if quick else SEEDS,
         }
         folder = folder or Path("runs") / f"study-{base.dataset}-{base.model}-{datetime.now():%Y%m%d-%H%M%S}"
     else:
@@ -175,18 +166,8 @@ def _planned(given: dict[str, Any]) -> Plan:
                 )
         base = replace(base, device=device)
         began = _with_finished(known, base, folder)
-    if base.dataset == "digits" and given.get("data_dir") is not None:
-        raise StudyError("--data-dir is given, but digits needs no files: leave it out or choose another --dataset")
     methods, ratios, seeds = (tuple(given.get(key, began[key])) for key in ("methods", "ratios", "seeds"))
     return Plan(base, methods, tuple(sorted(ratios)), seeds, size, data_dir, folder, given.get("report_only", False))
-
-
-def _new_base(asked: dict[str, Any], quick: bool, device: str) -> train.TrainConfig:
-    dataset = asked.get("dataset", "digits")
-    options = {**cli.RECIPES[dataset], **(QUICK_BASE if quick else {}), **asked, "dataset": dataset, "device": device}
-    options.setdefault("lr", cli.LEARNING_RATES[options["model"]])
-    options.setdefault("amp", "bf16" if device.startswith("cuda") else "off")
-    return train.TrainConfig(**options)
 
 
 def _folder(given: dict[str, Any]) -> Path | None:
