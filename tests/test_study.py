@@ -172,6 +172,11 @@ def test_parts_of_the_time_are_measured(device):
     assert parts["scored_step"] == parts["weighted_step"]
 
 
+def test_parts_of_epochs_of_one_batch():
+    config = train.TrainConfig(model="mlp", time_steps=2, epochs=4, batch_size=600)
+    assert timing.measure_parts(config.of("sadp"), data.load("digits"), steps=3)["scored_step"] > 0
+
+
 # --------------------------------------------------------------------------------------------------- finished runs
 
 
@@ -425,6 +430,8 @@ ERRORS = [
     (["all", "--dataset", "mnist"], "give --data-dir or set SADP_DATA"),
     (["all", "--device", "tpu"], "--device 'tpu'"),
     (["accuracy", "--batch-size", "5000", "--out", "new"], "the batch size 5000 is above"),
+    (["all", "--out", "study", "--policy", "floor"], "--policy is floor, but the study in study has mix"),
+    (["all", "--split-by", "time"], "--split-by is for"),
     (["accuracy", "--ratios", "0.3,0.9", "--epochs", "5", "--out", "new"], "ratio = 0.9 over 5 epochs needs"),
 ]
 

@@ -92,8 +92,10 @@ def run(given: dict[str, Any]) -> int:
             _introduce(plan, runs, console)
     try:
         with display.open():
-            results = {study.name: study.collect(runs) for study in studies}
-        plots = {study.name: _show(study, results[study.name], plan.folder, console) for study in studies}
+            results, plots = {}, {}
+            for study in studies:
+                results[study.name] = study.collect(runs)
+                plots[study.name] = _show(study, results[study.name], plan.folder, console)
         if given["study"] == "all":
             console.print(str(write_report(results, plots, plan.folder)), soft_wrap=True)
     except KeyboardInterrupt:

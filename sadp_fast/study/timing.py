@@ -69,8 +69,8 @@ def _epoch(trainer: train.Trainer, config: train.TrainConfig, steps: int) -> tup
     ratios = trainer.sadp.ratios
     trainer.sadp.epoch = next((epoch for epoch, ratio in enumerate(ratios) if ratio > 0), 0)
     trainer.model.train()
-    start = trainer.clock()
-    done = 0
+    done, start = 0, trainer.clock()
+    first = start
     with closing(trainer.sadp.batches(config.batch_size)) as batches:
         for index in batches:
             if done == 0:
@@ -82,7 +82,7 @@ def _epoch(trainer: train.Trainer, config: train.TrainConfig, steps: int) -> tup
             if done > steps:
                 break
         end = trainer.clock()
-    return drawn - start, (end - first) / (done - 1)
+    return drawn - start, (end - first) / (done - 1) if done > 1 else end - drawn
 
 
 class Time(Study):
@@ -177,7 +177,8 @@ class Time(Study):
         panel.axhline(0, color="#555555", linewidth=0.8)
         for name, colour in PARTS.values():
             panel.bar([0], [0], color=colour, label=name)
-        panel.plot([], [], "D", color="black", markersize=4, label="whole trainings: time ratio - share of examples")
+        measured = "whole trainings (mean and range): time ratio - share of examples"
+        panel.plot([], [], "D", color="black", markersize=4, label=measured)
         panel.set_xticks(range(len(rows)), labels, fontsize=8, rotation=90 if len(rows) > 6 else 0)
         panel.set_ylabel("Overhead (% of a full-data epoch's time)")
         panel.legend(loc="upper right", frameon=False, fontsize=8)
