@@ -16,7 +16,7 @@ from sadp_fast.exact import gradient_norms
 from sadp_fast.study import command, plan, timing, trajectory, variance
 from sadp_fast.study.measure import EXACT, SCORES, measure, pearson, sparsity, spearman
 from sadp_fast.study.registry import STUDIES
-from sadp_fast.study.store import Store, StudyError, conditions
+from sadp_fast.study.store import Store, StudyError, conditions, training_identity
 
 for package in ("sklearn", "scipy", "rich", "matplotlib"):
     pytest.importorskip(package)
@@ -189,6 +189,17 @@ def test_conditions_are_what_decides_a_result():
     assert conditions(base.of("random")) != conditions(replace(base, prune_ratio=0.3).of("random"))
 
 
+def test_runs_older_than_a_setting_are_found():
+    """A field added to TrainConfig counts as its default, which is how the older run was made."""
+    config = train.TrainConfig(lr=0.5).of("sadp")
+    older = {key: value for key, value in conditions(config).items() if key != "score_momentum"}
+    store = Store(Path("here"))
+    store.produce("name", {"kind": "training", "config": older}, "cpu", lambda folder: {"history": [1]})
+    assert store.read("name", training_identity(config), ("history",))["history"] == [1]
+    for other in (replace(config, score_momentum=0.5), replace(config, lr=0.1)):
+        assert store.read("name", training_identity(other), ("history",)) is None
+
+
 def test_a_run_is_found_again_and_damage_is_reported():
     store = Store(Path("here"))
     identity = {"kind": "test", "config": {"ratio": 0.3, "sizes": (1, 2)}}
@@ -230,11 +241,14 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def no_training(monkeypatch):
+    """Neither a training nor the data set is needed."""
+
     def refuse(*arguments, **options):
         raise AssertionError("nothing is to be trained here")
 
     monkeypatch.setattr(train, "run", refuse)
     monkeypatch.setattr(train, "Trainer", refuse)
+    monkeypatch.setattr(plan, "load", refuse)
 
 
 def finite(value):
@@ -390,7 +404,7 @@ def test_interrupted_study_goes_on_where_it_was(study, method, finished, monkeyp
 def test_progress_names_every_run(capsys):
     assert cli.main(["study", "accuracy", *FAST[:-1], "--seeds", "3", "--ratios", "0.3", "--methods", "random"]) == 0
     output = capsys.readouterr().out
-    assert "digits: 1,437 training and 360 test examples; mlp, T = 2, 3 epochs; methods random; ratios 0.3" in output
+    assert "digits, mlp, T = 2, 3 epochs; methods random; ratios 0.3; seeds 3; CPU, 1 thread; runs/study-" in output
     assert re.search(r"digits-mlp-random-r0.3-s3: epoch 3/3, loss .*, accuracy .*%", output)
     assert re.search(r"1/1 digits-mlp-random-r0.3-s3: done, accuracy .*%", output)
     (folder,) = Path("runs").iterdir()

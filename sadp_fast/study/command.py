@@ -20,7 +20,7 @@ from ..pruner import SADP
 from .display import Display
 from .plan import DEFAULT_METHODS, QUICK, Plan, Runs, Size
 from .registry import STUDIES
-from .store import Store, StudyError, conditions, write_json
+from .store import Store, StudyError, same, training_identity, write_json
 from .study import Study
 from .summary import write_report
 
@@ -28,6 +28,7 @@ RATIOS, SEEDS = (0.3, 0.5, 0.7), (0, 1, 2)
 # A whole study in minutes on two CPU cores: a smaller network, fewer epochs and seeds.
 QUICK_BASE = {"model": "mlp", "epochs": 8}
 QUICK_SEEDS = (0, 1)
+_SCHEDULE = ("schedule", "warmup_epochs", "tail_epochs")
 _RUN = ("method", "prune_ratio", "seed", "device")  # what differs between runs
 # What a folder's runs have in common; all calls on one folder agree on it.
 _BASE = [field.name for field in fields(train.TrainConfig) if field.name not in _RUN]
@@ -85,11 +86,12 @@ def run(given: dict[str, Any]) -> int:
     display = Display(None if quiet else console, sum(study.requests(plan) for study in studies))
     runs = Runs(plan, display)
     if not plan.report_only:
-        plan = runs.plan = _with_data(plan, runs, "time_steps" in given)
-        _check_runnable(plan, runs.data)
+        _check_ratios(plan)
+        if not (plan.folder / "study.json").exists():
+            plan = runs.plan = _with_data(plan, runs.data, "time_steps" in given)
         _remember(plan)
         if not quiet:
-            _introduce(plan, runs, console)
+            _introduce(plan, console)
     try:
         with display.open():
             results, plots = {}, {}
@@ -119,12 +121,11 @@ def _show(study: Study, result: dict[str, Any], folder: Path, console: Any) -> l
     return plots
 
 
-def _introduce(plan: Plan, runs: Runs, console: Any) -> None:
+def _introduce(plan: Plan, console: Any) -> None:
     base = plan.base
     console.print(
-        f"{runs.data.name}: {len(runs.data.train_labels):,} training and {len(runs.data.test_labels):,} test examples; "
-        f"{base.model}, T = {base.time_steps}, {base.epochs} epochs; methods {','.join(plan.methods)}; ratios "
-        f"{','.join(f'{r:g}' for r in plan.ratios)}; seeds {','.join(str(s) for s in plan.seeds)}; "
+        f"{base.dataset}, {base.model}, T = {base.time_steps}, {base.epochs} epochs; "
+        f"methods {','.join(plan.methods)}; ratios {','.join(f'{r:g}' for r in plan.ratios)}; seeds {','.join(str(s) for s in plan.seeds)}; "
         f"{report.device_name(base.device)}; {plan.folder}",
         soft_wrap=True,
     )
@@ -185,7 +186,7 @@ def _remembered(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         if folder.exists() and not folder.is_dir():
             raise StudyError(f"{folder} is a file: name a new folder with --out")
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(not path.name.startswith(".study.json") for path in folder.iterdir()):
             raise StudyError(f"{folder} is not empty and holds no study: name a new folder with --out")
         return None
     try:
@@ -209,7 +210,7 @@ def _with_finished(known: dict[str, Any], base: train.TrainConfig, folder: Path)
         if file["identity"].get("kind") != "training" or config.get("method") not in train.METHODS:
             continue
         method, ratio, seed = config["method"], config["prune_ratio"], config["seed"]
-        if conditions(replace(base, prune_ratio=ratio, seed=seed).of(method)) == config:
+        if same(file["identity"], training_identity(replace(base, prune_ratio=ratio, seed=seed).of(method))):
             methods.add(method)
             seeds.add(seed)
             ratios |= {ratio} - {0.0}
@@ -220,37 +221,31 @@ def _order() -> list[str]:
     return [*DEFAULT_METHODS, *(method for method in train.METHODS if method not in DEFAULT_METHODS)]
 
 
-def _with_data(plan: Plan, runs: Runs, asked_steps: bool) -> Plan:
-    """The plan with the time steps of event frames that bring their own."""
-    shape = runs.data.shape
-    if len(shape) == 4 and not asked_steps:
-        plan = replace(plan, base=replace(plan.base, time_steps=shape[0]))
-    return plan
-
-
-def _check_runnable(plan: Plan, dataset: data.Dataset) -> None:
-    """Find what cannot be run before anything is; raises StudyError."""
+def _with_data(plan: Plan, dataset: data.Dataset, asked_steps: bool) -> Plan:
+    """The plan of a new study, with the time steps of event frames that bring their own; raises StudyError."""
     base, count = plan.base, len(dataset.train_labels)
+    if len(dataset.shape) == 4 and not asked_steps:
+        base = replace(base, time_steps=dataset.shape[0])
     if base.batch_size > count:
         raise StudyError(
             f"the batch size {base.batch_size} is above the number of training examples, {count}: lower it"
         )
     try:
         models.build(base.model, dataset.shape, dataset.num_classes, base.time_steps)
-        for method, ratio in plan.cells():
-            config = plan.config(method, ratio, plan.seeds[0])
-            SADP(
-                nn.Identity(),
-                count,
-                epochs=config.epochs,
-                prune_ratio=config.prune_ratio,
-                score="random",
-                schedule=config.schedule,
-                warmup_epochs=config.warmup_epochs,
-                tail_epochs=config.tail_epochs,
-            )
     except ValueError as error:
         raise StudyError(str(error)) from error
+    return replace(plan, base=base)
+
+
+def _check_ratios(plan: Plan) -> None:
+    """Find a ratio that the epochs cannot have before any is run; raises StudyError."""
+    for method, ratio in plan.cells():
+        config = plan.config(method, ratio, 0)
+        settings = {key: getattr(config, key) for key in ("epochs", "prune_ratio", *_SCHEDULE)}
+        try:
+            SADP(nn.Identity(), 1, score="random", **settings)
+        except ValueError as error:
+            raise StudyError(str(error)) from error
 
 
 def _remember(plan: Plan) -> None:

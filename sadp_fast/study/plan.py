@@ -12,7 +12,7 @@ from .. import train
 from ..data import Dataset, load
 from . import trajectory
 from .display import Display
-from .store import Store, StudyError, conditions
+from .store import Store, StudyError, conditions, training_identity
 
 # In the order in which tables and plots show them; a method that only `--methods` names comes last.
 DEFAULT_METHODS = ("full", "random", "infobatch", "loss", "sadp")
@@ -100,9 +100,7 @@ class Runs:
             result = train.run(config, self.data, folder, self.display.viewers, resume=True)
             return {**self._data_set(), "history": result.history}
 
-        found = self._get(
-            name, {"kind": "training", "config": conditions(config)}, ("data_set", "history"), config.epochs, run
-        )
+        found = self._get(name, training_identity(config), ("data_set", "history"), config.epochs, run)
         if found is not None and len(found["history"]) != config.epochs:
             raise StudyError(
                 f"the run file {self.store.path(name, found['identity'])} is damaged (it has {len(found['history'])} "
@@ -137,18 +135,31 @@ class Runs:
             ),
         )
 
-    def timing(
-        self, method: str, ratio: float, run: Callable[[train.TrainConfig, Dataset], dict[str, Any]]
+    def timing(self, method: str, run: Callable[[train.TrainConfig, Dataset], dict[str, Any]]) -> dict[str, Any] | None:
+        """Where the time of one method goes, on this device; `run` measures it.
+
+        At the plan's ratio nearest to 0.5, if no other has been measured: parts hardly depend on it.
+        """
+        ratios = sorted(self.plan.ratios, key=lambda ratio: (abs(ratio - 0.5), ratio))
+        for ratio in ratios:
+            found = self._timing(method, ratio, None)
+            if found is not None:
+                return found
+        return self._timing(method, ratios[0], run)
+
+    def _timing(
+        self, method: str, ratio: float, run: Callable[[train.TrainConfig, Dataset], dict[str, Any]] | None
     ) -> dict[str, Any] | None:
-        """Where the time of one method goes, on this device; `run` measures it."""
-        config = self.plan.config(method, ratio, self.plan.seeds[0])
+        config = self.plan.config(method, ratio, 0)
+        name = f"{config.dataset}-{config.model}-timing-{method}-r{config.prune_ratio:g}"
         identity = {"kind": "timing", "config": conditions(config), "steps": self.plan.size.timed_steps}
+        if run is None:
+            return self.store.read(name, identity, ("timing",))
 
         def measured(_folder: Path) -> dict[str, Any]:
             self._prepare(config)
             return {**self._data_set(), "timing": run(config, self.data)}
 
-        name = f"{config.dataset}-{config.model}-timing-{method}-r{config.prune_ratio:g}"
         return self._get(name, identity, ("timing",), 1, measured)
 
     def _get(

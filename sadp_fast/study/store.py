@@ -56,6 +56,11 @@ def conditions(config: train.TrainConfig) -> dict[str, Any]:
     return {key: value for key, value in asdict(config).items() if key not in unused}
 
 
+def training_identity(config: train.TrainConfig) -> dict[str, Any]:
+    """What decides a training run."""
+    return {"kind": "training", "config": conditions(config)}
+
+
 class Store:
     """The finished runs in a study's folder: `runs/NAME.json`, and `unfinished/NAME/` while one is under way.
 
@@ -78,10 +83,13 @@ class Store:
         """
         path = self.path(name, identity)
         if not path.exists():
+            older = sorted(path.parent.glob(f"{name}-*.json"))
+            path = next((p for p in older if same(read_file(p)["identity"], identity)), path)
+        if not path.exists():
             return None
         value = read_file(path)
         lacking = [key for key in content if key not in value]
-        if lacking or value["identity"] != json.loads(json.dumps(identity)):
+        if lacking or not same(value["identity"], identity):
             why = f"it lacks {lacking[0]!r}" if lacking else "it is of another configuration than its name says"
             raise StudyError(f"the run file {path} is damaged ({why}): delete it, and the same command runs it again")
         return value
@@ -100,6 +108,14 @@ class Store:
     def files(self) -> list[dict[str, Any]]:
         """Every finished run; raises StudyError for a damaged file."""
         return [read_file(path) for path in sorted((self.folder / "runs").glob("*.json"))]
+
+
+def same(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether a file's identity is the one wanted; settings newer than the file count as their defaults."""
+    wanted = json.loads(json.dumps(wanted))
+    defaults = asdict(train.TrainConfig())
+    config = {key: defaults[key] for key in wanted.get("config", {}) if key in defaults} | found.get("config", {})
+    return {**found, "config": config} == {"config": {}, **wanted}
 
 
 def read_file(path: Path) -> dict[str, Any]:

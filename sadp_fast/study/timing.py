@@ -92,7 +92,7 @@ class Time(Study):
     reading = (
         "Time ratio: training seconds over those of full-data training (mean over seeds, same device). The theoretical "
         "minimum is the share of examples kept. Parts are timed apart from training: single steps without weights, "
-        "with weights and with scores, in turn, at the middle one of the ratios, and what is done once an epoch; steps "
+        "with weights and with scores, in turn, at one of the ratios, and what is done once an epoch; steps "
         "count by the number that a ratio keeps. What they do not explain of the measured ratio is what timings of "
         "whole trainings vary by, and work at the border between epochs. Parts are of pruned epochs; in full-data "
         "epochs only scoring is done."
@@ -119,9 +119,8 @@ class Time(Study):
                     "time_ratio": _seconds(row) / mean(full[row["device"]]) if row["device"] in full else None,
                 }
             )
-        middle = sorted(plan.ratios)[len(plan.ratios) // 2]
         for method in _pruned(plan):
-            file = runs.timing(method, middle, lambda config, data: measure_parts(config, data, plan.size.timed_steps))
+            file = runs.timing(method, lambda config, data: measure_parts(config, data, plan.size.timed_steps))
             files.take(file, f"timing of {method}")
             runs.display.advance()
             for ratio in plan.ratios if file else ():
