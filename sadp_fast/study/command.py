@@ -122,11 +122,10 @@ def _show(study: Study, result: dict[str, Any], folder: Path, console: Any) -> l
 
 
 def _introduce(plan: Plan, console: Any) -> None:
-    base = plan.base
+    base, ratios, seeds = plan.base, ",".join(f"{r:g}" for r in plan.ratios), ",".join(str(s) for s in plan.seeds)
     console.print(
-        f"{base.dataset}, {base.model}, T = {base.time_steps}, {base.epochs} epochs; "
-        f"methods {','.join(plan.methods)}; ratios {','.join(f'{r:g}' for r in plan.ratios)}; seeds {','.join(str(s) for s in plan.seeds)}; "
-        f"{report.device_name(base.device)}; {plan.folder}",
+        f"{base.dataset}, {base.model}, T = {base.time_steps}, {base.epochs} epochs; methods {','.join(plan.methods)}; "
+        f"ratios {ratios}; seeds {seeds}; {report.device_name(base.device)}; {plan.folder}",
         soft_wrap=True,
     )
 
