@@ -13,6 +13,7 @@ import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,20 @@ def environment(device: str) -> dict[str, Any]:
     return {
         "device": report.device_name(device),
         "versions": {
-            "sadp_fast": report.package_version("sadp_fast"),
+            "sadp_fast": f"{report.package_version('sadp_fast')}, sources {_sources()}",
             "torch": torch.__version__,
             "triton": report.package_version("triton"),
             "python": platform.python_version(),
         },
     }
+
+
+@cache
+def _sources() -> str:
+    """Digest of the package's Python sources but for the studies: runs of different ones do not quite compare."""
+    package = Path(report.__file__).parent
+    files = [path for path in sorted(package.rglob("*.py")) if "study" not in path.relative_to(package).parts]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
 
 
 # What a configuration says about pruning, which decides nothing where nothing is pruned ...

@@ -45,6 +45,8 @@ def write_report(results: dict[str, dict[str, Any]], plots: dict[str, list[tuple
         lines.append(f"- {entry['device']}; {versions}")
     if len({entry["device"] for entry in environments}) > 1:
         lines += ["", "The runs come from more than one kind of device: seconds compare within one of them only."]
+    if len({entry["versions"]["sadp_fast"] for entry in environments}) > 1:
+        lines += ["", "The runs come from different sources of this package: they may differ by more than the methods."]
     if missing:
         lines += ["", f"**Not complete.** Missing runs: {'; '.join(missing)}."]
     for name, result in results.items():

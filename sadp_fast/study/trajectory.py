@@ -80,12 +80,13 @@ def trajectory(
     for epoch in range(trainer.sadp.epoch, config.epochs):
         trainer.model.train()
         loss = train.RunningMean(trainer.device)
+        done = trainer.sadp.progress
         for step, batch in enumerate(trainer.sadp.batches(config.batch_size)):
-            share = min((step + 0.5) / steps, 1.0)
-            loss.add(trainer.step(batch, train.learning_rate(config.lr, (epoch + share) / config.epochs)))
+            before, done = done, trainer.sadp.progress
+            loss.add(trainer.step(batch, train.learning_rate(config.lr, (before + done) / 2)))
             if step % train.REPORT_EVERY == 0:
                 for viewer in viewers:
-                    viewer.step(epoch + 1, share, step, loss.peek(), 1.0)
+                    viewer.step(epoch + 1, min((step + 0.5) / steps, 1.0), step, loss.peek(), 1.0)
         entry: dict[str, Any] = {
             "epoch": epoch + 1,
             "ratio": 0.0,
