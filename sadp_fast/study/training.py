@@ -36,11 +36,11 @@ class Convergence(Study):
     paper = "Fig. 1c"
     question = "How fast do accuracy and loss improve, per example seen and per second?"
     reading = (
-        "Every method trains for the same number of epochs with the same batch size; a pruned epoch is shorter, and the "
-        "learning rate follows the share of a run's own examples that is done. Seconds hold everything that training and pruning do, but not evaluation. The training "
-        "loss is the mean over an epoch of what was trained on, with augmentation and with each method's own weights: "
-        "for methods without weights (ε-greedy), or whose weights have another mean (InfoBatch), it is not the loss "
-        "of the data set, and does not compare."
+        "Every method trains for the same number of epochs with the same batch size; a pruned epoch is shorter, and "
+        "the learning rate follows the share of a run's own examples that is done. Seconds hold everything that "
+        "training and pruning do, but not evaluation. The training loss is the mean over an epoch of what was trained "
+        "on, with augmentation and with each method's own weights: for methods without weights (ε-greedy), or whose "
+        "weights have another mean (InfoBatch), it is not the loss of the data set, and does not compare."
     )
 
     def requests(self, plan: Plan) -> int:
