@@ -17,13 +17,14 @@ import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bench_timing import Device
-from goals import Goal, Row, judged
+from goals import Goal, Row, judged, unmeasured
 
 import sadp_fast
 
@@ -36,6 +37,8 @@ class Bench:
         self.device = Device()
         self.rows: list[Row] = []
         self.copy_bandwidth_at_end: float | None = None
+        self.compile_ahead_seconds: float | None = None
+        self.seconds: dict[str, float] = {}  # of each test, set-up included
         if timing:
             _ = self.device.copy_bandwidth  # measured first, while the device is as it will be for what follows
 
@@ -73,9 +76,13 @@ class Bench:
             row["floor"] = self.device.floor_seconds(moved_bytes)
             row["share"] = row["floor"] / row["value"]
 
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        return {**environment(self.device), "load_average_at_start": self.load_average}
+
     def report(self) -> dict[str, Any]:
         return {
-            "environment": {**environment(self.device), "load_average_at_start": self.load_average},
+            "environment": self.environment,
             "copy": {
                 "bytes_per_second": self.device.copy_bandwidth,
                 "bytes_per_second_at_end": self.copy_bandwidth_at_end,
@@ -85,7 +92,10 @@ class Bench:
                 {**goal._asdict(), "worst": row["measure"], "measured": row[goal.figure], "reached": reached}
                 for goal, row, reached in judged(self.rows)
             ],
+            "goals_not_measured": unmeasured(self.rows),
             "rows": self.rows,
+            "compile_ahead_seconds": self.compile_ahead_seconds,
+            "test_seconds": self.seconds,
         }
 
 
@@ -139,8 +149,11 @@ def _driver() -> str | None:
 
 
 def write_json(report: dict[str, Any], path: Path) -> None:
+    """Replaces the file at once, so that a run that is killed leaves a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    unfinished = path.with_suffix(".json.part")
+    unfinished.write_text(json.dumps(report, indent=1) + "\n")
+    unfinished.replace(path)
 
 
 # -------------------------------------------------------------------------------------------------------- the table
@@ -208,15 +221,33 @@ GOAL_HEADING = ("goal on one H100", "ours", "best peer", "floor", "share of floo
 def goal_table(rows: list[Row]) -> list[str]:
     """The goals that this run has figures for, each with its worst case."""
     lines = [_goal_line(rows, *verdict) for verdict in judged(rows)]
-    return ["", *aligned([GOAL_HEADING, *lines])] if lines else []
+    missing = ", ".join(unmeasured(rows))
+    table = ["", *aligned([GOAL_HEADING, *lines])] if lines else []
+    return [*table, "", f"Goals that this run has no figure for: {missing}"] if missing else table
+
+
+SLOWEST = 12  # tests shown
+
+
+def duration_lines(report: dict[str, Any]) -> list[str]:
+    """Where the run's time went: each file's tests, and the slowest ones."""
+    seconds = report["test_seconds"]
+    files: dict[str, list[float]] = {}
+    for name, taken in seconds.items():
+        files.setdefault(name.partition("::")[0], []).append(taken)
+    ahead = report["compile_ahead_seconds"]
+    lines = [f"{sum(seconds.values()):6.1f} s  all tests" + (f", after {ahead:.0f} s of compiling" if ahead else "")]
+    lines += [f"{sum(taken):6.1f} s  {name} ({len(taken)})" for name, taken in files.items()]
+    slowest = sorted(seconds.items(), key=lambda item: -item[1])[:SLOWEST]
+    return [*lines, "", *(f"{taken:6.1f} s  {name.partition('::')[2]}" for name, taken in slowest)]
 
 
 def _goal_line(rows: list[Row], goal: Goal, row: Row, reached: bool) -> tuple[str, ...]:
     peer = best_peer(rows, row)
-    unit = "ratio" if goal.figure == "share" else row["unit"]
+    unit = row["unit"] if goal.figure == "value" else "ratio"
     return (
         goal.title,
-        shown(row[goal.figure], unit) if goal.figure != "value" else shown(row["value"], unit),
+        shown(row[goal.figure], unit),
         "-" if peer is None else _peer_figure(goal, row, peer),
         "-" if "floor" not in row else shown(row["floor"], row["unit"]),
         "-" if "share" not in row else percent(row["share"]),
@@ -227,7 +258,7 @@ def _goal_line(rows: list[Row], goal: Goal, row: Row, reached: bool) -> tuple[st
 
 
 def _peer_figure(goal: Goal, row: Row, peer: Row) -> str:
-    if goal.figure == "share":
+    if goal.figure.startswith("share"):
         return f"{percent(row['floor'] / peer['value'])} {_name(peer)}"
     return f"{shown(peer['value'], row['unit'])} {_name(peer)}"
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 COLD = 4  # rotated buffers together are this many times the last-level cache
-DEVICE_BUDGET = 0.12  # seconds of repetitions per figure
+DEVICE_BUDGET = 0.08  # seconds of repetitions per figure
 WALL_BUDGET = {"cuda": 0.05, "cpu": 0.15}
 SPIN_CLOCK = 2e9  # cycles per second, at least the device's: then the spin lasts at least as long as asked
 LONGEST_SPIN = 0.05  # seconds
@@ -147,7 +147,7 @@ class Device:
     def host_seconds(self, prepare: Prepare, call: Call, buffers: int, least: int = 5, most: int = 30) -> float:
         """Median until the call returns, the device being idle when it starts."""
         times: list[float] = []
-        deadline = time.perf_counter() + DEVICE_BUDGET / 2
+        deadline = time.perf_counter() + DEVICE_BUDGET / 4
         while len(times) < least or (len(times) < most and time.perf_counter() < deadline):
             state = prepare(len(times) % buffers)
             self.synchronize()

@@ -192,10 +192,14 @@ def inputs(kind: LayerShape, batch: int, generator: torch.Generator) -> tuple[tu
     return (current, channels_last(spikes, generator).gt(0).to(DTYPE)), gradient
 
 
+CHECKED_KINDS = (LayerShape(16, 8, 1, first=True), LayerShape(16, 8, 1), LayerShape(16, 8, 1, residual=True))
+CHECKED_BATCH = 8
+
+
 def check(build: Callable[[LayerShape], Layer], exact: bool, generator: torch.Generator) -> None:
     """Compare a small layer of each kind with float64."""
-    for kind in (LayerShape(16, 8, 1, first=True), LayerShape(16, 8, 1), LayerShape(16, 8, 1, residual=True)):
-        (current, *residual), gradient = inputs(kind, 8, generator)
+    for kind in CHECKED_KINDS:
+        (current, *residual), gradient = inputs(kind, CHECKED_BATCH, generator)
         output = build(kind).run(current, *residual)
         (got,) = torch.autograd.grad(output, current, gradient)
         assert output.shape == gradient.shape and output.dtype == DTYPE and torch.isfinite(got).all()
@@ -226,6 +230,12 @@ def check(build: Callable[[LayerShape], Layer], exact: bool, generator: torch.Ge
 def grad(state: tuple[Layer, tuple[tuple[Tensor, ...], Tensor]]) -> tuple[Tensor, ...]:
     layer, (tensors, gradient) = state
     return torch.autograd.grad(layer.run(*tensors), [tensors[0], *layer.parameters], gradient)
+
+
+def run_once(build: Callable[[LayerShape], Layer], kind: LayerShape) -> None:
+    """One forward and backward pass of a layer, untimed: compiles its kernels."""
+    generator = torch.Generator("cuda" if CUDA else "cpu").manual_seed(0)
+    grad((build(kind), inputs(kind, CHECKED_BATCH if kind in CHECKED_KINDS else BATCH, generator)))
 
 
 def time_layers(benchmark, bench, build: Callable[[LayerShape], Layer], row: dict[str, Any]) -> None:
@@ -302,24 +312,34 @@ class AllLayers(nn.Module):
         layers = zip(self.norms, self.neurons, self.kinds, inputs)
         return [unfused(norm, node, kind)(*tensors) for norm, node, kind, tensors in layers]
 
+    def compiled(self, generator: torch.Generator) -> Callable[[Any], tuple[Tensor, ...]]:
+        """A forward and a backward pass of the compiled layers on random inputs."""
+        torch._dynamo.reset()
+        forward = torch.compile(self, dynamic=False)
+        data = [inputs(kind, BATCH, generator) for kind in self.kinds]
+        tensors, gradients = [d[0] for d in data], [d[1] for d in data]
+        wanted = [*(t[0] for t in tensors), *self.norms.parameters()]
 
-@pytest.mark.skipif(not (CUDA and find_spec("spikingjelly")), reason="needs a GPU and SpikingJelly")
+        def call(_: Any) -> tuple[Tensor, ...]:
+            for node in self.neurons:
+                node[0].reset()
+            return torch.autograd.grad(forward(tensors), wanted, gradients)
+
+        return call
+
+    @classmethod
+    def compile_once(cls) -> None:
+        cls().compiled(torch.Generator("cuda").manual_seed(0))(None)
+
+
+COMPILED = CUDA and find_spec("spikingjelly") is not None
+
+
+@pytest.mark.skipif(not COMPILED, reason="needs a GPU and SpikingJelly")
 def test_batch_norm_lif_peer_compiled(benchmark, bench) -> None:
     name = f"SpikingJelly {version('spikingjelly')}, bf16 storage, compiled"
     with bench.row(SUITE, MEASURE, name, "peer") as row:
-        generator = bench.device.generator(3)
-        network = AllLayers()
-        torch._dynamo.reset()
-        compiled = torch.compile(network, dynamic=False)
-        data = [inputs(kind, BATCH, generator) for kind in network.kinds]
-        tensors, gradients = [d[0] for d in data], [d[1] for d in data]
-
-        def call(_: None) -> tuple[Tensor, ...]:
-            for node in network.neurons:
-                node[0].reset()
-            wanted = [*(t[0] for t in tensors), *network.norms.parameters()]
-            return torch.autograd.grad(compiled(tensors), wanted, gradients)
-
+        call = AllLayers().compiled(bench.device.generator(3))
         row.update(bench.device.measure(benchmark, lambda _: None, call, buffers=1))
         set_value(row, row.get("device_seconds"), "s", "device")
         bench.set_floor(row, floor_bytes())

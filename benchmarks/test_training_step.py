@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -46,13 +48,18 @@ Step = Callable[[], Tensor]  # one step; the loss, detached
 
 
 class Subject(NamedTuple):
-    """A way to train. build: returns the step. goals: of its time and its memory. eager_steps: before recording."""
+    """A way to train.
+
+    build: returns the step. goals: of its time and its memory. eager_steps: before recording. compiles: for long, so
+    that it is measured last, and once more as a CUDA graph.
+    """
 
     name: str
     role: str
     build: Callable[[], Step]
     goals: tuple[str, str] = ("", "")
     eager_steps: int = WARMUP
+    compiles: bool = False
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -188,27 +195,34 @@ def spikingjelly(prepared: bool = False, compiled: bool = False, graphed: bool =
     return recorded(step) if graphed else step
 
 
-def subjects() -> Iterator[Subject]:
-    yield Subject("eager", "ours", plain)
-    yield Subject("eager, with scores", "ours", scored)
+def subjects() -> list[Subject]:
+    """Those that this machine can run, what the goals are about first."""
+    found = []
     if CUDA:
-        yield Subject("CUDA graph", "ours", lambda: plain(graphed=True), ("step", "step memory"))
-        yield Subject("CUDA graph, with scores", "ours", lambda: scored(graphed=True), eager_steps=2)
-    if hasattr(sadp_fast, "packed_spikes"):
-        yield Subject("eager, packed spikes", "ours", lambda: plain(packed=True))
-        if CUDA:
-            goals = ("low-memory step", "low-memory memory")
-            yield Subject("CUDA graph, packed spikes", "ours", lambda: plain(packed=True, graphed=True), goals)
-            both = "CUDA graph, packed spikes, with scores"
-            yield Subject(both, "ours", lambda: scored(packed=True, graphed=True), eager_steps=2)
+        both = "CUDA graph, packed spikes, with scores"
+        low = ("low-memory step", "low-memory memory")
+        found = [
+            Subject("CUDA graph", "ours", lambda: plain(graphed=True), ("step", "step memory")),
+            Subject("CUDA graph, packed spikes", "ours", lambda: plain(packed=True, graphed=True), low),
+            Subject("CUDA graph, with scores", "ours", lambda: scored(graphed=True), eager_steps=2),
+            Subject(both, "ours", lambda: scored(packed=True, graphed=True), eager_steps=2),
+        ]
+    found += [
+        Subject("eager", "ours", plain),
+        Subject("eager, with scores", "ours", scored),
+        Subject("eager, packed spikes", "ours", lambda: plain(packed=True)),
+    ]
     if not find_spec("spikingjelly"):
-        return
+        return found
     name = f"SpikingJelly {version('spikingjelly')}"
-    yield Subject(name, "peer", spikingjelly)
     if CUDA:
-        yield Subject(f"{name}, bf16 storage", "peer", lambda: spikingjelly(prepared=True))
-        yield Subject(f"{name}, bf16 storage, compiled", "peer", lambda: spikingjelly(prepared=True, compiled=True))
-        yield Subject(f"{name}, bf16 storage, CUDA graph", "peer", lambda: spikingjelly(prepared=True, graphed=True))
+        best = f"{name}, bf16 storage"
+        found += [
+            Subject(f"{best}, CUDA graph", "peer", lambda: spikingjelly(prepared=True, graphed=True)),
+            Subject(best, "peer", lambda: spikingjelly(prepared=True)),
+            Subject(f"{best}, compiled", "peer", lambda: spikingjelly(prepared=True, compiled=True), compiles=True),
+        ]
+    return [*found, Subject(name, "peer", spikingjelly)]
 
 
 # ---------------------------------------------------------------------------------------------------------- timing
@@ -228,18 +242,26 @@ def seconds_per_step(benchmark, device, step: Step) -> dict[str, Any]:
         device.synchronize()
 
     call()
-    benchmark.pedantic(call, rounds=ROUNDS if device.is_cuda else 3)
-    stats = benchmark.stats.stats
+    rounds = ROUNDS if device.is_cuda else 3
+    if benchmark is not None:
+        benchmark.pedantic(call, rounds=rounds)
+        times = benchmark.stats.stats.data
+    else:  # pytest-benchmark times one function a test
+        times = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
     return {
-        "seconds": stats.median / steps,
-        "seconds_smallest": stats.min / steps,
-        "seconds_largest": stats.max / steps,
+        "seconds": statistics.median(times) / steps,
+        "seconds_smallest": min(times) / steps,
+        "seconds_largest": max(times) / steps,
         "steps_per_round": steps,
     }
 
 
 def seconds_within(step: Step, kernels: tuple[str, ...], steps: int = 5) -> float:
-    """Device time of these kernels in one step, by the profiler."""
+    """Device time of these kernels in one step, by the profiler: the mean of a few steps."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(steps):
@@ -250,7 +272,7 @@ def seconds_within(step: Step, kernels: tuple[str, ...], steps: int = 5) -> floa
     return sum(times) * 1e-6 / steps
 
 
-@pytest.mark.parametrize("subject", list(subjects()), ids=lambda subject: subject.name.replace(" ", "-"))
+@pytest.mark.parametrize("subject", subjects(), ids=lambda subject: subject.name.replace(" ", "-"))
 def test_training_step(benchmark, bench, subject: Subject) -> None:
     device = bench.device
     device.release()
@@ -263,31 +285,65 @@ def test_training_step(benchmark, bench, subject: Subject) -> None:
             first = step().clone()
             for _ in range(subject.eager_steps - 1):
                 step()
-            if CUDA:  # from here on, so that recording counts
-                gc.collect()
-                torch.cuda.synchronize()
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            for _ in range(WARMUP if CUDA else 1):
-                last = step()
-            if CUDA:
-                torch.cuda.synchronize()
-                row["allocated_before_bytes"] = before
-                row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
-                row["reserved_bytes"] = torch.cuda.memory_reserved()
-            row.update(seconds_per_step(benchmark, device, step))
+            time_and_memory(benchmark, device, step, before, row)
             last = step()
             set_value(row, row["seconds"], "s", "wall", subject.goals[0])
             assert last < first, "training on one batch must lower its loss"
         assert torch.isfinite(last), "the loss is not finite"
         benchmark.extra_info.update(row)
+    set_floors(bench)
     if "peak_bytes" in row:
         bench.add(row, MEMORY, row["peak_bytes"], "B", "", subject.goals[1])
-        if subject.role == "ours" and "graph" in subject.name:
-            goal = "norm in step" if subject.goals[0] == "step" else ""
-            bench.add(row, NORM, seconds_within(step, NORM_KERNELS), "s", "device", goal)
+    if subject.compiles and "value" in row:  # its best: without the host's time too
+        with bench.row(SUITE, TIME, f"{subject.name}, CUDA graph", subject.role) as graphed:
+            step = recorded(step)
+            for _ in range(WARMUP):
+                step()
+            time_and_memory(None, device, step, before, graphed)
+            set_value(graphed, graphed["seconds"], "s", "wall")
+        set_floors(bench)
+        bench.add(graphed, MEMORY, graphed["peak_bytes"], "B")
     del step
     device.release()
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU, whose profiler tells its kernels apart")
+def test_norm_work_within_the_step(benchmark, bench) -> None:
+    """Device time of all BatchNorm + LIF kernels of a recorded step, where the L2 is as the step leaves it."""
+    bench.device.release()
+    for name, build, goal in (
+        ("CUDA graph", plain, "norm in step"),
+        ("CUDA graph, packed spikes", partial(plain, packed=True), ""),
+        ("CUDA graph, with scores", scored, ""),
+    ):
+        with bench.row(SUITE, NORM, name, "ours") as row:
+            step = build(graphed=True)
+            for _ in range(WARMUP + 2):
+                step()
+            if benchmark.disabled:
+                continue
+            set_value(row, seconds_within(step, NORM_KERNELS), "s", "device", goal)
+            bench.set_floor(row, floor_bytes(BATCH, layers_of_network()))
+    benchmark.pedantic(step)
+    del step
+    bench.device.release()
+
+
+def time_and_memory(benchmark, device, step: Step, before: int, row: dict[str, Any]) -> None:
+    """Into the row: the peak of memory of warm steps above `before`, recording included, and the time of a step."""
+    if CUDA:
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(WARMUP if CUDA else 1):
+        step()
+    if CUDA:
+        torch.cuda.synchronize()
+        row["allocated_before_bytes"] = before
+        row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+        row["reserved_bytes"] = torch.cuda.memory_reserved()
+    row.update(seconds_per_step(benchmark, device, step))
 
 
 # ----------------------------------------------------------------------------------------------------------- floor
@@ -336,8 +392,14 @@ def test_training_step_floor(benchmark, bench) -> None:
         row["convolution_seconds"] = total
         row["moved_bytes"] = floor_bytes(BATCH, layers_of_network()) + 20 * weights
         set_value(row, total + device.floor_seconds(row["moved_bytes"]), "s", "device")
-        for other in bench.rows:
-            if other["measure"] == TIME and "value" in other:
-                other["floor"], other["share"] = row["value"], row["value"] / other["value"]
-                other["further"] = f"convolutions alone {shown(total, 's')}"
         benchmark.extra_info.update(row)
+    set_floors(bench)
+
+
+def set_floors(bench) -> None:
+    """The floor of every step measured so far, once that is known."""
+    measured = [row for row in bench.rows if row["measure"] == TIME and "value" in row]
+    for floor in [row for row in measured if row["role"] == "yardstick"]:
+        for row in measured:
+            row["floor"], row["share"] = floor["value"], floor["value"] / row["value"]
+            row["further"] = f"convolutions alone {shown(floor['convolution_seconds'], 's')}"
