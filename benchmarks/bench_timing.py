@@ -70,7 +70,9 @@ class Device:
         sizes = [max(1, moved // 8) for moved in moved_bytes]  # float32 elements
         count = 1 if sum(sizes) * 8 >= self.copy_bytes else self.buffers(sum(sizes) * 8)
         pairs = [
-            [(torch.randn(n, device=self.type), torch.empty(n, device=self.type)) for n in sizes] for _ in range(count)
+            # Both written once, so that no copy is the first to touch a page.
+            [(torch.randn(n, device=self.type), torch.full((n,), 0.0, device=self.type)) for n in sizes]
+            for _ in range(count)
         ]
 
         def copy(pair):

@@ -78,8 +78,8 @@ def jobs() -> dict[str, Job]:
     from lif_layers import from_rest, our_node, peers
 
     found: dict[str, Job] = {}
-    compiled = [s for s in step.subjects() if s.compiles]
-    found.update({f"step: {s.name}": partial(one_step, s.build) for s in compiled})
+    steps = [s for s in step.subjects() if torch.cuda.is_available() or not s.gpu]
+    found.update({f"step: {s.name}": partial(one_step, s.build) for s in steps if s.compiles})
     if norm.COMPILED:
         found["norm: compiled peer"] = norm.AllLayers.compile_once
     cases = [parameter.values for parameter in lif.peer_cases()]
@@ -96,15 +96,15 @@ def jobs() -> dict[str, Job]:
         found[f"host: statistics {statistics}"] = partial(
             lif_once, from_rest(our_node(statistics)), host.SHAPE, host.DTYPE
         )
-    for steps in long.STEPS:
+    for length in long.STEPS:
         for dtype in long.DTYPES:
-            shape = (steps, long.EXAMPLES, long.ELEMENTS // steps // long.EXAMPLES)
-            found[f"long: {steps} {dtype}"] = partial(lif_once, from_rest(our_node()), shape, dtype)
+            shape = (length, long.EXAMPLES, long.ELEMENTS // length // long.EXAMPLES)
+            found[f"long: {length} {dtype}"] = partial(lif_once, from_rest(our_node()), shape, dtype)
     for peer in peers(host.DTYPE):
         found[f"host: {peer.name}"] = partial(build_and_run, peer.build, host.SHAPE, host.DTYPE)
     for name, build, *_ in (*norm.OURS, *norm.PEERS):
         found[f"norm: small and all kinds, {name}"] = partial(norm_layers, norm, build)
-    for subject in step.subjects():
+    for subject in steps:
         if subject.role == "ours":
             found[f"step: {subject.name}"] = partial(one_step, subject.build)
     found["epoch"] = partial(epochs.smoke, 0.5)

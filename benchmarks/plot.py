@@ -139,9 +139,8 @@ def draw_bars(ax: Axes, rows: list[Row], scale: float, label: str, floor: Row | 
     texts = [f"{value:,.1f}" if value < 100 else f"{value:,.0f}" for value in values]
     ax.bar_label(drawn, texts, padding=3, fontsize=8)
     if floor is not None:
-        caption = f"convolutions alone, the rest at copy speed: {floor['value'] * scale:.1f}"
-        ax.axvline(floor["value"] * scale, color="black", linewidth=1.2, label=caption)
-        ax.legend(loc="upper right", fontsize=8)
+        ax.axvline(floor["value"] * scale, color="black", linewidth=1.2)
+        label += f" (line: convolutions as measured, the rest at copy speed: {floor['value'] * scale:.1f})"
     ax.invert_yaxis()
     ax.tick_params(axis="y", labelsize=8)
     ax.set_xlim(0, 1.15 * max(values))

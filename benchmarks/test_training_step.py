@@ -50,8 +50,8 @@ Step = Callable[[], Tensor]  # one step; the loss, detached
 class Subject(NamedTuple):
     """A way to train.
 
-    build: returns the step. goals: of its time and its memory. eager_steps: before recording. compiles: for long, so
-    that it is measured last, and once more as a CUDA graph.
+    build: returns the step. goals: of its time and its memory. eager_steps: before recording. gpu: it needs one.
+    compiles: for long, so that it is measured last, and once more as a CUDA graph.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Subject(NamedTuple):
     build: Callable[[], Step]
     goals: tuple[str, str] = ("", "")
     eager_steps: int = WARMUP
+    gpu: bool = False
     compiles: bool = False
 
 
@@ -196,18 +197,14 @@ def spikingjelly(prepared: bool = False, compiled: bool = False, graphed: bool =
 
 
 def subjects() -> list[Subject]:
-    """Those that this machine can run, what the goals are about first."""
-    found = []
-    if CUDA:
-        both = "CUDA graph, packed spikes, with scores"
-        low = ("low-memory step", "low-memory memory")
-        found = [
-            Subject("CUDA graph", "ours", lambda: plain(graphed=True), ("step", "step memory")),
-            Subject("CUDA graph, packed spikes", "ours", lambda: plain(packed=True, graphed=True), low),
-            Subject("CUDA graph, with scores", "ours", lambda: scored(graphed=True), eager_steps=2),
-            Subject(both, "ours", lambda: scored(packed=True, graphed=True), eager_steps=2),
-        ]
-    found += [
+    """What the goals are about first."""
+    both = "CUDA graph, packed spikes, with scores"
+    low = ("low-memory step", "low-memory memory")
+    found = [
+        Subject("CUDA graph", "ours", lambda: plain(graphed=True), ("step", "step memory"), gpu=True),
+        Subject("CUDA graph, packed spikes", "ours", lambda: plain(packed=True, graphed=True), low, gpu=True),
+        Subject("CUDA graph, with scores", "ours", lambda: scored(graphed=True), eager_steps=2, gpu=True),
+        Subject(both, "ours", lambda: scored(packed=True, graphed=True), eager_steps=2, gpu=True),
         Subject("eager", "ours", plain),
         Subject("eager, with scores", "ours", scored),
         Subject("eager, packed spikes", "ours", lambda: plain(packed=True)),
@@ -215,14 +212,14 @@ def subjects() -> list[Subject]:
     if not find_spec("spikingjelly"):
         return found
     name = f"SpikingJelly {version('spikingjelly')}"
-    if CUDA:
-        best = f"{name}, bf16 storage"
-        found += [
-            Subject(f"{best}, CUDA graph", "peer", lambda: spikingjelly(prepared=True, graphed=True)),
-            Subject(best, "peer", lambda: spikingjelly(prepared=True)),
-            Subject(f"{best}, compiled", "peer", lambda: spikingjelly(prepared=True, compiled=True), compiles=True),
-        ]
-    return [*found, Subject(name, "peer", spikingjelly)]
+    best = partial(spikingjelly, prepared=True)
+    return [
+        *found,
+        Subject(f"{name}, bf16 storage, CUDA graph", "peer", partial(best, graphed=True), gpu=True),
+        Subject(f"{name}, bf16 storage", "peer", best, gpu=True),
+        Subject(f"{name}, bf16 storage, compiled", "peer", partial(best, compiled=True), gpu=True, compiles=True),
+        Subject(name, "peer", spikingjelly),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------- timing
@@ -274,6 +271,8 @@ def seconds_within(step: Step, kernels: tuple[str, ...], steps: int = 5) -> floa
 
 @pytest.mark.parametrize("subject", subjects(), ids=lambda subject: subject.name.replace(" ", "-"))
 def test_training_step(benchmark, bench, subject: Subject) -> None:
+    if subject.gpu and not CUDA:
+        pytest.skip("needs a CUDA GPU")
     device = bench.device
     device.release()
     before = torch.cuda.memory_allocated() if CUDA else 0
