@@ -18,6 +18,21 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from . import data, models, report, train
+from .config import (
+    ABOVE_ZERO,
+    AMP,
+    BELOW_ONE,
+    METHODS,
+    NATURAL,
+    POSITIVE,
+    SCORES,
+    SHARE,
+    SettingError,
+    TrainConfig,
+    folder_name,
+    read_variant,
+    write_variant,
+)
 from .event_frames import SPLITS
 from .pruner import WEIGHTS
 from .selection import POLICIES, SCHEDULES
@@ -27,7 +42,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bars
 
-COMPARED = tuple(method for method in train.METHODS if method != "sadp")
 # What a data set is trained with where no option says otherwise.
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": {"model": "conv", "epochs": 30, "batch_size": 32},
@@ -72,31 +86,27 @@ class _Parser(argparse.ArgumentParser):
         raise CommandError(f"{message} (see {self.prog} --help)")
 
 
-def _number(kind: type, condition: Callable[[Any], bool], requirement: str) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not condition(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {requirement}")
-        return value
+def list_of(read: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """An option's type: a list with commas of what `read` reads, none of it twice."""
+
+    def parse(text: str) -> list[Any]:
+        values = [read(part) for part in text.split(",")]
+        if len(set(values)) != len(values):
+            raise SettingError(f"{text!r} names something twice")
+        return values
 
     return parse
 
 
-def _methods(text: str) -> list[str]:
-    names = [] if text == "none" else text.split(",")
-    if len(set(names)) != len(names) or not set(names) <= set(COMPARED):
-        raise argparse.ArgumentTypeError(f"{text!r} is not 'none' or a list out of {','.join(COMPARED)}")
-    return names
+def variant(text: str) -> str:
+    """A method or a variant of one, in the form in which equal ones are equal; raises SettingError."""
+    return write_variant(*read_variant(text))
 
 
-POSITIVE = _number(int, lambda value: value >= 1, "a whole number of at least 1")
-NATURAL = _number(int, lambda value: 0 <= value < 2**63, "a whole number of at least 0")
-SHARE = _number(float, lambda value: 0 <= value <= 1, "between 0 and 1")
-BELOW_ONE = _number(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
-ABOVE_ZERO = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
+def _compared(text: str) -> str:
+    if variant(text) == "sadp":
+        raise SettingError("'sadp' is always run: leave it out")
+    return variant(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,9 +133,10 @@ def _parser() -> argparse.ArgumentParser:
     option("--prune-ratio", type=BELOW_ONE, metavar="R", help="mean share of examples left out, [0, 1) (default: 0.5)")
     option(
         "--compare",
-        type=_methods,
+        type=lambda text: [] if text == "none" else list_of(_compared)(text),
         metavar="LIST",
-        help=f"also run none, or any of {','.join(COMPARED)} (default: full)",
+        help=f"also run none, or any of {','.join(METHODS)}, with settings of their own where wanted: "
+        "full,full:epochs=15,sadp:weights=none:tail-epochs=0 (default: full)",
     )
     option = groups["training"].add_argument
     option("--seed", type=NATURAL, metavar="N", help="seed of weights, draws and augmentation (default: 0)")
@@ -153,7 +164,7 @@ def add_settings(command: argparse.ArgumentParser) -> dict[str, Any]:
     option("--time-steps", type=POSITIVE, metavar="T", help="time steps (default: 4; event frames 10, or their own)")
 
     option = groups["pruning"].add_argument
-    option("--score", choices=train.SCORES, help="importance of an example (default: all, from every layer's spikes)")
+    option("--score", choices=SCORES, help="importance of an example (default: all, from every layer's spikes)")
     option("--policy", choices=POLICIES, help="how scores become probabilities (default: mix)")
     option("--smoothing", type=SHARE, metavar="C", help="how far small ones are raised, 0 to 1 (default: 0.3)")
     option("--weights", choices=WEIGHTS, help="weights of the losses (default: by --policy; unbiased for mix)")
@@ -167,7 +178,7 @@ def add_settings(command: argparse.ArgumentParser) -> dict[str, Any]:
     option("--batch-size", type=POSITIVE, metavar="B", help="examples a step (default: 32; mnist, cifar 128; dvs 16)")
     option("--lr", type=ABOVE_ZERO, metavar="RATE", help="peak learning rate (default: by --model)")
     option("--label-smoothing", type=SHARE, metavar="S", help="label smoothing, 0 to 1 (default: 0)")
-    option("--amp", choices=tuple(train.AMP), help="mixed precision (default: bf16 on a GPU, off on the CPU)")
+    option("--amp", choices=tuple(AMP), help="mixed precision (default: bf16 on a GPU, off on the CPU)")
     option("--low-memory", action="store_true", help="keep spikes as bits for the backward pass: a third less memory")
     option("--device", help="cpu, cuda or cuda:N (default: cuda where there is a GPU)")
     return groups
@@ -179,7 +190,7 @@ def _train(given: dict[str, Any]) -> int:
 
     quiet = given.pop("quiet", False)
     plan = _resumed(given) if "resume" in given else _planned(given)
-    _check_device(plan.config.device)
+    check_device(plan.config.device)
     config = plan.config
     dataset = data.load(
         config.dataset,
@@ -191,11 +202,11 @@ def _train(given: dict[str, Any]) -> int:
     if len(dataset.shape) == 4 and not plan.resume and "time_steps" not in given:
         plan = replace(plan, config=replace(plan.config, time_steps=dataset.shape[0]))
     dataset = dataset.to(plan.config.device)
-    try:
-        for method in plan.methods:
+    for method in plan.methods:
+        try:
             train.prepare(plan.config.of(method), dataset)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
+        except ValueError as error:
+            raise CommandError(f"{method}: {error}") from error
     if not plan.resume:
         _begin(plan)
 
@@ -207,7 +218,7 @@ def _train(given: dict[str, Any]) -> int:
             soft_wrap=True,
         )
     try:
-        summary = report.summary(_run(plan, dataset, None if quiet else console), dataset)
+        summary = report.summary(config, _run(plan, dataset, None if quiet else console), dataset)
         report.write_json(summary, folder / "results.json")
         report.write_plot(summary, folder / "results.png")
     except KeyboardInterrupt:
@@ -218,22 +229,23 @@ def _train(given: dict[str, Any]) -> int:
     return 0
 
 
-def _run(plan: Plan, dataset: data.Dataset, console: Console | None) -> list[train.Result]:
-    """Every method in turn, each in a folder of its own."""
-    results = []
+def _run(plan: Plan, dataset: data.Dataset, console: Console | None) -> dict[str, list[dict[str, Any]]]:
+    """The histories of every method in turn, each run in a folder of its own."""
+    histories = {}
     with ExitStack() as stack:
         bars = stack.enter_context(_bars(console)) if console and console.is_terminal else None
         for method in plan.methods:
-            config = plan.config.of(method)
+            config, label = plan.config.of(method), report.label(method, plan.config.score)
             viewers: list[train.Progress] = []
             if bars:
-                viewers.append(_Bar(bars, config))
+                viewers.append(_Bar(bars, label, config.epochs))
             elif console:
-                viewers.append(_Lines(console, config))
-            if board := report.tensorboard(plan.folder / "tb" / method):
+                viewers.append(_Lines(console, label, config.epochs))
+            name = folder_name(method)
+            if board := report.tensorboard(plan.folder / "tb" / name):
                 viewers.append(board)
-            results.append(train.run(config, dataset, plan.folder / method, viewers, plan.resume))
-    return results
+            histories[method] = train.run(config, dataset, plan.folder / name, viewers, plan.resume).history
+    return histories
 
 
 # ------------------------------------------------------------------------------------------- what the options decide
@@ -243,7 +255,7 @@ def _run(plan: Plan, dataset: data.Dataset, console: Console | None) -> list[tra
 class Plan:
     """What is to be run, the methods in their order, and where."""
 
-    config: train.TrainConfig
+    config: TrainConfig
     methods: list[str]
     data_dir: str | None
     folder: Path
@@ -262,7 +274,7 @@ def _planned(given: dict[str, Any]) -> Plan:
         raise CommandError(f"{folder} is a file: name a new folder with --out")
     if folder.exists() and any(folder.iterdir()):
         raise CommandError(f"{folder} is not empty: name a new folder, or continue its run with --resume {folder}")
-    return Plan(train.TrainConfig(**options), methods, data_dir, folder, resume=False)
+    return Plan(TrainConfig(**options), methods, data_dir, folder, resume=False)
 
 
 def with_defaults(options: dict[str, Any], data_dir: str | None) -> dict[str, Any]:
@@ -290,7 +302,7 @@ def _resumed(given: dict[str, Any]) -> Plan:
     try:
         began = json.loads((folder / "run.json").read_text())
         plan = Plan(
-            train.TrainConfig(**began["config"]),
+            TrainConfig(**began["config"]),
             began["methods"],
             options.get("data_dir", began["data_dir"]),
             folder,
@@ -335,7 +347,7 @@ def _begin(plan: Plan) -> None:
         ) from error
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -367,10 +379,10 @@ def _bars(console: Console) -> Bars:
 class _Bar(train.Progress):
     """A live line for one method."""
 
-    def __init__(self, bars: Bars, config: train.TrainConfig) -> None:
-        self.bars, self.epochs = bars, config.epochs
+    def __init__(self, bars: Bars, label: str, epochs: int) -> None:
+        self.bars, self.epochs = bars, epochs
         self.loss = self.accuracy = math.nan
-        self.task = bars.add_task(report.label(config), total=config.epochs, status="")
+        self.task = bars.add_task(label, total=epochs, status="")
 
     def step(self, epoch: int, share: float, step: int, loss: float | None, kept: float) -> None:
         self.loss = self.loss if loss is None else loss
@@ -390,12 +402,12 @@ class _Bar(train.Progress):
 class _Lines(train.Progress):
     """A plain line after each epoch, where the output is no terminal."""
 
-    def __init__(self, console: Console, config: train.TrainConfig) -> None:
-        self.console, self.config = console, config
+    def __init__(self, console: Console, label: str, epochs: int) -> None:
+        self.console, self.label, self.epochs = console, label, epochs
 
     def epoch(self, entry: dict[str, Any]) -> None:
         self.console.print(
-            f"{report.label(self.config)}: epoch {entry['epoch']}/{self.config.epochs}, loss {entry['loss']:.3f}, "
+            f"{self.label}: epoch {entry['epoch']}/{self.epochs}, loss {entry['loss']:.3f}, "
             f"accuracy {entry['test_accuracy']:.1%}, kept {1 - entry['ratio']:.0%}, {entry['seconds']:.2f} s",
             soft_wrap=True,
         )

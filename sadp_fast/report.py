@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .config import METHODS, TrainConfig, base_method, read_variant
 from .data import Dataset
-from .train import Progress, Result, TrainConfig
+from .train import Progress
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,10 +24,10 @@ NOTES = (
     "seconds: everything that training and pruning do, measured at epoch borders with the device synchronised; "
     "neither evaluation nor checkpoints. Before the first clock started, every method took two throw-away training "
     "steps and an evaluation, so that no method pays for compilation.",
-    "time_ratio: training seconds over those of the method 'full'; theoretical_ratio: 1 - r, the mean share of "
-    "examples kept, over all epochs.",
+    "time_ratio: training seconds over those of the method 'full'; theoretical_ratio: planned examples over those of "
+    "full-data training of this configuration (1 - r, for as many epochs).",
     "relative_variance: an estimate, from the scores in place of the gradient norms, of the variance of the pruned "
-    "epoch's gradient over that of uniform random pruning; mean over the pruned epochs.",
+    "epoch's gradient over that of uniform random pruning; mean over the pruned epochs, null where it is infinite.",
 )
 LABELS = {
     "full": "full data",
@@ -49,17 +51,55 @@ COLOURS = {
     "epsilon_greedy": "#CC79A7",
     "sadp": "#0072B2",
 }
+# Variants of methods take Tol's muted colours in turn and are never solid; a second round has other dashes.
+_VARIANT_COLOURS = "#CC6677", "#332288", "#117733", "#882255", "#44AA99", "#999933", "#AA4499", "#88CCEE", "#DDCC77"
+_VARIANT_LINES = "--", "-.", ":"
+_MARKERS = "osD^vP*Xh<>pd8"
+# Names of settings where a reader would not know the field's, or a shorter one will do.
+_SHORT = {"batch_size": "batch", "score_momentum": "momentum", "warmup_epochs": "warm-up", "tail_epochs": "tail"}
 
 
-def label(config: TrainConfig) -> str:
-    """A method's name as the progress, the table and the plot show it."""
-    return LABELS.get(config.method, f"SADP ({config.score})")
+def label(variant: str, score: str) -> str:
+    """A method's name, or that of a variant of one, as the progress, tables and plots show it.
+
+    score: of the configuration that the methods share, which "sadp" has.
+    """
+    method, changes = read_variant(variant)
+    name = LABELS.get(method, f"SADP ({changes.pop('score', score)})")
+    return ", ".join([name, *(_detail(key, value) for key, value in changes.items())])
 
 
-def summary(results: list[Result], data: Dataset) -> dict[str, Any]:
-    """Everything about a comparison, ready for JSON: where it ran, what was asked for, and each method's figures."""
-    config = results[-1].config
-    seconds = {result.config.method: sum(entry["seconds"] for entry in result.history) for result in results}
+def _detail(key: str, value: Any) -> str:
+    if key == "epochs":
+        return f"{value} epochs"
+    return f"{_SHORT.get(key, key.replace('_', ' '))} {str(value).lower() if isinstance(value, bool) else value}"
+
+
+def styles(variants: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """A line's colour, dashes and marker for each method or variant; a method's own are the same in every plot."""
+    found, count = {}, 0
+    for variant in variants:
+        marker = list(METHODS).index(base_method(variant))
+        if variant in METHODS:
+            look = {"color": COLOURS[variant], "linestyle": "-", "marker": _MARKERS[marker]}
+        else:
+            turn, colour = divmod(count, len(_VARIANT_COLOURS))
+            look = {
+                "color": _VARIANT_COLOURS[colour],
+                "linestyle": _VARIANT_LINES[turn % len(_VARIANT_LINES)],
+                "marker": _MARKERS[count % len(_MARKERS)],
+            }
+            count += 1
+        found[variant] = {**look, "markersize": 5, "linewidth": 1.6}
+    return found
+
+
+def summary(config: TrainConfig, histories: dict[str, list[dict[str, Any]]], data: Dataset) -> dict[str, Any]:
+    """Everything about a comparison, ready for JSON: where it ran, what was asked for, and each method's figures.
+
+    config: what the methods share. histories: of each method or variant, as `train.run` gives it.
+    """
+    full = sum(entry["seconds"] for entry in histories["full"]) if "full" in histories else None
     return {
         "data_set": {
             "name": data.name,
@@ -68,35 +108,29 @@ def summary(results: list[Result], data: Dataset) -> dict[str, Any]:
             "shape": data.shape,
             "classes": data.num_classes,
         },
-        "versions": {
-            "sadp_fast": package_version("sadp_fast"),
-            "torch": torch.__version__,
-            "triton": package_version("triton"),
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "device": device_name(config.device),
         "config": asdict(config),
         "notes": NOTES,
         "methods": {
-            result.config.method: _figures(result, seconds[result.config.method], seconds.get("full"))
-            for result in results
+            variant: {"label": label(variant, config.score), **_figures(history, config.epochs, full)}
+            for variant, history in histories.items()
         },
     }
 
 
-def _figures(result: Result, seconds: float, full_seconds: float | None) -> dict[str, Any]:
-    history = result.history
+def _figures(history: list[dict[str, Any]], epochs: int, full_seconds: float | None) -> dict[str, Any]:
+    seconds = sum(entry["seconds"] for entry in history)
     variances = [entry["relative_variance"] for entry in history if entry["ratio"] > 0]
     return {
-        "label": label(result.config),
         "test_accuracy": history[-1]["test_accuracy"],
         "best_test_accuracy": max(entry["test_accuracy"] for entry in history),
         "examples_trained": history[-1]["examples_trained"],
         "training_seconds": seconds,
         "first_epoch_seconds": history[0]["seconds"],
         "time_ratio": seconds / full_seconds if full_seconds else None,
-        "theoretical_ratio": sum(1 - entry["ratio"] for entry in history) / len(history),
-        "relative_variance": sum(variances) / len(variances) if variances else None,
+        "theoretical_ratio": sum(1 - entry["ratio"] for entry in history) / epochs,
+        "relative_variance": sum(variances) / len(variances) if variances and None not in variances else None,
         "epochs": history,
     }
 
@@ -136,10 +170,11 @@ def table(report: dict[str, Any]) -> Table:
     return result
 
 
-def write_json(report: dict[str, Any], path: Path) -> None:
-    """Write the report whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(report, indent=2) + "\n")
+def write_json(value: dict[str, Any], path: Path, indent: int | None = 2) -> None:
+    """Write the file whole or not at all, for every process that may look; raises ValueError for NaN and infinity."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n")
     os.replace(partial, path)
 
 
@@ -152,14 +187,15 @@ def write_plot(report: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     by_time, by_examples = figure.subplots(1, 2, sharey=True)
+    looks = styles(methods)
     for method, figures in methods.items():
         epochs = figures["epochs"]
         seconds = torch.tensor([entry["seconds"] for entry in epochs]).cumsum(0).tolist()
         accuracy = [100 * entry["test_accuracy"] for entry in epochs]
-        style = {"color": COLOURS[method], "linewidth": 1.8, "label": f"{figures['label']}: {accuracy[-1]:.1f} %"}
+        look = {**looks[method], "marker": None, "label": f"{figures['label']}: {accuracy[-1]:.1f} %"}
         for axes, x in ((by_time, seconds), (by_examples, [entry["examples_trained"] for entry in epochs])):
-            axes.plot(x, accuracy, **style)
-            axes.plot(x[-1], accuracy[-1], "o", color=COLOURS[method], markersize=5)
+            axes.plot(x, accuracy, **look)
+            axes.plot(x[-1], accuracy[-1], looks[method]["marker"], color=look["color"], markersize=5)
     by_time.set(xlabel="Training time (s)", ylabel="Test accuracy (%)", xlim=(0, None))
     by_examples.set(xlabel="Examples trained", xlim=(0, None))
     by_examples.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -171,7 +207,14 @@ def write_plot(report: dict[str, Any], path: Path) -> None:
     for axes in (by_time, by_examples):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    by_examples.legend(loc="lower right", frameon=False, title="final accuracy")
+    legend = {"frameon": False, "title": "final accuracy"}
+    if len(methods) <= 6:
+        by_examples.legend(loc="lower right", **legend)
+    else:
+        figure.set_figheight(4.2 + 0.12 * len(methods))
+        figure.legend(
+            *by_examples.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, **legend
+        )
     figure.suptitle(title(report))
     figure.savefig(path, metadata={"Software": None})
 
@@ -200,6 +243,16 @@ def device_name(device: str) -> str:
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"CPU, {threads} {'thread' if threads == 1 else 'threads'}"
+
+
+def versions() -> dict[str, str | None]:
+    """Of what a run depends on."""
+    return {
+        "sadp_fast": package_version("sadp_fast"),
+        "torch": torch.__version__,
+        "triton": package_version("triton"),
+        "python": platform.python_version(),
+    }
 
 
 def package_version(package: str) -> str | None:

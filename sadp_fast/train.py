@@ -8,16 +8,18 @@ import pickle
 import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from . import models, pruner
+from . import models
 from .augmentation import crop_flip_normalise, draw_crops
 from .casting import cast_weights_at_once
+from .config import AMP, TrainConfig
 from .data import Dataset
 from .exact import gradient_norms
 from .graphs import GraphedStep
@@ -26,36 +28,6 @@ from .pruner import SADP
 from .selection import relative_variance
 from .spike_storage import packed_spikes
 
-# The methods, and how each differs from the configuration at hand. Their papers say what they select and how they weigh
-# it; smoothing (for InfoBatch its s = .5 at the mean, for epsilon-greedy epsilon) and momentum are our constants.
-METHODS: dict[str, dict[str, Any]] = {
-    "full": {"prune_ratio": 0.0},
-    "static_random": {"score": "static_random", "warmup_epochs": 0, "tail_epochs": 0},
-    "random": {"score": "random"},
-    "loss": {"score": "loss"},
-    "el2n": {"score": "el2n"},  # Paul et al., arXiv 2107.07075
-    "grad_norm": {"score": "grad_norm"},
-    # Qin et al., arXiv 2303.04947; the last eighth of the epochs on all data is theirs.
-    "infobatch": {
-        "score": "loss",
-        "policy": "infobatch",
-        "smoothing": 0.5,
-        "weights": "sum",
-        "score_momentum": 0.0,
-        "tail_epochs": None,
-    },
-    # Raju, Daruwalla and Lipasti, arXiv 2111.12621
-    "epsilon_greedy": {
-        "score": "loss",
-        "policy": "epsilon_greedy",
-        "smoothing": 0.1,
-        "weights": "none",
-        "score_momentum": 0.5,
-    },
-    "sadp": {},
-}
-SCORES = tuple("grad_norm" if score == "given" else score for score in pruner.SCORES)
-AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RISE = 0.05  # share of training in which the learning rate rises to its peak
 REPORT_EVERY = 10  # steps between two reports of progress
 EVALUATION_BATCH = 500
@@ -63,44 +35,6 @@ EVALUATION_BATCH = 500
 
 class TrainError(RuntimeError):
     """Training cannot resume or go on; the message is one sentence that says why and the remedy."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """All that decides a run's result, named as the options of `sadp-fast train`.
-
-    `method` is one of METHODS, whose changes `of` makes. `score` is one of SADP's, or "grad_norm": the exact norm of
-    each example's gradient, at a cost that only small networks can bear. `low_memory` keeps as bits the spikes that
-    wait for the backward pass, with the same results.
-    """
-
-    dataset: str = "digits"
-    image_size: int = 32
-    split_by: str = "number"
-    model: str = "conv"
-    time_steps: int = 4
-    epochs: int = 30
-    batch_size: int = 32
-    lr: float = 2e-3
-    label_smoothing: float = 0.0
-    amp: str = "off"
-    low_memory: bool = False
-    method: str = "sadp"
-    prune_ratio: float = 0.5
-    score: str = "all"
-    policy: str = "mix"
-    smoothing: float = 0.3
-    weights: str | None = None
-    score_momentum: float = 0.0
-    schedule: str = "constant"
-    warmup_epochs: int | None = None
-    tail_epochs: int | None = None
-    seed: int = 0
-    device: str = "cpu"
-
-    def of(self, method: str) -> TrainConfig:
-        """The same conditions for another method."""
-        return replace(self, method=method, **METHODS[method])
 
 
 @dataclass(frozen=True)
@@ -128,9 +62,10 @@ def run(
     """Train one network on `data`, with a checkpoint in the folder `out` before the first and after every epoch.
 
     An entry of the history holds epoch, ratio (pruned share), steps, examples_trained (so far), lr (of the last step),
-    loss, test_accuracy (0 to 1), seconds, and relative_variance (None without pruning). Seconds hold everything that
-    training and pruning do, but neither evaluation nor checkpoints. With `resume`, the checkpoint in `out`, if there
-    is one, is continued. Raises TrainError.
+    loss (what was trained on, as the method weighs it), test_accuracy (0 to 1), test_loss (mean cross-entropy, without
+    label smoothing), seconds, and relative_variance (None without pruning, or where it is infinite). Seconds hold
+    everything that training and pruning do, but neither evaluation nor checkpoints. With `resume`, the checkpoint in
+    `out`, if there is one, is continued. Raises TrainError.
     """
     trainer = Trainer(config, data)
     sadp, history, checkpoint = trainer.sadp, trainer.history, out / "checkpoint.pt"
@@ -139,38 +74,58 @@ def run(
     else:
         trainer.save(checkpoint)
     for epoch in range(sadp.epoch, config.epochs):
-        kept = 1 - sadp.ratios[epoch]
-        planned_steps = max(1.0, kept * len(data.train_labels) / config.batch_size)
-        loss = RunningMean(trainer.device)
-        trainer.model.train()
         start = trainer.clock()
-        done = sadp.progress
-        for step, index in enumerate(sadp.batches(config.batch_size)):
-            before, done = done, sadp.progress
-            loss.add(trainer.step(index, learning_rate(config.lr, (before + done) / 2)))
-            if step % REPORT_EVERY == 0:
-                shown, share = loss.peek(), min((step + 0.5) / planned_steps, 1.0)
-                for viewer in viewers:
-                    viewer.step(epoch + 1, share, step, shown, kept)
+        loss = train_epoch(trainer, viewers)
         seconds = trainer.clock() - start
-        entry: dict[str, Any] = {
+        ratio, (accuracy, test_loss) = sadp.ratios[epoch], trainer.evaluate()
+        entry = {
             "epoch": epoch + 1,
-            "ratio": sadp.ratios[epoch],
+            "ratio": ratio,
             "steps": loss.steps,
             "examples_trained": int(sadp.examples_trained),
             "lr": trainer.lr,
             "loss": loss.read(),
-            "test_accuracy": trainer.evaluate(),
+            "test_accuracy": accuracy,
+            "test_loss": finite(test_loss),
             "seconds": seconds,
-            "relative_variance": float(relative_variance(sadp.scores, sadp.probabilities)) if kept < 1 else None,
+            "relative_variance": finite(relative_variance(sadp.scores, sadp.probabilities)) if ratio > 0 else None,
         }
-        if not math.isfinite(entry["loss"]):
-            raise TrainError(f"the loss became {entry['loss']} in epoch {epoch + 1}: lower --lr or change --amp")
-        history.append(entry)
-        trainer.save(checkpoint)
-        for viewer in viewers:
-            viewer.epoch(entry)
+        finish_epoch(trainer, entry, checkpoint, viewers)
     return Result(config, history)
+
+
+def train_epoch(trainer: Trainer, viewers: Sequence[Progress]) -> RunningMean:
+    """Train for SADP's next epoch; the mean of its losses."""
+    config, sadp = trainer.config, trainer.sadp
+    epoch = sadp.epoch
+    kept = 1 - sadp.ratios[epoch]
+    planned_steps = max(1.0, kept * len(trainer.data.train_labels) / config.batch_size)
+    loss = RunningMean(trainer.device)
+    trainer.model.train()
+    done = sadp.progress
+    for step, index in enumerate(sadp.batches(config.batch_size)):
+        before, done = done, sadp.progress
+        loss.add(trainer.step(index, learning_rate(config.lr, (before + done) / 2)))
+        if step % REPORT_EVERY == 0:
+            shown, share = loss.peek(), min((step + 0.5) / planned_steps, 1.0)
+            for viewer in viewers:
+                viewer.step(epoch + 1, share, step, shown, kept)
+    return loss
+
+
+def finish_epoch(trainer: Trainer, entry: dict[str, Any], checkpoint: Path, viewers: Sequence[Progress]) -> None:
+    """Keep an epoch's entry and write the checkpoint, then tell the viewers; raises TrainError for a diverged loss."""
+    if not math.isfinite(entry["loss"]):
+        raise TrainError(f"the loss became {entry['loss']} in epoch {entry['epoch']}: lower --lr or change --amp")
+    trainer.history.append(entry)
+    trainer.save(checkpoint)
+    for viewer in viewers:
+        viewer.epoch(entry)
+
+
+def finite(value: float | Tensor) -> float | None:
+    """The number, or None for what JSON cannot hold."""
+    return float(value) if math.isfinite(value) else None
 
 
 def prepare(config: TrainConfig, data: Dataset) -> None:
@@ -345,19 +300,21 @@ class Trainer:
                     self.step(index, self.config.lr)
 
     @torch.no_grad()
-    def evaluate(self, batches: int | None = None) -> float:
-        """Share of the test examples (of all, or of the first batches) that are classified correctly."""
+    def evaluate(self, batches: int | None = None) -> tuple[float, float]:
+        """Accuracy (0 to 1) and mean cross-entropy, not smoothed, of all test examples or of the first batches."""
         self.model.eval()
         labels, size = self.data.test_labels, min(EVALUATION_BATCH, len(self.data.test_labels))
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         starts = range(0, len(labels), size)[:batches]
         for start in starts:
             # The last batch starts earlier rather than being smaller, and counts its new examples only.
             first = min(start, len(labels) - size)
-            output = self.forward(self.data.test_images[first : first + size])
-            correct += (output.argmax(1) == labels[first : first + size])[start - first :].sum()
+            output, wanted = self.forward(self.data.test_images[first : first + size]), labels[first : first + size]
+            correct, losses = output.argmax(1) == wanted, cross_entropy(output.float(), wanted, reduction="none")
+            sums += torch.stack([correct.double(), losses.double()])[:, start - first :].sum(1)
             reset(self.model)
-        return correct.item() / min(len(labels), size * len(starts))
+        accuracy, loss = (sums / min(len(labels), size * len(starts))).tolist()
+        return accuracy, loss
 
     def clock(self) -> float:
         """Seconds on a monotonic clock, once the device has finished its work."""

@@ -17,6 +17,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 import sadp_fast
 from sadp_fast import SADP
 from sadp_fast import train as training
+from sadp_fast.config import METHODS
 from sadp_fast.data import load
 from sadp_fast.pruner import WEIGHTS, _Batch
 from sadp_fast.selection import POLICIES
@@ -65,9 +66,9 @@ def test_weighted_sums_are_what_the_weights_promise(policy, weights):
     assert sums.std(0).min() > 0.1
 
 
-@pytest.mark.parametrize("method", [method for method in training.METHODS if method != "grad_norm"])
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "grad_norm"])
 def test_ratio_zero_is_ordinary_training_to_the_bit(data, method):
-    changes = training.METHODS[method]
+    changes = METHODS[method]
     settings = {name: changes[name] for name in ("score", "policy", "weights", "score_momentum") if name in changes}
 
     def run(pruned):
@@ -340,7 +341,7 @@ def test_infobatch_resumes_and_is_copied(data):
 # ----------------------------------------------------------------------------------------------------- whole training
 
 
-@pytest.mark.parametrize("method", training.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_on_digits(method, tmp_path):
     pytest.importorskip("sklearn")
     digits = load("digits")

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from sadp_fast import cli, report, train
+from sadp_fast import cli, report
+from sadp_fast.config import METHODS
 
 for package in ("sklearn", "rich", "matplotlib", "PIL"):
     pytest.importorskip(package)
@@ -78,7 +79,14 @@ ERRORS = [
     (["train", "--weights", "equal"], "--weights: invalid choice: 'equal'"),
     (["train", "--score", "given"], "--score: invalid choice: 'given'"),
     (["train", "--score-momentum", "1"], "--score-momentum: '1' is not at least 0 and below 1"),
-    (["train", "--compare", "sadp"], "'sadp' is not 'none' or a list out of"),
+    (["train", "--compare", "sadp"], "--compare: 'sadp' is always run: leave it out"),
+    (
+        ["train", "--compare", "full:epochs=x"],
+        "'x' is not a whole number of at least 1, which epochs in 'full:",
+    ),
+    (["train", "--compare", "full:smoothing=0.1"], "sets smoothing, which full does not have"),
+    (["train", "--compare", "sadp:lr=1,sadp:lr=1.0"], "names something twice"),
+    (["train", "--compare", "random:epochs=2"], "random:epochs=2: ratio = 0.5 over 2 epochs"),
     (["train", "--schedule", "step"], "--schedule: invalid choice"),
     (["train", "--epochs", "0"], "--epochs: '0' is not a whole number of at least 1"),
     (["train", "--epochs", "2.5"], "--epochs: '2.5' is not"),
@@ -88,8 +96,8 @@ ERRORS = [
     (["train", "--seed", "-1"], "--seed: '-1' is not"),
     (["train", "--seed", str(2**63)], "is not a whole number"),
     (["train", "--amp", "int8"], "--amp: invalid choice"),
-    (["train", "--compare", "full,half"], "'full,half' is not 'none' or a list out of full,static_random,random,"),
-    (["train", "--compare", "full,full"], "'full,full' is not"),
+    (["train", "--compare", "full,half"], "'half' is not one of full,static_random,random,"),
+    (["train", "--compare", "full,full"], "'full,full' names something twice"),
     (["train", "--device", "gpu"], "--device 'gpu' is no device"),
     (["train", "--device", "meta"], "--device 'meta' is not supported"),
     (["train", "--device", "cuda:99"], "--device 'cuda:99' is not there"),
@@ -151,6 +159,7 @@ ENTRY = {
     "lr": float,
     "loss": float,
     "test_accuracy": float,
+    "test_loss": float,
     "seconds": float,
     "relative_variance": (float, type(None)),
 }
@@ -240,9 +249,49 @@ def test_a_run_begun_before_weights_were_a_setting_goes_on():
 
 
 def test_every_method_has_a_label_and_a_colour():
-    labels = [report.label(train.TrainConfig().of(method)) for method in train.METHODS]
+    labels = [report.label(method, "all") for method in METHODS]
     assert len(set(labels)) == len(labels)
-    assert report.COLOURS.keys() == train.METHODS.keys() and len(set(report.COLOURS.values())) == len(labels)
+    assert report.COLOURS.keys() == METHODS.keys() and len(set(report.COLOURS.values())) == len(labels)
+
+
+def test_variants_have_labels_and_looks_of_their_own():
+    text = "sadp:score=last:weights=none:score_momentum=0.5:low_memory=true"
+    assert report.label(text, "all") == "SADP (last), low memory true, weights none, momentum 0.5"
+    assert report.label("full:epochs=30", "all") == "full data, 30 epochs"
+    variants = [f"{method}:lr={rate}" for method in ("full", "sadp") for rate in range(1, 9)]
+    looks = report.styles([*METHODS, *variants])
+    assert looks["sadp"] == report.styles(["sadp"])["sadp"] and looks["sadp"]["linestyle"] == "-"
+    assert len({(look["color"], look["linestyle"]) for look in looks.values()}) == len(METHODS) + len(variants)
+    assert len({(look["linestyle"], look["marker"]) for look in looks.values()}) >= 9
+
+
+def test_variants_are_trained_beside_the_method(capsys):
+    """Full data for half of the epochs, and the method with other weights."""
+    variants = ["full:epochs=2", "sadp:weights=none"]
+    compared = ["--compare", ",".join(["full", *variants]), "--prune-ratio", "0.3"]
+    assert cli.main([*FAST, *compared, "--out", "here", "--quiet"]) == 0
+    assert "2,874" in capsys.readouterr().out
+    methods = json.loads(Path("here/results.json").read_text())["methods"]
+    assert list(methods) == ["full", *variants, "sadp"]
+    assert methods["full:epochs=2"]["label"] == "full data, 2 epochs"
+    half = methods["full:epochs=2"]
+    assert half["examples_trained"] == 2 * 1437 and len(half["epochs"]) == 2
+    assert half["theoretical_ratio"] == 0.5 and half["epochs"][-1]["lr"] < methods["full"]["epochs"][1]["lr"]
+    full = methods["full"]["training_seconds"]
+    assert half["time_ratio"] == pytest.approx(half["training_seconds"] / full)
+    own = torch.load("here/sadp-weights=none/checkpoint.pt", weights_only=True)["config"]
+    assert own["weights"] == "none" and own["method"] == "sadp"
+    assert cli.main(["train", "--resume", "here", "--quiet"]) == 0
+    assert json.loads(Path("here/results.json").read_text())["methods"] == methods
+
+
+def test_an_infinite_variance_can_be_written():
+    entry = {"test_accuracy": 0.5, "examples_trained": 9, "seconds": 1.0, "ratio": 0.5}
+    figures = report._figures([{**entry, "relative_variance": value} for value in (2.0, None)], 2, None)
+    assert figures["relative_variance"] is None and figures["theoretical_ratio"] == 0.5
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        report.write_json({"variance": float("inf")}, Path("here.json"))
+    assert not Path("here.json").exists()
 
 
 def test_plot_shows_every_method_with_units(monkeypatch):
@@ -313,18 +362,18 @@ def test_events_become_as_many_frames_as_time_steps(model):
 
 
 def stop(monkeypatch, when) -> None:
-    """Ctrl-C as soon as `when` holds of a line's method and history entry."""
+    """Ctrl-C as soon as `when` holds of a line's label and history entry."""
     shown = cli._Lines.epoch
 
     def epoch(self, entry):
         shown(self, entry)
-        if when(self.config.method, entry["epoch"]):
+        if when(self.label, entry["epoch"]):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(cli._Lines, "epoch", epoch)
 
 
-@pytest.mark.parametrize("place", [("full", 2), ("sadp", 3)])
+@pytest.mark.parametrize("place", [("full data", 2), ("SADP (all)", 3)])
 def test_interrupted_run_resumes_to_the_same_result(place, capsys, monkeypatch):
     arguments = [*FAST, "--prune-ratio", "0.3", "--seed", "5"]
     assert cli.main([*arguments, "--out", "whole"]) == 0
@@ -421,7 +470,7 @@ def test_bar_keeps_its_width():
     from rich.console import Console
 
     with cli._bars(Console(file=io.StringIO())) as bars:
-        bar = cli._Bar(bars, train.TrainConfig(epochs=20))
+        bar = cli._Bar(bars, "SADP", 20)
         entry = {"epoch": 10, "steps": 45, "ratio": 0.625, "loss": 0.25, "test_accuracy": 0.975}
         shown = []
         for call in (

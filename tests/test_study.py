@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from sadp_fast import SADP, BatchNormLIF, cli, data, inclusion_probabilities, models, reset, train
+from sadp_fast.config import TrainConfig
 from sadp_fast.exact import gradient_norms
-from sadp_fast.study import command, plan, timing, trajectory, variance
+from sadp_fast.study import command, plan, runs, timing, trajectory, variance
 from sadp_fast.study.measure import EXACT, SCORES, measure, pearson, sparsity, spearman
 from sadp_fast.study.registry import STUDIES
-from sadp_fast.study.store import Store, StudyError, conditions, training_identity
+from sadp_fast.study.store import Store, StudyError, training_identity
 
 for package in ("sklearn", "scipy", "rich", "matplotlib"):
     pytest.importorskip(package)
@@ -164,7 +165,7 @@ def test_overheads_add_up_to_the_time_ratio():
 
 
 def test_parts_of_the_time_are_measured(device):
-    config = train.TrainConfig(model="mlp", time_steps=2, epochs=4, batch_size=100, device=device)
+    config = TrainConfig(model="mlp", time_steps=2, epochs=4, batch_size=100, device=device)
     parts = timing.measure_parts(config.of("sadp"), data.load("digits"), steps=3)
     assert parts["steps"] == pytest.approx(14.37)
     assert all(parts[key] > 0 for key in ("full_step", "weighted_step", "scored_step", "drawing"))
@@ -173,7 +174,7 @@ def test_parts_of_the_time_are_measured(device):
 
 
 def test_parts_of_epochs_of_one_batch():
-    config = train.TrainConfig(model="mlp", time_steps=2, epochs=4, batch_size=600)
+    config = TrainConfig(model="mlp", time_steps=2, epochs=4, batch_size=600)
     assert timing.measure_parts(config.of("sadp"), data.load("digits"), steps=3)["scored_step"] > 0
 
 
@@ -181,18 +182,20 @@ def test_parts_of_epochs_of_one_batch():
 
 
 def test_conditions_are_what_decides_a_result():
-    base = train.TrainConfig()
-    assert conditions(base.of("full")) == conditions(replace(base, policy="floor", device="cuda:1").of("full"))
-    assert conditions(base.of("random")) == conditions(replace(base, smoothing=0.1).of("random"))
-    assert conditions(base.of("sadp")) != conditions(replace(base, smoothing=0.1).of("sadp"))
-    assert conditions(base.of("full")) != conditions(replace(base, seed=1).of("full"))
-    assert conditions(base.of("random")) != conditions(replace(base, prune_ratio=0.3).of("random"))
+    base = TrainConfig()
+    other = replace(base, policy="floor", smoothing=0.1, device="cuda:1")
+    assert base.of("full").conditions() == other.of("full").conditions()
+    assert base.of("random").conditions() == other.of("random").conditions()
+    for changed in (base.of("sadp:smoothing=0.1"), base.of("full:epochs=9"), replace(base, seed=1, prune_ratio=0.0)):
+        assert changed.conditions() != base.of(changed.method).conditions()
+    assert base.of("random").conditions() != replace(base, prune_ratio=0.3).of("random").conditions()
+    assert base.of("full:epochs=9").conditions() == replace(base, epochs=9).of("full").conditions()
 
 
 def test_runs_older_than_a_setting_are_found():
     """A field added to TrainConfig counts as its default, which is how the older run was made."""
-    config = train.TrainConfig(lr=0.5).of("sadp")
-    older = {key: value for key, value in conditions(config).items() if key != "score_momentum"}
+    config = TrainConfig(lr=0.5).of("sadp")
+    older = {key: value for key, value in config.conditions().items() if key != "score_momentum"}
     store = Store(Path("here"))
     store.produce("name", {"kind": "training", "config": older}, "cpu", lambda folder: {"history": [1]})
     assert store.read("name", training_identity(config), ("history",))["history"] == [1]
@@ -248,7 +251,7 @@ def no_training(monkeypatch):
 
     monkeypatch.setattr(train, "run", refuse)
     monkeypatch.setattr(train, "Trainer", refuse)
-    monkeypatch.setattr(plan, "load", refuse)
+    monkeypatch.setattr(runs, "load", refuse)
 
 
 def finite(value):
@@ -427,11 +430,16 @@ def test_bars_in_a_terminal(monkeypatch):
 
 ERRORS = [
     (["nothing"], "invalid choice: 'nothing'"),
-    (["all", "--ratios", "0.3,1"], "'1' in '0.3,1' is not above 0 and below 1"),
-    (["all", "--ratios", "half"], "'half' in 'half' is no float"),
-    (["all", "--seeds", "1,-2"], "'-2' in '1,-2' is not a whole number of at least 0"),
+    (["all", "--ratios", "0.3,1"], "'1' is not above 0 and below 1"),
+    (["all", "--ratios", "half"], "'half' is not above 0 and below 1"),
+    (["all", "--seeds", "1,-2"], "'-2' is not a whole number of at least 0"),
     (["all", "--seeds", "1,1"], "'1,1' names something twice"),
-    (["all", "--methods", "full,best"], "'best' in 'full,best' is not one of full,"),
+    (["all", "--methods", "full,best"], "'best' is not one of full,"),
+    (["all", "--methods", "full,sadp:lr=high"], "'high' is not a number above 0, which lr in 'sadp:lr=high'"),
+    (["all", "--methods", "full:epochs=3,full:epochs=03"], "names something twice"),
+    (["all", "--stop-after", "0"], "--stop-after: '0' is not a number above 0"),
+    (["accuracy", "--methods", "sadp:epochs=2", "--out", "new"], "sadp:epochs=2: ratio = 0.5 over 2 epochs needs"),
+    (["all", "--methods", "full,random:batch_size=5000", "--out", "new"], "the batch size 5000 is above"),
     (["all", "--report-only"], "--report-only needs the folder of a study"),
     (["all", "--resume", "nowhere"], "nowhere holds no study to resume"),
     (["all", "--out", "full_folder"], "full_folder is not empty and holds no study"),
@@ -458,7 +466,7 @@ def test_errors_are_one_line(arguments, message, capsys):
     Path("damaged").mkdir()
     Path("damaged/study.json").write_text('{"base": {')
     Path("study").mkdir()
-    command._remember(plan.Plan(train.TrainConfig(), ("full",), (0.5,), (0,), plan.Size(), None, Path("study")))
+    command._remember(plan.Plan(TrainConfig(), ("full",), (0.5,), (0,), plan.Size(), None, Path("study")))
     given = arguments if "--device" in arguments else [*arguments, "--device", "cpu"]
     assert cli.main(["study", *given, "--quiet"]) == 2
     output = capsys.readouterr()

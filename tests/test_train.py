@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from sadp_fast import spike_storage, train
+from sadp_fast.config import METHODS, SETTINGS, SettingError, TrainConfig, read_variant, write_variant
 from sadp_fast.data import Dataset
-from sadp_fast.train import TrainConfig, Trainer, TrainError
+from sadp_fast.train import Trainer, TrainError
 
 CONFIG = TrainConfig(model="mlp", epochs=4, batch_size=16, time_steps=2)
 
@@ -93,6 +94,7 @@ def test_a_run_learns_and_tells_what_it_did(tmp_path):
     assert result.config == config and entries == result.history and len(entries) == 12
     assert [entry["epoch"] for entry in entries] == list(range(1, 13))
     assert entries[-1]["test_accuracy"] > 0.8 > 0.5 > entries[-1]["loss"]
+    assert entries[0]["test_loss"] > entries[-1]["test_loss"] > 0
     assert sum(entry["ratio"] for entry in entries) / 12 == pytest.approx(0.4)
     for entry in entries:
         assert entry["seconds"] > 0 and (entry["relative_variance"] is None) == (entry["ratio"] == 0)
@@ -110,7 +112,7 @@ def test_full_data_trains_every_example_once_an_epoch(tmp_path):
 def test_methods_differ_only_in_what_they_prune():
     changed = {
         method: {key for key, value in asdict(CONFIG.of(method)).items() if value != asdict(CONFIG)[key]}
-        for method in train.METHODS
+        for method in METHODS
     }
     assert changed["sadp"] == set() and changed["full"] == {"method", "prune_ratio"}
     for method in ("random", "loss", "el2n", "grad_norm"):
@@ -118,6 +120,85 @@ def test_methods_differ_only_in_what_they_prune():
     assert changed["static_random"] == {"method", "score", "warmup_epochs", "tail_epochs"}
     paper = {"method", "score", "policy", "smoothing", "weights"}
     assert changed["infobatch"] == paper and changed["epsilon_greedy"] == paper | {"score_momentum"}
+
+
+VARIANTS = {
+    "full": {},
+    "full:epochs=9": {"epochs": 9},
+    "sadp:tail-epochs=0:weights=none:smoothing=.1": {"smoothing": 0.1, "weights": "none", "tail_epochs": 0},
+    "loss:policy=floor:lr=1e-3:low_memory=true": {"lr": 0.001, "low_memory": True, "policy": "floor"},
+    "infobatch:tail_epochs=0:low_memory=false:amp=bf16": {"amp": "bf16", "low_memory": False, "tail_epochs": 0},
+    "random:schedule=linear:warmup-epochs=2:label-smoothing=1": {
+        **{"label_smoothing": 1.0, "schedule": "linear", "warmup_epochs": 2}
+    },
+    "sadp:score=last:score_momentum=0.5:batch_size=8": {"batch_size": 8, "score": "last", "score_momentum": 0.5},
+}
+
+
+@pytest.mark.parametrize("text", VARIANTS)
+def test_variants_of_methods_are_read(text):
+    method, changes = read_variant(text)
+    assert method == text.split(":")[0] and list(changes.items()) == list(VARIANTS[text].items())
+    assert all(type(value) is type(VARIANTS[text][key]) for key, value in changes.items())
+    assert read_variant(write_variant(method, changes)) == (method, changes)
+    plain, own = asdict(CONFIG.of(method)), asdict(CONFIG.of(text))
+    assert own == {**plain, **VARIANTS[text]}
+
+
+def test_equal_variants_are_written_alike():
+    texts = "sadp:lr=0.10:weights=none", "sadp:weights=none:lr=1e-1"
+    assert {write_variant(*read_variant(text)) for text in texts} == {"sadp:lr=0.1:weights=none"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("best", "'best' is not one of full,"),
+        ("", "'' is not one of full,"),
+        ("sadp:speed=3", "'speed' in 'sadp:speed=3' is not one of epochs,"),
+        ("sadp:seed=3", "'seed' in 'sadp:seed=3' is not one of epochs,"),
+        ("sadp:epochs", "'epochs' in 'sadp:epochs' is not SETTING=VALUE"),
+        ("sadp:", "'' in 'sadp:' is not SETTING=VALUE"),
+        ("sadp:epochs=0", "'0' is not a whole number of at least 1, which epochs in 'sadp:epochs=0' has to be"),
+        ("sadp:epochs=", "'' is not a whole number"),
+        ("sadp:lr=nan", "'nan' is not a number above 0, which lr"),
+        ("sadp:smoothing=2", "'2' is not between 0 and 1, which smoothing"),
+        ("sadp:weights=all", "'all' is not one of unbiased,sum,none, which weights"),
+        ("sadp:low_memory=1", "'1' is not one of true,false, which low_memory"),
+        ("sadp:lr=1:lr=2", "sets lr twice"),
+        ("full:weights=none", "sets weights, which full does not have or which makes it full"),
+        ("random:smoothing=0.5", "sets smoothing, which random does not have"),
+        ("loss:score=all", "sets score, which loss does not have or which makes it loss"),
+        ("infobatch:policy=mix", "sets policy, which infobatch"),
+    ],
+)
+def test_bad_variants_are_one_clear_error(text, message):
+    with pytest.raises(SettingError) as error:
+        CONFIG.of(text)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_every_setting_of_a_run_can_be_a_variants_or_is_shared():
+    shared = {"dataset", "image_size", "split_by", "model", "time_steps", "method", "prune_ratio", "seed", "device"}
+    assert {*SETTINGS, *shared} == asdict(CONFIG).keys() and not shared & SETTINGS.keys()
+
+
+def test_an_infinite_variance_is_null(tmp_path):
+    """Where half of the examples is a whole number, epsilon-greedy without smoothing never draws the others again."""
+    config = CONFIG.of("epsilon_greedy:smoothing=0:warmup-epochs=0:tail-epochs=0")
+    history = train.run(config, colour_data(), tmp_path).history
+    json.dumps(history, allow_nan=False)
+    assert {entry["ratio"] for entry in history} == {0.5} and history[-1]["relative_variance"] is None
+    assert history[0]["relative_variance"] > 0  # before anything was scored, all alike
+    smoothed = train.run(CONFIG.of("epsilon_greedy"), colour_data(), tmp_path / "smoothed").history
+    assert any(entry["relative_variance"] for entry in smoothed)
+
+
+def test_one_evaluation_an_epoch(tmp_path, monkeypatch):
+    calls, evaluate = [], Trainer.evaluate
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: calls.append(self.sadp.epoch) or evaluate(self))
+    train.run(CONFIG, colour_data(), tmp_path)
+    assert calls == [1, 2, 3, 4]
 
 
 def test_learning_rate_follows_the_share_of_training_done(tmp_path):
@@ -264,14 +345,17 @@ def test_prepare_checks_the_batch_size_and_leaves_nothing():
 @pytest.mark.parametrize("size", [1, 7, 10, 20, 500])
 def test_evaluation_counts_every_test_example_once(monkeypatch, size):
     monkeypatch.setattr(train, "EVALUATION_BATCH", size)
-    trainer = Trainer(CONFIG, colour_data())
+    trainer = Trainer(replace(CONFIG, label_smoothing=0.2), colour_data())
     trainer.model.train()
     scores = trainer.sadp.scores.clone()
-    accuracy = trainer.evaluate()
+    accuracy, loss = trainer.evaluate()
     with torch.no_grad():
         trainer.model.eval()
-        expected = (trainer.forward(trainer.data.test_images).argmax(1) == trainer.data.test_labels).double().mean()
+        output = trainer.forward(trainer.data.test_images)
+    expected = (output.argmax(1) == trainer.data.test_labels).double().mean()
     assert accuracy == pytest.approx(expected.item())
+    own = -output.double().log_softmax(1)[torch.arange(20), trainer.data.test_labels]
+    assert loss == pytest.approx(own.mean().item(), rel=1e-5) and own.std() > 0.01
     assert torch.equal(trainer.sadp.scores.nan_to_num(), scores.nan_to_num())
 
 
@@ -285,7 +369,7 @@ def test_running_mean():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_nothing_waits_for_the_host_inside_an_epoch(method, amp):
     config = replace(CONFIG, device="cuda", model="conv", amp=amp, epochs=6, batch_size=4)
     trainer = Trainer(config.of(method), colour_data())

@@ -6,7 +6,6 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -15,23 +14,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import cli, data, models, report, train
+from .. import cli, config, data, models, report
+from ..config import METHODS, TrainConfig
 from ..pruner import SADP
-from .display import Display
-from .plan import DEFAULT_METHODS, QUICK, Plan, Runs, Size
+from .deadline import Deadline
+from .markdown import write_report
+from .plan import DEFAULT_METHODS, QUICK, Plan, Size
+from .progress import Display
 from .registry import STUDIES
+from .runs import Runs
 from .store import Store, StudyError, same, training_identity, write_json
-from .study import Study
-from .summary import write_report
+from .study import NothingFinished, Study
 
+RATIO = config.number(float, lambda value: 0 < value < 1, "above 0 and below 1")
 RATIOS, SEEDS = (0.3, 0.5, 0.7), (0, 1, 2)
+STOPPED = 3  # the exit code where --stop-after left runs out
 # A whole study in minutes on two CPU cores: a smaller network, fewer epochs and seeds.
 QUICK_BASE = {"model": "mlp", "epochs": 8}
 QUICK_SEEDS = (0, 1)
 _SCHEDULE = ("schedule", "warmup_epochs", "tail_epochs")
 _RUN = ("method", "prune_ratio", "seed", "device")  # what differs between runs
 # What a folder's runs have in common; all calls on one folder agree on it.
-_BASE = [field.name for field in fields(train.TrainConfig) if field.name not in _RUN]
+_BASE = [field.name for field in fields(TrainConfig) if field.name not in _RUN]
 
 
 def add_parser(commands: Any) -> None:
@@ -55,13 +59,21 @@ def add_parser(commands: Any) -> None:
     option = parser.add_argument_group("what is run").add_argument
     option(
         "--methods",
-        type=_list(str, _method),
+        type=cli.list_of(cli.variant),
         metavar="LIST",
-        help=f"of {','.join(train.METHODS)} (default: {','.join(DEFAULT_METHODS)})",
+        help=f"of {','.join(METHODS)}, with settings of their own where wanted: full,full:epochs=30,"
+        f"sadp:weights=none:tail-epochs=0 (default: {','.join(DEFAULT_METHODS)})",
     )
-    option("--ratios", type=_list(float, _ratio), metavar="LIST", help="pruning ratios (default: 0.3,0.5,0.7)")
-    option("--seeds", type=_list(int, _seed), metavar="LIST", help="seeds (default: 0,1,2)")
+    option("--ratios", type=cli.list_of(RATIO), metavar="LIST", help="pruning ratios (default: 0.3,0.5,0.7)")
+    option("--seeds", type=cli.list_of(config.NATURAL), metavar="LIST", help="seeds (default: 0,1,2)")
     option("--quick", action="store_true", help="mlp, 8 epochs, seeds 0,1, fewer examples: minutes on two CPU cores")
+    option(
+        "--stop-after",
+        type=config.ABOVE_ZERO,
+        metavar="MINUTES",
+        help="begin no run that would take longer than that from now on, stop the one under way after a whole epoch, "
+        f"show what is there and end with exit code {STOPPED}",
+    )
     option("--report-only", action="store_true", help="run nothing: tables and plots of the runs that are there")
     cli.add_settings(parser)
     option = parser.add_argument_group("output").add_argument
@@ -76,15 +88,15 @@ def run(given: dict[str, Any]) -> int:
     import matplotlib  # noqa: F401  (a missing package is found now, not after hours of training)
     from rich.console import Console
 
-    quiet = given.pop("quiet", False)
+    deadline, quiet = Deadline(given.pop("stop_after", None)), given.pop("quiet", False)
     names = list(STUDIES) if given["study"] == "all" else [given["study"]]
     plan = _planned(given)
-    cli._check_device(plan.base.device)
+    cli.check_device(plan.base.device)
     studies = [STUDIES[name] for name in names]
     # Wide enough for the tables where no terminal says how wide it is.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     display = Display(None if quiet else console, sum(study.requests(plan) for study in studies))
-    runs = Runs(plan, display)
+    runs = Runs(plan, display, deadline)
     if not plan.report_only:
         _check_ratios(plan)
         if not (plan.folder / "study.json").exists():
@@ -92,18 +104,26 @@ def run(given: dict[str, Any]) -> int:
         _remember(plan)
         if not quiet:
             _introduce(plan, console)
+    again = f"sadp-fast study {given['study']} --resume {shlex.quote(str(plan.folder))}"
     try:
         with display.open():
             results, plots = {}, {}
             for study in studies:
-                results[study.name] = study.collect(runs)
+                try:
+                    results[study.name] = study.collect(runs)
+                except NothingFinished:
+                    if not deadline.reached:
+                        raise
+                    continue
                 plots[study.name] = _show(study, results[study.name], plan.folder, console)
-        if given["study"] == "all":
+        if given["study"] == "all" and results:
             console.print(str(write_report(results, plots, plan.folder)), soft_wrap=True)
     except KeyboardInterrupt:
-        again = f"sadp-fast study {given['study']} --resume {shlex.quote(str(plan.folder))}"
         print(f"sadp-fast: interrupted; to go on: {again}", file=sys.stderr)
         return 130
+    if deadline.reached:
+        print(f"sadp-fast: stopped by --stop-after, runs are missing; to go on: {again}", file=sys.stderr)
+        return STOPPED
     return 0
 
 
@@ -148,7 +168,7 @@ def _planned(given: dict[str, Any]) -> Plan:
         options = cli.with_defaults({**(QUICK_BASE if quick else {}), **asked, "device": device}, data_dir)
         if options["dataset"] in data.EVENTS:
             options.setdefault("time_steps", data.EVENT_STEPS)
-        base, size = train.TrainConfig(**options), QUICK if quick else Size()
+        base, size = TrainConfig(**options), QUICK if quick else Size()
         began: dict[str, Any] = {
             "methods": DEFAULT_METHODS,
             "ratios": RATIOS,
@@ -193,7 +213,7 @@ def _remembered(folder: Path) -> dict[str, Any] | None:
         size: dict[str, Any] = written["size"]
         size["thresholds"] = tuple(size["thresholds"])
         return {
-            "base": train.TrainConfig(**written["base"]),
+            "base": TrainConfig(**written["base"]),
             "size": Size(**size),
             **{key: written[key] for key in ("methods", "ratios", "seeds", "data_dir")},
         }
@@ -201,23 +221,43 @@ def _remembered(folder: Path) -> dict[str, Any] | None:
         raise StudyError(f"{path} is damaged ({error}): restore it, or name a new folder with --out") from error
 
 
-def _with_finished(known: dict[str, Any], base: train.TrainConfig, folder: Path) -> dict[str, Any]:
+def _with_finished(known: dict[str, Any], base: TrainConfig, folder: Path) -> dict[str, Any]:
     """The methods, ratios and seeds that were asked for, and those of finished runs, copied ones included."""
-    methods, ratios, seeds = set(known["methods"]), set(known["ratios"]), set(known["seeds"])
+    methods, ratios, seeds = list(known["methods"]), set(known["ratios"]), set(known["seeds"])
     for file in Store(folder).files():
-        config = file["identity"].get("config", {})
-        if file["identity"].get("kind") != "training" or config.get("method") not in train.METHODS:
-            continue
-        method, ratio, seed = config["method"], config["prune_ratio"], config["seed"]
-        if same(file["identity"], training_identity(replace(base, prune_ratio=ratio, seed=seed).of(method))):
-            methods.add(method)
+        found = _run_of(file["identity"], base)
+        if found:
+            method, ratio, seed = found
+            methods.append(method)
             seeds.add(seed)
             ratios |= {ratio} - {0.0}
-    return {"methods": [m for m in _order() if m in methods], "ratios": sorted(ratios), "seeds": sorted(seeds)}
+    return {"methods": _ordered(methods), "ratios": sorted(ratios), "seeds": sorted(seeds)}
 
 
-def _order() -> list[str]:
-    return [*DEFAULT_METHODS, *(method for method in train.METHODS if method not in DEFAULT_METHODS)]
+def _run_of(identity: dict[str, Any], base: TrainConfig) -> tuple[str, float, int] | None:
+    """The variant, ratio and seed by which a run differs from the conditions of a study; None for another study's."""
+    found = identity.get("config", {})
+    if identity.get("kind") != "training" or found.get("method") not in METHODS:
+        return None
+    method, ratio, seed = found["method"], found["prune_ratio"], found["seed"]
+    base = replace(base, prune_ratio=ratio, seed=seed)
+    plain = asdict(base.of(method))
+    changes = {
+        key: found[key]
+        for key in config.SETTINGS
+        if key in config.settings_of(method) and key in found and found[key] != plain[key]
+    }
+    if None in changes.values():  # a default that only a whole study can have
+        return None
+    variant = config.write_variant(method, changes)
+    return (variant, ratio, seed) if same(identity, training_identity(base.of(variant))) else None
+
+
+def _ordered(methods: list[str]) -> list[str]:
+    """Each once: a method's variants behind it, the methods as `DEFAULT_METHODS` has them, and others last."""
+    order = [*DEFAULT_METHODS, *(method for method in METHODS if method not in DEFAULT_METHODS)]
+    once = list(dict.fromkeys(methods))
+    return sorted(once, key=lambda method: (order.index(config.base_method(method)), ":" in method, once.index(method)))
 
 
 def _with_data(plan: Plan, dataset: data.Dataset, asked_steps: bool) -> Plan:
@@ -225,10 +265,9 @@ def _with_data(plan: Plan, dataset: data.Dataset, asked_steps: bool) -> Plan:
     base, count = plan.base, len(dataset.train_labels)
     if len(dataset.shape) == 4 and not asked_steps:
         base = replace(base, time_steps=dataset.shape[0])
-    if base.batch_size > count:
-        raise StudyError(
-            f"the batch size {base.batch_size} is above the number of training examples, {count}: lower it"
-        )
+    largest = max(plan.config(method, ratio, 0).batch_size for method, ratio in plan.cells())
+    if largest > count:
+        raise StudyError(f"the batch size {largest} is above the number of training examples, {count}: lower it")
     try:
         models.build(base.model, dataset.shape, dataset.num_classes, base.time_steps)
     except ValueError as error:
@@ -239,22 +278,21 @@ def _with_data(plan: Plan, dataset: data.Dataset, asked_steps: bool) -> Plan:
 def _check_ratios(plan: Plan) -> None:
     """Find a ratio that the epochs cannot have before any is run; raises StudyError."""
     for method, ratio in plan.cells():
-        config = plan.config(method, ratio, 0)
-        settings = {key: getattr(config, key) for key in ("epochs", "prune_ratio", *_SCHEDULE)}
+        run = plan.config(method, ratio, 0)
+        settings = {key: getattr(run, key) for key in ("epochs", "prune_ratio", *_SCHEDULE)}
         try:
             SADP(nn.Identity(), 1, score="random", **settings)
         except ValueError as error:
-            raise StudyError(str(error)) from error
+            raise StudyError(f"{method}: {error}") from error
 
 
 def _remember(plan: Plan) -> None:
     """Write down what the folder's runs have in common, and what was asked for so far."""
     known = _remembered(plan.folder) or {"methods": (), "ratios": (), "seeds": ()}
-    methods = {*known["methods"], *plan.methods}
     content = {
         "base": asdict(plan.base),
         "size": asdict(plan.size),
-        "methods": [method for method in _order() if method in methods],
+        "methods": _ordered([*known["methods"], *plan.methods]),
         "ratios": sorted({*known["ratios"], *plan.ratios}),
         "seeds": sorted({*known["seeds"], *plan.seeds}),
         "data_dir": plan.data_dir and str(Path(plan.data_dir).expanduser().absolute()),
@@ -263,36 +301,3 @@ def _remember(plan: Plan) -> None:
         write_json(content, plan.folder / "study.json", indent=1)
     except OSError as error:
         raise StudyError(f"the folder {plan.folder} cannot be made ({error}): name another with --out") from error
-
-
-def _list(kind: type, check: Callable[[Any], str | None]) -> Callable[[str], list[Any]]:
-    """Parser of a list with commas, every entry of which `check` finds no fault with."""
-
-    def parse(text: str) -> list[Any]:
-        values = []
-        for part in text.split(","):
-            try:
-                value = kind(part)
-            except ValueError:
-                raise argparse.ArgumentTypeError(f"{part!r} in {text!r} is no {kind.__name__}") from None
-            fault = check(value)
-            if fault:
-                raise argparse.ArgumentTypeError(f"{part!r} in {text!r} is not {fault}")
-            values.append(value)
-        if len(set(values)) != len(values):
-            raise argparse.ArgumentTypeError(f"{text!r} names something twice")
-        return values
-
-    return parse
-
-
-def _method(value: str) -> str | None:
-    return None if value in train.METHODS else f"one of {','.join(train.METHODS)}"
-
-
-def _ratio(value: float) -> str | None:
-    return None if 0 < value < 1 else "above 0 and below 1"
-
-
-def _seed(value: int) -> str | None:
-    return None if 0 <= value < 2**63 else "a whole number of at least 0"

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from .figures import Table, band, known, mean, panels, save, score_style, seeds_text, spread
 from .measure import EXACT, SCORES, pearson, spearman
-from .plan import Plan, Runs
-from .present import Table, band, known, mean, panels, save, score_style, seeds_text, spread
+from .plan import Plan
+from .runs import Runs
 from .study import Files, Study, title
 from .trajectory import shown_epochs
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from .accuracy import Accuracy, Convergence
 from .correlation import Correlation
 from .study import Study
 from .timing import Time
-from .training import Accuracy, Convergence
 from .variance import Variance
 
 STUDIES: dict[str, Study] = {

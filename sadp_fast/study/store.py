@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
+import math
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .. import report, train
+from .. import report
+from ..config import TrainConfig
+from ..report import write_json
 
 
 class StudyError(RuntimeError):
@@ -28,15 +28,9 @@ class StudyError(RuntimeError):
 
 def environment(device: str) -> dict[str, Any]:
     """Where something ran: the device's name and the versions of what it ran with."""
-    return {
-        "device": report.device_name(device),
-        "versions": {
-            "sadp_fast": f"{report.package_version('sadp_fast')}, sources {_sources()}",
-            "torch": torch.__version__,
-            "triton": report.package_version("triton"),
-            "python": platform.python_version(),
-        },
-    }
+    versions = report.versions()
+    versions["sadp_fast"] = f"{versions['sadp_fast']}, sources {_sources()}"
+    return {"device": report.device_name(device), "versions": versions}
 
 
 @cache
@@ -47,27 +41,9 @@ def _sources() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
 
 
-# What a configuration says about pruning, which decides nothing where nothing is pruned ...
-_PRUNING = {"score", "policy", "smoothing", "weights", "score_momentum", "schedule", "warmup_epochs", "tail_epochs"}
-_SCORING = {"policy", "smoothing", "score_momentum"}  # ... and about scores, where all are alike
-
-
-def conditions(config: train.TrainConfig) -> dict[str, Any]:
-    """What decides the result of a training run: not the device, nor what the method does not use.
-
-    So a full-data run is one and the same run beside all settings of pruning.
-    """
-    unused = {"device"}
-    if config.prune_ratio == 0:
-        unused |= _PRUNING
-    elif config.score in ("random", "static_random"):
-        unused |= _SCORING
-    return {key: value for key, value in asdict(config).items() if key not in unused}
-
-
-def training_identity(config: train.TrainConfig) -> dict[str, Any]:
+def training_identity(config: TrainConfig) -> dict[str, Any]:
     """What decides a training run."""
-    return {"kind": "training", "config": conditions(config)}
+    return {"kind": "training", "config": config.conditions()}
 
 
 class Store:
@@ -84,6 +60,10 @@ class Store:
         """The file of the run with this identity; `name` is for people."""
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
         return self.folder / "runs" / f"{name}-{digest}.json"
+
+    def unfinished(self, name: str, identity: dict[str, Any]) -> Path:
+        """The folder of this run's checkpoint while it is under way."""
+        return self.folder / "unfinished" / self.path(name, identity).stem
 
     def read(self, name: str, identity: dict[str, Any], content: tuple[str, ...]) -> dict[str, Any] | None:
         """The finished run, or None where there is none; raises StudyError for a damaged file.
@@ -107,12 +87,34 @@ class Store:
         self, name: str, identity: dict[str, Any], device: str, run: Callable[[Path], dict[str, Any]]
     ) -> dict[str, Any]:
         """Run it, in a folder of its own that may hold an earlier attempt's checkpoint, and keep what it returns."""
-        path = self.path(name, identity)
-        unfinished = self.folder / "unfinished" / path.stem
+        path, unfinished = self.path(name, identity), self.unfinished(name, identity)
+        whole, start = not unfinished.exists(), time.monotonic()
         value = {"identity": identity, **environment(device), **run(unfinished)}
-        write_json(value, path)
+        value["wall_seconds"] = time.monotonic() - start if whole else None
+        write_json(value, path, indent=None)
         shutil.rmtree(unfinished, ignore_errors=True)
         return json.loads(json.dumps(value))
+
+    def expected_seconds(self, identity: dict[str, Any], device: str) -> float | None:
+        """How long such a run will take, all in all, by the runs on the same kind of device; None where there are none.
+
+        As long as those that differ in the seed alone; else by the slowest of the same kind and its planned examples.
+        """
+
+        def seedless(identity: dict[str, Any]) -> dict[str, Any]:
+            return {**identity, "config": {**identity["config"], "seed": 0}}
+
+        def work(identity: dict[str, Any]) -> float:
+            return identity["config"]["epochs"] * (1 - identity["config"]["prune_ratio"])
+
+        name = report.device_name(device)
+        seconds = [
+            (file["identity"], file["wall_seconds"])
+            for file in self.files()
+            if file["identity"]["kind"] == identity["kind"] and file["device"] == name and file.get("wall_seconds")
+        ]
+        alike = [took for other, took in seconds if same(seedless(other), seedless(identity))]
+        return max(alike or [took * work(identity) / work(other) for other, took in seconds], default=None)
 
     def files(self) -> list[dict[str, Any]]:
         """Every finished run; raises StudyError for a damaged file."""
@@ -122,9 +124,14 @@ class Store:
 def same(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
     """Whether a file's identity is the one wanted; settings newer than the file count as their defaults."""
     wanted = json.loads(json.dumps(wanted))
-    defaults = asdict(train.TrainConfig())
+    defaults = asdict(TrainConfig())
     config = {key: defaults[key] for key in wanted.get("config", {}) if key in defaults} | found.get("config", {})
     return {**found, "config": config} == {"config": {}, **wanted}
+
+
+def short(value: float) -> float | None:
+    """Six significant digits of it for a JSON file; None where it is not finite."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -138,11 +145,3 @@ def read_file(path: Path) -> dict[str, Any]:
             f"the run file {path} is damaged ({error}): delete it, and the same command runs it again"
         ) from error
     return value
-
-
-def write_json(value: dict[str, Any], path: Path, indent: int | None = None) -> None:
-    """Write the file whole or not at all, for every process that may look."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n")
-    os.replace(partial, path)

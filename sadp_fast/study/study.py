@@ -6,9 +6,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .plan import Plan, Runs
-from .present import Table
+from .figures import Table
+from .plan import Plan
+from .runs import Runs
 from .store import StudyError
+
+
+class NothingFinished(StudyError):
+    """There is no finished run to show."""
 
 
 @dataclass
@@ -27,9 +32,9 @@ class Files:
         return file
 
     def header(self, study: str, plan: Plan) -> dict[str, Any]:
-        """What every result begins with; raises StudyError where there is nothing to show."""
+        """What every result begins with; raises NothingFinished."""
         if not self.found:
-            raise StudyError(f"{plan.folder} holds no finished run for the study {study}: leave --report-only out")
+            raise NothingFinished(f"{plan.folder} holds no finished run for the study {study}: leave --report-only out")
         where = [{key: file[key] for key in ("device", "versions")} for file in self.found]
         return {
             "study": study,

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
-from .. import data, train
+from .. import data, report, train
 from ..batching import Drawn, pack, shuffled
+from ..config import TrainConfig
 from ..sampling import sample
-from .plan import Plan, Runs
-from .present import Table, mean, method_style, panels, save, seeds_text, spread
+from .accuracy import labels, training_runs
+from .figures import Table, legend_below, mean, panels, save, seeds_text, spread
+from .plan import Plan
+from .runs import Runs
 from .study import Files, Study, title
-from .training import method_label, training_runs
 
 REPEATS = 5
 # Parts of an epoch beyond its share of a full-data epoch, with colours; from below.
@@ -26,7 +28,7 @@ PARTS = {
 }
 
 
-def measure_parts(config: train.TrainConfig, dataset: data.Dataset, steps: int) -> dict[str, Any]:
+def measure_parts(config: TrainConfig, dataset: data.Dataset, steps: int) -> dict[str, Any]:
     """Seconds of one method's parts on this device, the least of `REPEATS` timings each: other work only adds.
 
     Returns:
@@ -64,7 +66,7 @@ def measure_parts(config: train.TrainConfig, dataset: data.Dataset, steps: int) 
     return {**least, "selection": selection, "steps": count / config.batch_size}
 
 
-def _epoch(trainer: train.Trainer, config: train.TrainConfig, steps: int) -> tuple[float, float]:
+def _epoch(trainer: train.Trainer, config: TrainConfig, steps: int) -> tuple[float, float]:
     """Seconds until the first pruned epoch's first batch is there, and of one of `steps` training steps."""
     ratios = trainer.sadp.ratios
     trainer.sadp.epoch = next((epoch for epoch, ratio in enumerate(ratios) if ratio > 0), 0)
@@ -99,33 +101,22 @@ class Time(Study):
     )
 
     def requests(self, plan: Plan) -> int:
-        return len(plan.cells()) * len(plan.seeds) + len(_pruned(plan))
+        return len(plan.cells()) * len(plan.seeds) + len(plan.pruned())
 
     def collect(self, runs: Runs) -> dict[str, Any]:
         plan, files = runs.plan, Files()
         trained = training_runs(runs, files)
-        full: dict[str, list[float]] = {}
-        for row in trained:
-            if row["method"] == "full":
-                full.setdefault(row["device"], []).append(_seconds(row))
-        ratios, parts = [], []
-        for row in trained:
-            count = files.found[0]["data_set"]["train_examples"] * len(row["history"])
-            ratios.append(
-                {
-                    **{key: row[key] for key in ("method", "ratio", "seed", "device")},
-                    "seconds": _seconds(row),
-                    "examples_share": row["history"][-1]["examples_trained"] / count,
-                    "time_ratio": _seconds(row) / mean(full[row["device"]]) if row["device"] in full else None,
-                }
-            )
-        for method in _pruned(plan):
+        kept = ("method", "ratio", "seed", "device", "planned_share", "examples_share", "seconds", "time_ratio")
+        ratios, parts = [{key: row[key] for key in kept} for row in trained], []
+        for method in plan.pruned():
             file = runs.timing(method, lambda config, data: measure_parts(config, data, plan.size.timed_steps))
             files.take(file, f"timing of {method}")
             runs.display.advance()
             for ratio in plan.ratios if file else ():
                 where = {"method": method, "ratio": ratio, "device": file["device"]}  # type: ignore[index]
-                parts.append({**where, **_shares(file["timing"], ratio)})  # type: ignore[index]
+                epochs = plan.config(method, ratio, 0).epochs / plan.base.epochs
+                shares = _shares(file["timing"], ratio)  # type: ignore[index]
+                parts.append({**where, **{part: epochs * share for part, share in shares.items()}})
         return {**files.header(self.name, plan), "time_ratios": ratios, "overheads": parts}
 
     def plots(self, result: dict[str, Any], folder: Path) -> list[tuple[Path, str]]:
@@ -133,22 +124,23 @@ class Time(Study):
         rows = [r for r in result["time_ratios"] if r["method"] != "full" and r["time_ratio"] is not None]
         ratios.plot([0, 1], [0, 1], "--", color="#555555", linewidth=1.2, label="theoretical minimum, 1 - r")
         counts = {0}
+        names, looks = labels(result), report.styles(result["settings"]["methods"])
         for method in result["settings"]["methods"]:
-            style = method_style(method)
-            cells = sorted({r["ratio"] for r in rows if r["method"] == method}, reverse=True)
-            heights = []
-            for ratio in cells:
-                values = [r["time_ratio"] for r in rows if r["method"] == method and r["ratio"] == ratio]
+            points = []
+            for share in sorted({r["planned_share"] for r in rows if r["method"] == method}):
+                values = [r["time_ratio"] for r in rows if r["method"] == method and r["planned_share"] == share]
                 counts.add(len(values))
-                heights.append(mean(values))
-                ratios.plot([1 - ratio] * 2, [min(values), max(values)], color=style["color"], linewidth=2.5, alpha=0.5)
-            if cells:
-                label = method_label(result, method)
-                ratios.plot([1 - ratio for ratio in cells], heights, **style, label=label)
-        ratios.set(xlabel="1 - r (share of examples kept)", ylabel="Training time / that of full data")
+                points.append((share, mean(values)))
+                colour = looks[method]["color"]
+                ratios.plot([share] * 2, [min(values), max(values)], color=colour, linewidth=2.5, alpha=0.5)
+            if points:
+                ratios.plot(*zip(*points, strict=True), **looks[method], label=names[method])
+        ratios.set(
+            xlabel="1 - r (planned share of full training's examples)", ylabel="Training time / that of full data"
+        )
         top = 1.08 * max([1.0, *(r["time_ratio"] for r in rows)])
         ratios.set(xlim=(0, 1.02), ylim=(0, top))
-        ratios.legend(loc="upper left", frameon=False, fontsize=9)
+        legend_below(figure, ratios)
         ratios.set_title(f"Whole trainings: {seeds_text(max(counts))}", fontsize=10)
         self._bars(parts, result)
         figure.suptitle(f"Time of pruned training\n{title(result)}")
@@ -156,8 +148,7 @@ class Time(Study):
 
     @staticmethod
     def _bars(panel: Any, result: dict[str, Any]) -> None:
-        rows = result["overheads"]
-        labels = []
+        rows, names, ticks = result["overheads"], labels(result), []
         for i, row in enumerate(rows):
             low, high = 0.0, 0.0  # what saves time by noise hangs below zero
             for part, (_, colour) in PARTS.items():
@@ -172,14 +163,14 @@ class Time(Study):
             if whole:
                 panel.plot([i, i], [min(whole), max(whole)], color="black", linewidth=1)
                 panel.plot(i, mean(whole), "D", color="black", markersize=4)
-            labels.append(f"{method_label(result, row['method'])}\nr = {row['ratio']:g}")
+            ticks.append(f"{names[row['method']]}\nr = {row['ratio']:g}")
         panel.axhline(0, color="#555555", linewidth=0.8)
         for name, colour in PARTS.values():
             panel.bar([0], [0], color=colour, label=name)
         measured = "whole trainings (mean and range): time ratio - share of examples"
         panel.plot([], [], "D", color="black", markersize=4, label=measured)
-        panel.set_xticks(range(len(rows)), labels, fontsize=8, rotation=90 if len(rows) > 6 else 0)
-        panel.set_ylabel("Overhead (% of a full-data epoch's time)")
+        panel.set_xticks(range(len(rows)), ticks, fontsize=8, rotation=90 if len(rows) > 6 else 0)
+        panel.set_ylabel("Overhead (% of a full-data training's time)")
         panel.legend(loc="upper right", frameon=False, fontsize=8)
         low, high = panel.get_ylim()
         panel.set_ylim(low, high + 0.35 * (high - low))
@@ -187,37 +178,29 @@ class Time(Study):
 
     def tables(self, result: dict[str, Any]) -> list[Table]:
         overheads = {(r["method"], r["ratio"]): r for r in result["overheads"]}
-        lines = []
+        lines, names = [], labels(result)
         cells = {(r["method"], r["ratio"]): None for r in result["time_ratios"]}
         for method, ratio in cells:
             own = [r for r in result["time_ratios"] if (r["method"], r["ratio"]) == (method, ratio)]
             parts = overheads.get((method, ratio), {})
             lines.append(
                 (
-                    method_label(result, method),
-                    f"{1 - ratio:g}",
+                    names[method],
+                    f"{own[0]['planned_share']:g}",
                     f"{mean(r['examples_share'] for r in own):.3f}",
                     spread((r["time_ratio"] for r in own), 3),
                     *(f"{100 * parts[part]:.1f}" if part in parts else "-" for part in PARTS),
                 )
             )
-        names = tuple(f"{name} (%)" for name, _ in PARTS.values())
+        parts_names = tuple(f"{name} (%)" for name, _ in PARTS.values())
         return [
             Table(
-                "Training time over that of full data, and overheads in % of a full-data epoch",
-                ("method", "1 - r", "share of examples", "time ratio", *names),
+                "Training time over that of full data, and overheads in % of a full-data training",
+                ("method", "1 - r", "share of examples", "time ratio", *parts_names),
                 lines,
                 "± is the standard deviation over the seeds. Overheads within a few tenths are noise of the timing.",
             )
         ]
-
-
-def _pruned(plan: Plan) -> list[str]:
-    return [method for method in plan.methods if method != "full"]
-
-
-def _seconds(row: dict[str, Any]) -> float:
-    return float(sum(entry["seconds"] for entry in row["history"]))
 
 
 def _shares(timing: dict[str, Any], ratio: float) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,11 @@ import torch
 
 from .. import models, train
 from ..augmentation import crop_flip_normalise
+from ..config import TrainConfig
 from ..data import Dataset
 from ..neuron import BaseNode
 from .measure import EXACT, SCORES, measure, sparsity
-from .present import short
-from .store import conditions
+from .store import short
 
 AGES = (0, 1, 5)  # epochs that lie between a score and the gradient norm that it is used for
 CONTENT = ("data_set", "snapshots")
@@ -36,11 +35,11 @@ def subset(data: Dataset, examples: int) -> torch.Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:examples]
 
 
-def identity(config: train.TrainConfig, threshold: float | None, epochs: list[int], examples: int) -> dict[str, Any]:
+def identity(config: TrainConfig, threshold: float | None, epochs: list[int], examples: int) -> dict[str, Any]:
     """What decides a trajectory; see `trajectory`."""
     return {
         "kind": "trajectory",
-        "config": conditions(config),
+        "config": config.conditions(),
         "threshold": threshold,
         "measured_epochs": epochs,
         "examples": examples,
@@ -48,7 +47,7 @@ def identity(config: train.TrainConfig, threshold: float | None, epochs: list[in
 
 
 def trajectory(
-    config: train.TrainConfig,
+    config: TrainConfig,
     data: Dataset,
     threshold: float | None,
     epochs: list[int],
@@ -76,32 +75,12 @@ def trajectory(
     if checkpoint.exists():
         trainer.load(checkpoint)
     index = subset(data, examples).to(trainer.device)
-    steps = math.ceil(len(data.train_labels) / config.batch_size)
     for epoch in range(trainer.sadp.epoch, config.epochs):
-        trainer.model.train()
-        loss = train.RunningMean(trainer.device)
-        done = trainer.sadp.progress
-        for step, batch in enumerate(trainer.sadp.batches(config.batch_size)):
-            before, done = done, trainer.sadp.progress
-            loss.add(trainer.step(batch, train.learning_rate(config.lr, (before + done) / 2)))
-            if step % train.REPORT_EVERY == 0:
-                for viewer in viewers:
-                    viewer.step(epoch + 1, min((step + 0.5) / steps, 1.0), step, loss.peek(), 1.0)
-        entry: dict[str, Any] = {
-            "epoch": epoch + 1,
-            "ratio": 0.0,
-            "steps": loss.steps,
-            "loss": loss.read(),
-            "test_accuracy": trainer.evaluate(),
-        }
-        if not math.isfinite(entry["loss"]):
-            raise train.TrainError(f"the loss became {entry['loss']} in epoch {epoch + 1}: lower --lr")
+        loss = train.train_epoch(trainer, viewers)
+        entry: dict[str, Any] = {"epoch": epoch + 1, "loss": loss.read(), "test_accuracy": trainer.evaluate()[0]}
         if epoch + 1 in epochs:
             entry |= _snapshot(trainer, threshold, index)
-        trainer.history.append(entry)
-        trainer.save(checkpoint)
-        for viewer in viewers:
-            viewer.epoch({**entry, "seconds": None})
+        train.finish_epoch(trainer, entry, checkpoint, viewers)
     kept = ("epoch", "test_accuracy", "sparsity", "values")
     return {
         "data_set": {"name": data.name, "train_examples": len(data.train_labels)},

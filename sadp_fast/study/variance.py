@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 
-from .. import train
+from ..config import METHODS
 from ..selection import inclusion_probabilities, relative_variance
-from .measure import EXACT, SCORES
-from .plan import Plan, Runs
-from .present import (
+from .figures import (
     SCORE_LABELS,
     Table,
     band,
@@ -22,9 +20,12 @@ from .present import (
     save,
     score_style,
     seeds_text,
-    short,
     spread,
 )
+from .measure import EXACT, SCORES
+from .plan import Plan
+from .runs import Runs
+from .store import short
 from .study import Files, Study, title
 from .trajectory import AGES, shown_epochs
 
@@ -50,7 +51,7 @@ def estimator_variance(score: torch.Tensor, norm: torch.Tensor, ratio: float, po
     if policy == OPTIMUM:
         p = inclusion_probabilities(score, keep, smoothing=0.0)
     else:
-        own = train.METHODS.get(policy, {}).get("smoothing", smoothing)
+        own = METHODS.get(policy, {}).get("smoothing", smoothing)
         p = inclusion_probabilities(score, keep, smoothing=own, policy=policy)
     return float(relative_variance(norm, p))
 

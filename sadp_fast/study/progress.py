@@ -46,20 +46,18 @@ class Display:
             self._bars.update(self._all, completed=self.done)
 
     @contextmanager
-    def run(self, name: str, epochs: int) -> Iterator[None]:
-        """A run of so many epochs is under way."""
-        if self.console is None:
-            yield
-            return
-        viewer = _Viewer(self, name, epochs)
-        self.viewers = [viewer]
+    def run(self, name: str, epochs: int, *others: train.Progress) -> Iterator[None]:
+        """A run of so many epochs is under way, with other viewers beside this one."""
+        viewer = _Viewer(self, name, epochs) if self.console else None
+        self.viewers = [*others, *([viewer] if viewer else [])]
         try:
             yield
         finally:
             self.viewers = []
-            if self._bars:
+            if self._bars and viewer:
                 self._bars.remove_task(viewer.task)
-        self.console.print(viewer.summary(), soft_wrap=True)
+        if self.console and viewer:
+            self.console.print(viewer.summary(), soft_wrap=True)
 
 
 class _Viewer(train.Progress):

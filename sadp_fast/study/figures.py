@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import report, train
+from .. import report
 from .measure import EXACT, SCORES
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ _SCORE_STYLES = {
     EXACT: (report.COLOURS["grad_norm"], "*"),
 }
 SCORE_LABELS = {**SCORES, EXACT: "exact gradient norm"}
-_MARKERS = "osD^vP*Xh<>"
 
 
 @dataclass(frozen=True)
@@ -94,17 +93,6 @@ def score_style(score: str) -> dict[str, Any]:
     return {"color": colour, "marker": marker, "label": SCORE_LABELS[score], "markersize": 5, "linewidth": 1.6}
 
 
-def method_style(method: str) -> dict[str, Any]:
-    """A line's style for a method of `train.METHODS`."""
-    marker = _MARKERS[list(train.METHODS).index(method) % len(_MARKERS)]
-    return {"color": report.COLOURS[method], "marker": marker, "markersize": 5, "linewidth": 1.6}
-
-
-def short(value: float) -> float | None:
-    """Six significant digits of it for a JSON file; None where it is not finite."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
 def panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Any]]:
     """A figure of equal panels, row by row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -130,6 +118,17 @@ def band(axes: Axes, x: Sequence[float], by_seed: Sequence[Sequence[float | None
     if len(by_seed) > 1:
         low, high = [min(columns[i]) for i in places], [max(columns[i]) for i in places]
         axes.fill_between(at, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def legend_below(figure: Figure, axes: Axes, title: str = "") -> None:
+    """The lines of these axes below all panels, in as many columns as fit, the figure growing by the rows."""
+    handles, labels = axes.get_legend_handles_labels()
+    width = figure.get_figwidth()
+    columns = max(1, min(5, int(12.5 * width / (max(map(len, labels), default=0) + 8))))
+    figure.set_figheight(figure.get_figheight() + 0.2 * max(0, -(-len(labels) // columns) - 2))
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9, title=title or None
+    )
 
 
 def thousands(axes: Axes) -> None:

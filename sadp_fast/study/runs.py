@@ -1,0 +1,153 @@
+"""The runs of a study: taken from the folder where they are finished, else run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from .. import train
+from ..config import TrainConfig, folder_name
+from ..data import Dataset, load
+from . import trajectory
+from .deadline import Deadline, OutOfTime
+from .plan import Plan
+from .progress import Display
+from .store import Store, StudyError, training_identity
+
+
+class Runs:
+    """The runs of a plan, by what they are asked to do. One that is not there is None under `report_only`, or where
+    the deadline leaves no time for it."""
+
+    def __init__(self, plan: Plan, display: Display, deadline: Deadline | None = None) -> None:
+        self.plan, self.display, self.store = plan, display, Store(plan.folder)
+        self.deadline = deadline or Deadline()
+        self._warm: set[TrainConfig] = set()
+
+    @cached_property
+    def data(self) -> Dataset:
+        """The data set on the study's device."""
+        base = self.plan.base
+        loaded = load(
+            base.dataset,
+            self.plan.data_dir,
+            image_size=base.image_size,
+            time_steps=base.time_steps,
+            split_by=base.split_by,
+        )
+        return loaded.to(base.device)
+
+    def training(self, method: str, ratio: float, seed: int) -> dict[str, Any] | None:
+        """A training run's file: "data_set" and "history", an entry an epoch as of `train.run`."""
+        config = self.plan.config(method, ratio, seed)
+        name = f"{config.dataset}-{config.model}-{_short(method)}-r{config.prune_ratio:g}-s{seed}"
+
+        def run(folder: Path) -> dict[str, Any]:
+            self._prepare(config)
+            result = train.run(config, self.data, folder, self.display.viewers, resume=True)
+            return {**self._data_set(), "history": result.history}
+
+        found = self._get(name, training_identity(config), ("data_set", "history"), config.epochs, run)
+        if found is not None and len(found["history"]) != config.epochs:
+            raise StudyError(
+                f"the run file {self.store.path(name, found['identity'])} is damaged (it has {len(found['history'])} "
+                f"of {config.epochs} epochs): delete it, and the same command runs it again"
+            )
+        return found
+
+    def trajectory(self, seed: int) -> dict[str, Any] | None:
+        """Scores and exact norms over a full-data training; see `trajectory.trajectory`."""
+        epochs = self.plan.base.epochs
+        return self._trajectory(seed, None, epochs, trajectory.measured_epochs(epochs))
+
+    def at_threshold(self, threshold: float, seed: int) -> dict[str, Any] | None:
+        """The same after a shorter training of a network with another firing threshold."""
+        epochs = min(self.plan.size.sparsity_epochs, self.plan.base.epochs)
+        return self._trajectory(seed, threshold, epochs, [epochs])
+
+    def _trajectory(
+        self, seed: int, threshold: float | None, epochs: int, measured: list[int]
+    ) -> dict[str, Any] | None:
+        config = replace(self.plan.config("full", 0.0, seed), epochs=epochs)
+        examples = self.plan.size.examples
+        identity = trajectory.identity(config, threshold, measured, examples)
+        kind = "scores" if threshold is None else f"scores-threshold{threshold:g}"
+        return self._get(
+            f"{config.dataset}-{config.model}-{kind}-s{seed}",
+            identity,
+            trajectory.CONTENT,
+            epochs,
+            lambda folder: trajectory.trajectory(
+                config, self.data, threshold, measured, examples, folder, self.display.viewers
+            ),
+        )
+
+    def timing(self, method: str, run: Callable[[TrainConfig, Dataset], dict[str, Any]]) -> dict[str, Any] | None:
+        """Where the time of one method goes, on this device; `run` measures it.
+
+        At the plan's ratio nearest to 0.5, if no other has been measured: parts hardly depend on it.
+        """
+        ratios = sorted(self.plan.ratios, key=lambda ratio: (abs(ratio - 0.5), ratio))
+        for ratio in ratios:
+            found = self._timing(method, ratio, None)
+            if found is not None:
+                return found
+        return self._timing(method, ratios[0], run)
+
+    def _timing(
+        self, method: str, ratio: float, run: Callable[[TrainConfig, Dataset], dict[str, Any]] | None
+    ) -> dict[str, Any] | None:
+        config = self.plan.config(method, ratio, 0)
+        name = f"{config.dataset}-{config.model}-timing-{_short(method)}-r{config.prune_ratio:g}"
+        identity = {"kind": "timing", "config": config.conditions(), "steps": self.plan.size.timed_steps}
+        if run is None:
+            return self.store.read(name, identity, ("timing",))
+
+        def measured(_folder: Path) -> dict[str, Any]:
+            self._prepare(config)
+            return {**self._data_set(), "timing": run(config, self.data)}
+
+        return self._get(name, identity, ("timing",), 1, measured)
+
+    def _get(
+        self,
+        name: str,
+        identity: dict[str, Any],
+        content: tuple[str, ...],
+        epochs: int,
+        run: Callable[[Path], dict[str, Any]],
+    ) -> dict[str, Any] | None:
+        found = self.store.read(name, identity, content)
+        if found is not None or self.plan.report_only:
+            return found
+        device = self.plan.base.device
+        # One that was begun goes on in any case: it can stop after every epoch.
+        begun = self.store.unfinished(name, identity).exists()
+        if not self.deadline.allows(0 if begun else self.store.expected_seconds(identity, device) or 0):
+            return None
+        try:
+            with self.display.run(name, epochs, self.deadline.watch(epochs)):
+                return self.store.produce(name, identity, device, run)
+        except OutOfTime:
+            return None
+
+    def _prepare(self, config: TrainConfig) -> None:
+        """Compile a method's kernels before its clock starts; once a process."""
+        alike = replace(config, prune_ratio=0.0, seed=0)
+        if alike not in self._warm:
+            try:
+                train.prepare(config, self.data)
+            except ValueError as error:
+                raise StudyError(str(error)) from error
+            self._warm.add(alike)
+
+    def _data_set(self) -> dict[str, Any]:
+        return {"data_set": {"name": self.data.name, "train_examples": len(self.data.train_labels)}}
+
+
+def _short(method: str) -> str:
+    """For a file's name, which a digest makes unique."""
+    return folder_name(method)[:100]
