@@ -14,7 +14,7 @@ from torch import nn
 from sadp_fast import SADP, BatchNormLIF, cli, data, inclusion_probabilities, models, reset, train
 from sadp_fast.config import TrainConfig
 from sadp_fast.exact import gradient_norms
-from sadp_fast.study import command, plan, runs, timing, trajectory, variance
+from sadp_fast.study import command, deadline, plan, runs, timing, trajectory, variance
 from sadp_fast.study.measure import EXACT, SCORES, measure, pearson, sparsity, spearman
 from sadp_fast.study.registry import STUDIES
 from sadp_fast.study.store import Store, StudyError, training_identity
@@ -363,6 +363,179 @@ def test_report_of_what_is_there(finished, no_training, capsys):
     shutil.rmtree("some/runs")
     assert cli.main(["study", "variance", "--out", "some", "--report-only", "--device", "cpu"]) == 2
     assert "some holds no finished run for the study variance" in capsys.readouterr().err
+
+
+VARIED = ["--methods", "full,full:epochs=2,random,sadp,sadp:weights=none:tail-epochs=0", "--ratios", "0.5"]
+
+
+@pytest.fixture(scope="module")
+def varied(tmp_path_factory):
+    """A folder with variants of methods; full data for half of the epochs."""
+    folder = tmp_path_factory.mktemp("variants") / "here"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(command, "QUICK", TINY)
+        arguments = [*FAST, "--epochs", "4"]  # the last one counts
+        for study in ("accuracy", "convergence", "time"):
+            assert cli.main(["study", study, *arguments, *VARIED, "--seeds", "0,1", "--out", str(folder)]) == 0
+    return folder
+
+
+def test_variants_stand_beside_the_methods(varied):
+    results = {name: json.loads((varied / f"{name}.json").read_text()) for name in ("accuracy", "convergence", "time")}
+    variant = "sadp:weights=none:tail_epochs=0"
+    assert results["accuracy"]["settings"]["methods"] == ["full", "full:epochs=2", "random", "sadp", variant]
+    rows = results["accuracy"]["accuracies"]
+    assert len(rows) == 10 and {(r["method"], r["ratio"]) for r in rows} >= {("full:epochs=2", 0.0), (variant, 0.5)}
+    full = [r for r in rows if r["method"] == "full"]
+    for row in rows:
+        share = 1.0 if row["method"] == "full" else 0.5
+        assert row["planned_share"] == share and row["examples_share"] == pytest.approx(share, abs=0.04)
+        assert row["examples"] == pytest.approx(row["examples_share"] * 4 * 1437)
+        assert row["time_ratio"] == pytest.approx(row["seconds"] / (sum(r["seconds"] for r in full) / 2))
+    half = [r for r in rows if r["method"] == "full:epochs=2"]
+    assert [r["examples_share"] for r in half] == [0.5, 0.5] and max(r["time_ratio"] for r in half) < 1
+    times = {(r["method"], r["seed"]): r for r in results["time"]["time_ratios"]}
+    assert all(times[r["method"], r["seed"]]["time_ratio"] == r["time_ratio"] for r in rows)
+    assert {r["method"] for r in results["time"]["overheads"]} == {"random", "sadp", variant}
+    curves = results["convergence"]["curves"]
+    assert [r["epoch"] for r in curves if r["method"] == "full:epochs=2" and r["seed"] == 1] == [1, 2]
+    assert all(0 < r["test_loss"] < 3 for r in curves)
+    first = [next(r["test_loss"] for r in curves if r["method"] == m and r["seed"] == 0) for m in ("sadp", variant)]
+    assert first[0] == pytest.approx(first[1])  # the first epoch is one of full data for both
+
+
+def test_tables_and_plots_of_variants(varied, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *arguments, **options: figures.append(self))
+    results = {name: json.loads((varied / f"{name}.json").read_text()) for name in ("accuracy", "convergence", "time")}
+    names = ["full data", "full data, 2 epochs", "dynamic random", "SADP (all)", "SADP (all), weights none, tail 0"]
+    for name, result in results.items():
+        STUDIES[name].plots(result, varied)
+        assert {row[0] for table in STUDIES[name].tables(result) for row in table.rows} == set(names)
+        shown = [text.get_text().split(":")[0] for text in figures[-1].legends[0].get_texts()]
+        assert [label for label in shown if not label.startswith("theoretical")] == names[name == "time" :]
+    by_share, by_time = figures[0].axes
+    for panel, key in ((by_share, "planned_share"), (by_time, "time_ratio")):
+        (line,) = [line for line in panel.lines if line.get_label() == names[1]]
+        rows = [r for r in results["accuracy"]["accuracies"] if r["method"] == "full:epochs=2"]
+        mean = sum(r[key] for r in rows) / 2
+        assert line.get_xdata()[0] == pytest.approx(1 - mean if panel is by_share else mean, abs=0.03)
+    (table,) = STUDIES["accuracy"].tables(results["accuracy"])
+    row = dict(zip(table.headings, table.rows[[r[0] for r in table.rows].index(names[1])], strict=True))
+    end = {(r["method"], r["seed"]): 100 * r["test_accuracy"] for r in results["accuracy"]["accuracies"]}
+    gap = sum(end["full:epochs=2", s] - end["random", s] for s in (0, 1)) / 2  # as many examples
+    assert float(row["to random"].split(" ")[0]) == pytest.approx(gap, abs=0.006)
+    assert row["examples / full data"] == "0.500" and row["r"] == "0"
+
+
+def test_copied_variants_are_found(varied, no_training, tmp_path):
+    shutil.copytree(varied, "copy")
+    settings = json.loads(Path("copy/study.json").read_text())
+    Path("copy/study.json").write_text(json.dumps({**settings, "methods": ["full", "random"], "seeds": [0]}))
+    assert cli.main(["study", "accuracy", "--out", "copy", "--device", "cpu", "--quiet"]) == 0
+    found, whole = (json.loads(Path(folder, "accuracy.json").read_text()) for folder in ("copy", varied))
+    assert found["settings"] == whole["settings"]
+    key = lambda row: (row["method"], row["seed"])  # noqa: E731
+    assert sorted(found["accuracies"], key=key) == sorted(whole["accuracies"], key=key)
+
+
+class Clock:
+    """Time that passes only when told so."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr("time.monotonic", lambda: self.now)
+
+
+def test_a_study_stops_in_time(monkeypatch, capsys):
+    """Full data takes 10 s an epoch, so 30 s a run; random 21 s at r = 0.3."""
+    clock, saved = Clock(monkeypatch), train.Trainer.save
+    monkeypatch.setattr(train, "prepare", lambda *arguments: None)
+
+    def save(self, path):
+        if self.history:
+            clock.now += 10 * (1 - self.history[-1]["ratio"])
+        saved(self, path)
+
+    monkeypatch.setattr(train.Trainer, "save", save)
+    asked = ["--seeds", "0,1", "--ratios", "0.3", "--methods", "full,random", *FAST]
+
+    def study(minutes):
+        clock.now = 1.0
+        code = cli.main(["study", "accuracy", *asked, "--out", "here", "--stop-after", str(minutes)])
+        files = {
+            folder: sorted("-".join(path.name.split("-")[2:-1]) for path in Path("here", folder).glob("*"))
+            for folder in ("runs", "unfinished")
+        }
+        assert clock.now <= 1 + 60 * minutes
+        return code, files["runs"], files["unfinished"]
+
+    # After two epochs of full data 4 s are left: no time for a third, nor for one of another run.
+    assert study(0.4) == (command.STOPPED, [], ["full-r0-s0"])
+    output = capsys.readouterr()
+    assert "accuracy: no finished run yet" in output.out
+    assert output.err == (
+        "sadp-fast: stopped by --stop-after, runs are missing; to go on: sadp-fast study accuracy --resume here\n"
+    )
+    # The last epoch, then random with nothing to expect its time by; by it, full data would take longer than is left.
+    assert study(0.7) == (command.STOPPED, ["full-r0-s0", "random-r0.3-s0"], [])
+    # 50 s are enough for full data, but then not for random.
+    assert study(50 / 60) == (command.STOPPED, ["full-r0-s0", "full-r0-s1", "random-r0.3-s0"], [])
+    assert "missing runs: random, r = 0.3, seed 1\n" in capsys.readouterr().out
+    assert study(0.36)[0] == 0 and clock.now == pytest.approx(22.0)
+    lengths = {len(json.loads(path.read_text())["history"]) for path in Path("here/runs").iterdir()}
+    assert lengths == {3} and study(0.01)[0] == 0
+
+
+def test_a_deadline(monkeypatch):
+    clock = Clock(monkeypatch)
+    never, soon = deadline.Deadline(), deadline.Deadline(1.0)
+    assert never.allows(1e9) and not never.reached
+    assert soon.allows(60.0) and not soon.reached
+    clock.now = 4.0
+    watch = soon.watch(9)
+    watch.step(1, 0.1, 0, None, 1.0)
+    clock.now = 22.0
+    watch.epoch({"epoch": 1})
+    assert soon.longest_epoch == 18.0
+    clock.now = 39.0
+    watch.epoch({"epoch": 2})
+    clock.now = 43.0
+    watch.epoch({"epoch": 3})
+    assert soon.longest_epoch == 18.0 and not soon.reached
+    clock.now = 52.0
+    with pytest.raises(deadline.OutOfTime):  # the last epoch took 9 s, and 8 are left
+        watch.epoch({"epoch": 4})
+    assert soon.reached and not soon.allows(9.0) and soon.allows(8.0)
+    soon.watch(1).epoch({"epoch": 1})  # the last epoch: there is nothing to stop
+
+
+def test_time_of_a_run_is_expected_from_those_like_it(monkeypatch):
+    clock, store, base = Clock(monkeypatch), Store(Path("here")), TrainConfig(epochs=4)
+
+    def identity(method, seed=0, ratio=0.5, epochs=4):
+        return training_identity(replace(base, seed=seed, prune_ratio=ratio, epochs=epochs).of(method))
+
+    def produce(which, seconds):
+        def run(folder):
+            clock.now += seconds
+            return {}
+
+        store.produce("name", which, "cpu", run)
+
+    assert store.expected_seconds(identity("full"), "cpu") is None
+    produce(identity("full"), 8.0)
+    produce(identity("sadp"), 5.0)
+    assert store.expected_seconds(identity("full", seed=1), "cpu") == 8.0
+    assert store.expected_seconds(identity("sadp", seed=1), "cpu") == 5.0
+    assert store.expected_seconds(identity("sadp:lr=1", ratio=0.75), "cpu") == 2.5  # by the slowest, of half the work
+    assert store.expected_seconds(identity("full:epochs=8"), "cpu") == 20.0
+    assert store.expected_seconds({**identity("full"), "kind": "timing"}, "cpu") is None
+    store.unfinished("name", identity("loss")).mkdir(parents=True)
+    produce(identity("loss"), 0.5)  # the rest of a run: its time says nothing
+    assert store.expected_seconds(identity("loss", seed=1), "cpu") == 5.0
 
 
 def without_seconds(history):

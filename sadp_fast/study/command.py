@@ -114,6 +114,7 @@ def run(given: dict[str, Any]) -> int:
                 except NothingFinished:
                     if not deadline.reached:
                         raise
+                    console.print(f"{study.name}: no finished run yet")
                     continue
                 plots[study.name] = _show(study, results[study.name], plan.folder, console)
         if given["study"] == "all" and results:

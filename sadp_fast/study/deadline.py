@@ -18,11 +18,12 @@ class Deadline:
 
     Attributes:
         reached: whether a run was left out or stopped for it.
+        longest_epoch: seconds of the longest epoch watched so far, evaluation and checkpoint included.
     """
 
     def __init__(self, minutes: float | None = None) -> None:
         self._end = math.inf if minutes is None else time.monotonic() + 60 * minutes
-        self.reached = False
+        self.reached, self.longest_epoch = False, 0.0
 
     def allows(self, seconds: float) -> bool:
         """Whether what takes so long would end in time; if not, the deadline counts as reached."""
@@ -38,11 +39,15 @@ class Deadline:
 class _Watch(train.Progress):
     def __init__(self, deadline: Deadline, epochs: int) -> None:
         self.deadline, self.epochs = deadline, epochs
-        self.last, self.longest = time.monotonic(), 0.0
+        self.last: float | None = None
+
+    def step(self, epoch: int, share: float, step: int, loss: float | None, kept: float) -> None:
+        self.last = self.last or time.monotonic()  # from the first step on: what is compiled before is no epoch
 
     def epoch(self, entry: dict[str, Any]) -> None:
         now = time.monotonic()
-        # Of the epochs so far the longest: after pruned ones, some on all data may follow.
-        self.longest, self.last = max(self.longest, now - self.last), now
-        if entry["epoch"] < self.epochs and not self.deadline.allows(self.longest):
+        took, self.last = now - (self.last or now), now
+        self.deadline.longest_epoch = max(self.deadline.longest_epoch, took)
+        # By the last one: where epochs on all data follow pruned ones, the first of them may end a little too late.
+        if entry["epoch"] < self.epochs and not self.deadline.allows(took):
             raise OutOfTime

@@ -124,9 +124,10 @@ class Runs:
         if found is not None or self.plan.report_only:
             return found
         device = self.plan.base.device
-        # One that was begun goes on in any case: it can stop after every epoch.
+        # One that was begun, or of which nothing is known, may stop after every epoch.
         begun = self.store.unfinished(name, identity).exists()
-        if not self.deadline.allows(0 if begun else self.store.expected_seconds(identity, device) or 0):
+        expected = None if begun else self.store.expected_seconds(identity, device)
+        if not self.deadline.allows(self.deadline.longest_epoch if expected is None else expected):
             return None
         try:
             with self.display.run(name, epochs, self.deadline.watch(epochs)):
