@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -363,6 +364,48 @@ def test_report_of_what_is_there(finished, no_training, capsys):
     shutil.rmtree("some/runs")
     assert cli.main(["study", "variance", "--out", "some", "--report-only", "--device", "cpu"]) == 2
     assert "some holds no finished run for the study variance" in capsys.readouterr().err
+
+
+def test_processes_share_the_work(finished, monkeypatch, capsys):
+    """Another process is at full data of seed 0, and finishes it while this one has nothing else to do."""
+    folder = Path("shared")
+    shutil.copytree(finished, folder)
+    one, two = sorted((folder / "runs").glob("*-full-r0-*"))
+    text, order, waiting = one.read_text(), [], threading.Event()
+    for path in (one, two):
+        path.unlink()
+    store, trained = Store(folder), train.run
+    monkeypatch.setattr(
+        train, "run", lambda config, *rest, **options: (order.append(config.seed), trained(config, *rest, **options))[1]
+    )
+    claim = Store.claim
+
+    def watched(self, name, identity, wait):
+        if wait:
+            waiting.set()
+        return claim(self, name, identity, wait)
+
+    monkeypatch.setattr(Store, "claim", watched)
+
+    def other():
+        with claim(store, "digits-mlp-full-r0-s0", json.loads(text)["identity"], False) as mine:
+            claimed.set()
+            assert mine and waiting.wait(60)
+            one.write_text(text)
+
+    claimed, process = threading.Event(), threading.Thread(target=other)
+    process.start()
+    try:
+        assert claimed.wait(60)
+        assert cli.main(["study", "accuracy", "--out", str(folder), "--device", "cpu", "--quiet"]) == 0
+    finally:
+        waiting.set()
+        process.join()
+    assert order == [1] and one.read_text() == text
+    assert "missing runs" not in capsys.readouterr().out
+    rows, whole = (json.loads(Path(f, "accuracy.json").read_text())["accuracies"] for f in (folder, finished))
+    assert [r["test_accuracy"] for r in rows] == [r["test_accuracy"] for r in whole]
+    assert not list((folder / "unfinished").iterdir())
 
 
 VARIED = ["--methods", "full,full:epochs=2,random,sadp,sadp:weights=none:tail-epochs=0", "--ratios", "0.5"]

@@ -110,7 +110,7 @@ def run(given: dict[str, Any]) -> int:
             results, plots = {}, {}
             for study in studies:
                 try:
-                    results[study.name] = study.collect(runs)
+                    results[study.name] = _collect(study, runs)
                 except NothingFinished:
                     if not deadline.reached:
                         raise
@@ -126,6 +126,21 @@ def run(given: dict[str, Any]) -> int:
         print(f"sadp-fast: stopped by --stop-after, runs are missing; to go on: {again}", file=sys.stderr)
         return STOPPED
     return 0
+
+
+def _collect(study: Study, runs: Runs) -> dict[str, Any]:
+    """The study's result: first what no other process is at, then, having waited for them, all."""
+    done = runs.display.done
+    for runs.wait in (False, True):
+        runs.display.done, runs.elsewhere = done, False
+        try:
+            result = study.collect(runs)
+        except NothingFinished:
+            if not runs.elsewhere:
+                raise
+        if not runs.elsewhere:
+            break
+    return result
 
 
 def _show(study: Study, result: dict[str, Any], folder: Path, console: Any) -> list[tuple[Path, str]]:

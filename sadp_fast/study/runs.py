@@ -19,12 +19,20 @@ from .store import Store, StudyError, training_identity
 
 
 class Runs:
-    """The runs of a plan, by what they are asked to do. One that is not there is None under `report_only`, or where
-    the deadline leaves no time for it."""
+    """The runs of a plan, by what they are asked to do.
+
+    One that is not there is None under `report_only`, where the deadline leaves no time for it, or while another
+    process is at it.
+
+    Attributes:
+        wait: for what other processes are at, rather than leave it to them.
+        elsewhere: whether something was left to them.
+    """
 
     def __init__(self, plan: Plan, display: Display, deadline: Deadline | None = None) -> None:
         self.plan, self.display, self.store = plan, display, Store(plan.folder)
         self.deadline = deadline or Deadline()
+        self.wait = self.elsewhere = False
         self._warm: set[TrainConfig] = set()
 
     @cached_property
@@ -129,11 +137,16 @@ class Runs:
         expected = None if begun else self.store.expected_seconds(identity, device)
         if not self.deadline.allows(self.deadline.longest_epoch if expected is None else expected):
             return None
-        try:
-            with self.display.run(name, epochs, self.deadline.watch(epochs)):
-                return self.store.produce(name, identity, device, run)
-        except OutOfTime:
-            return None
+        with self.store.claim(name, identity, self.wait) as mine:
+            self.elsewhere |= not mine
+            found = self.store.read(name, identity, content)  # another process may just have finished it
+            if found is not None or not mine:
+                return found
+            try:
+                with self.display.run(name, epochs, self.deadline.watch(epochs)):
+                    return self.store.produce(name, identity, device, run)
+            except OutOfTime:
+                return None
 
     def _prepare(self, config: TrainConfig) -> None:
         """Compile a method's kernels before its clock starts; once a process."""

@@ -6,12 +6,14 @@ by several processes or machines are merged by copying their `runs` into one.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -94,6 +96,25 @@ class Store:
         write_json(value, path, indent=None)
         shutil.rmtree(unfinished, ignore_errors=True)
         return json.loads(json.dumps(value))
+
+    @contextmanager
+    def claim(self, name: str, identity: dict[str, Any], wait: bool) -> Iterator[bool]:
+        """Whether the run is this process's to make: False while another one of this machine is at it.
+
+        With `wait`, it is once the other has ended, having finished the run or not. A process that dies lets go.
+        """
+        path = self.folder / "unfinished" / f"{self.path(name, identity).stem}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            try:
+                yield True
+            finally:
+                path.unlink(missing_ok=True)
 
     def expected_seconds(self, identity: dict[str, Any], device: str) -> float | None:
         """How long such a run will take, all in all, by the runs on the same kind of device; None where there are none.
