@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .accuracy import Accuracy, Convergence
+from .accuracy import Accuracy
+from .convergence import Convergence
 from .correlation import Correlation
 from .study import Study
 from .timing import Time

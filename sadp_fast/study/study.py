@@ -27,7 +27,7 @@ class Files:
         """Remember the file, or that it is missing."""
         if file is None:
             self.missing.append(name)
-        elif not any(file is other for other in self.found):
+        else:
             self.found.append(file)
         return file
 

@@ -12,11 +12,11 @@ from .. import data, report, train
 from ..batching import Drawn, pack, shuffled
 from ..config import TrainConfig
 from ..sampling import sample
-from .accuracy import labels, training_runs
 from .figures import Table, legend_below, mean, panels, save, seeds_text, spread
 from .plan import Plan
 from .runs import Runs
 from .study import Files, Study, title
+from .training_runs import RUN, labels, training_runs
 
 REPEATS = 5
 # Parts of an epoch beyond its share of a full-data epoch, with colours; from below.
@@ -106,8 +106,7 @@ class Time(Study):
     def collect(self, runs: Runs) -> dict[str, Any]:
         plan, files = runs.plan, Files()
         trained = training_runs(runs, files)
-        kept = ("method", "ratio", "seed", "device", "planned_share", "examples_share", "seconds", "time_ratio")
-        ratios, parts = [{key: row[key] for key in kept} for row in trained], []
+        ratios, parts = [{key: row[key] for key in RUN} for row in trained], []
         for method in plan.pruned():
             file = runs.timing(method, lambda config, data: measure_parts(config, data, plan.size.timed_steps))
             files.take(file, f"timing of {method}")
