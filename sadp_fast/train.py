@@ -125,7 +125,8 @@ def finish_epoch(trainer: Trainer, entry: dict[str, Any], checkpoint: Path, view
 
 def finite(value: float | Tensor) -> float | None:
     """The number, or None for what JSON cannot hold."""
-    return float(value) if math.isfinite(value) else None
+    value = float(value)
+    return value if math.isfinite(value) else None
 
 
 def prepare(config: TrainConfig, data: Dataset) -> None:

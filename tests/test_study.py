@@ -7,6 +7,7 @@ import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from sadp_fast.config import TrainConfig
 from sadp_fast.exact import gradient_norms
 from sadp_fast.study import command, deadline, plan, runs, timing, trajectory, variance
 from sadp_fast.study.measure import EXACT, SCORES, measure, pearson, sparsity, spearman
+from sadp_fast.study.progress import Display
 from sadp_fast.study.registry import STUDIES
 from sadp_fast.study.store import Store, StudyError, training_identity
 
@@ -163,6 +165,19 @@ def test_overheads_add_up_to_the_time_ratio():
     pruned_epoch = 30 * 3.0 + 10.0 + 20.0
     assert 0.3 + sum(shares.values()) == pytest.approx(pruned_epoch / 200.0)
     assert shares.keys() == timing.PARTS.keys()
+
+
+def test_overheads_of_fewer_epochs_are_shares_of_a_full_training():
+    parts = {"full_step": 2.0, "weighted_step": 2.5, "scored_step": 3.0, "selection": 10.0, "drawing": 20.0}
+    made = plan.Plan(TrainConfig(), ("sadp", "sadp:epochs=15"), (0.7,), (0,), plan.Size(), None, Path("here"))
+    file = {"timing": {**parts, "steps": 100}, "device": "CPU", "versions": {}, "data_set": {}}
+    found = SimpleNamespace(
+        plan=made, display=Display(None, 0), training=lambda *run: None, timing=lambda method, run: file
+    )
+    whole, half = STUDIES["time"].collect(found)["overheads"]
+    assert half["method"] == "sadp:epochs=15"
+    for part in timing.PARTS:
+        assert half[part] == pytest.approx(whole[part] / 2) and whole[part] > 0
 
 
 def test_parts_of_the_time_are_measured(device):
@@ -459,6 +474,13 @@ def test_tables_and_plots_of_variants(varied, monkeypatch):
         assert {row[0] for table in STUDIES[name].tables(result) for row in table.rows} == set(names)
         shown = [text.get_text().split(":")[0] for text in figures[-1].legends[0].get_texts()]
         assert [label for label in shown if not label.startswith("theoretical")] == names[name == "time" :]
+    curves = [r for r in results["convergence"]["curves"] if r["method"] == "sadp"]
+    losses = [sum(r["test_loss"] for r in curves if r["epoch"] == epoch) / 2 for epoch in (1, 2, 3, 4)]
+    for panel in figures[1].axes[2:]:
+        assert panel.get_ylabel() == "Test loss (log scale)"
+        assert any(
+            list(line.get_ydata()) == pytest.approx(losses) for line in panel.lines if len(line.get_ydata()) == 4
+        )
     by_share, by_time = figures[0].axes
     for panel, key in ((by_share, "planned_share"), (by_time, "time_ratio")):
         (line,) = [line for line in panel.lines if line.get_label() == names[1]]
@@ -527,7 +549,12 @@ def test_a_study_stops_in_time(monkeypatch, capsys):
     # 50 s are enough for full data, but then not for random.
     assert study(50 / 60) == (command.STOPPED, ["full-r0-s0", "full-r0-s1", "random-r0.3-s0"], [])
     assert "missing runs: random, r = 0.3, seed 1\n" in capsys.readouterr().out
-    assert study(0.36)[0] == 0 and clock.now == pytest.approx(22.0)
+    # What was begun goes on even so, by an epoch of 10 s.
+    base = TrainConfig(**json.loads(Path("here/study.json").read_text())["base"])
+    identity = training_identity(replace(base, prune_ratio=0.3, seed=1).of("random"))
+    Store(Path("here")).unfinished("digits-mlp-random-r0.3-s1", identity).mkdir(parents=True)
+    assert study(15 / 60)[::2] == (command.STOPPED, ["random-r0.3-s1"]) and clock.now == 11.0
+    assert study(0.36)[0] == 0 and clock.now == pytest.approx(12.0)
     lengths = {len(json.loads(path.read_text())["history"]) for path in Path("here/runs").iterdir()}
     assert lengths == {3} and study(0.01)[0] == 0
 
