@@ -55,11 +55,16 @@ class GraphedStep:
             no gradient lies beside the activations, and no neuron keeps its input until after the backward pass.
         sadp: whose batches are trained on.
         generators: CUDA random generators that the step draws from, other than torch's default one.
+
+    Raises:
+        ValueError: sadp is not on a CUDA device.
     """
 
     def __init__(
         self, step: Callable[[Tensor], Tensor], sadp: SADP, generators: Sequence[torch.Generator] = ()
     ) -> None:
+        if sadp.device.type != "cuda":
+            raise ValueError(f"GraphedStep needs a CUDA GPU, but this SADP is on {sadp.device}: call the step itself")
         self._step, self._sadp, self._generators = step, sadp, generators
         self._eager_steps: Counter[_Kind | None] = Counter()
         self._recorded: dict[_Kind, _Recorded] = {}

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from .batching import Drawn, EpochBatches, pack, shuffled
 from .dataflow import Probe, WeightLayer
@@ -127,6 +129,12 @@ class SADP:
         seed: int = 0,
         device: torch.device | str | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {_name_of(model)}: pass the network itself")
+        for name, count in (("num_examples", num_examples), ("epochs", epochs)):
+            if not isinstance(count, Integral):
+                remedy = "len(train_set)" if name == "num_examples" else "the number of epochs you train"
+                raise TypeError(f"{name} must be an integer, got {_name_of(count)}: pass {remedy}")
         if score not in SCORES:
             raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
         if weights is None:
@@ -172,6 +180,8 @@ class SADP:
         inclusion_probabilities(torch.ones(2), 1.0, smoothing=smoothing, policy=policy)
         self.epoch = 0
         self._trained, self._trained_now = 0, 0  # examples, in completed epochs and in the running one
+        self._share_of_epoch = 0.0  # of the running one's batches, those that are done or at hand
+        self._scores_looked_at = False
         # One slot more than examples: padding and unusable scores are written there, so that shapes stay constant.
         self._slots = torch.full((num_examples + 1,), torch.nan, device=self.device)
         self.probabilities = torch.ones(num_examples, device=self.device)
@@ -204,12 +214,14 @@ class SADP:
 
     @property
     def progress(self) -> float:
-        """Share of all training that is done, the batch at hand included, 0 to 1: examples trained over those expected.
+        """Share of all training that is done, the batch at hand included, 0 to 1; an epoch counts by what it keeps.
 
         What a learning rate should follow: counted in epochs, a pruned run would spend too few examples at high rates
         where a full-data tail comes at the end.
         """
-        return min(1.0, self.examples_trained / (self.num_examples * sum(1 - ratio for ratio in self.ratios)))
+        kept = [1 - ratio for ratio in self.ratios]
+        running = self._share_of_epoch * kept[self.epoch] if self.epoch < len(kept) else 0.0
+        return (sum(kept[: self.epoch]) + running) / sum(kept)
 
     @property
     def passive(self) -> bool:
@@ -247,6 +259,7 @@ class SADP:
             if self.score in _UNIFORM_SCORES:
                 self.probabilities = torch.full((n,), keep / n, device=self.device)
             else:
+                self._look_at_scores()
                 self.probabilities = inclusion_probabilities(
                     self.scores, keep, smoothing=self.smoothing, policy=self.policy
                 )
@@ -264,6 +277,22 @@ class SADP:
         )
         return EpochBatches(everything.indices[:, rank::world], everything.weights[:, rank::world], everything.padding)
 
+    def _look_at_scores(self) -> None:
+        """Warn, once the data has been trained through, if there are hardly any scores to prune by."""
+        if self._scores_looked_at or self._trained < self.num_examples:
+            return
+        self._scores_looked_at = True
+        known = int(self.scores.isfinite().sum())
+        if known < self.num_examples / 2:
+            cause = (
+                "call sadp.give(scores)" if self.score == "given" else "train on sadp.loss(criterion, output, target)"
+            )
+            warnings.warn(
+                f"{known} of {self.num_examples} examples have a finite score, too few to prune by, so that "
+                f"examples are drawn nearly uniformly: {cause} in every batch, and look for NaN in the data",
+                stacklevel=5,
+            )
+
     def _share_scores(self) -> None:
         """Let every rank know the scores that the others took since the running epoch began; no-op on one rank."""
         before, self._scores_before = self._scores_before, None
@@ -278,7 +307,10 @@ class SADP:
 
     def _check_epoch(self) -> None:
         if self._batch is not None:
-            raise RuntimeError("an epoch of this SADP is still running: finish or close its iterator first")
+            raise RuntimeError(
+                "an epoch of this SADP is still running: finish its loop, or close its iterator (iterator.close()), or "
+                "build SADP anew"
+            )
         if self.epoch >= len(self.ratios):
             raise RuntimeError(
                 f"all {len(self.ratios)} planned epochs are trained; build SADP with epochs= the number you train"
@@ -300,6 +332,7 @@ class SADP:
                 weights = batches.weights[k] if weighted or padding else None
                 self._begin(_Batch(batches.indices[k], weights, scored, self._taps))
                 self._trained_now += batch_size * world - padding
+                self._share_of_epoch = (k + 1) / count
                 yield batches.indices[k]
                 self.collect()
             self._share_scores()
@@ -310,7 +343,7 @@ class SADP:
             self._complete_epoch()
 
     def _complete_epoch(self) -> None:
-        self._trained, self._trained_now = self.examples_trained, 0
+        self._trained, self._trained_now, self._share_of_epoch = self.examples_trained, 0, 0.0
         self.epoch += 1
 
     def batches(self, batch_size: int) -> Generator[Tensor, None, None]:
@@ -336,7 +369,9 @@ class SADP:
         loader's own sampler is used, and its batches pass unchanged.
 
         Raises:
-            ValueError: the loader has no batch size or no index, or not ``num_examples`` examples.
+            TypeError: it is no DataLoader.
+            ValueError: the loader has no batch size or no index, not ``num_examples`` examples, or a sampler that
+                SADP's own draws would replace.
         """
         return PrunedLoader(self, loader)
 
@@ -391,7 +426,7 @@ class SADP:
         if not layers:
             raise ValueError(
                 f"score={self.score!r} found no weight layer (Linear or Conv with a trainable weight) in the model's "
-                "forward pass; use score='loss' or 'el2n'"
+                "forward pass: run the model that SADP was given, or use score='loss' or 'el2n'"
             )
         if self.score == "last":
             layers = layers[-1:]
@@ -399,8 +434,18 @@ class SADP:
             self._warn_of_uncovered(layers)
         multi_step = [call for call in probe.neurons if self.model.get_submodule(call.name).step_mode == "m"]
         self._steps = max((call.output_shape[0] for call in multi_step), default=1)
-        with torch.no_grad():
-            batch.taps = EnergyTaps.of_first_batch(self.model, layers, probe, steps=self._steps, batch_size=batch.size)
+        try:
+            with torch.no_grad():
+                batch.taps = EnergyTaps.of_first_batch(
+                    self.model, layers, probe, steps=self._steps, batch_size=batch.size
+                )
+        except ValueError as error:
+            if probe.neurons:
+                raise
+            raise ValueError(
+                f"score={self.score!r} found no neuron of sadp_fast in the forward pass, so that the number of time "
+                "steps is not known: put sadp_fast.LIFNode in the place of other neurons, or use score='loss' or 'el2n'"
+            ) from error
         self._detach()
         self._layers = layers
         self._attach(batch.size)
@@ -450,6 +495,11 @@ class SADP:
             raise RuntimeError("sadp.loss() belongs inside a loop over sadp.loader(...) or sadp.batches(...)")
         batch.forward_done = True
         self._set_statistics(False)
+        if not self.passive and isinstance(output, Tensor) and (output.ndim == 0 or len(output) != batch.size):
+            raise ValueError(
+                f"output must have one row for each of the {batch.size} examples, [B, *], got shape "
+                f"{tuple(output.shape)}: take the mean over time before the loss, or move the batch to the front"
+            )
         if self.passive and batch.weights is None:
             return criterion(output, target)
         reduction, unreduced = _without_reduction(criterion)
@@ -603,7 +653,7 @@ class SADP:
         self.epoch = int(state["epoch"])
         self._slots[:-1] = state["scores"].to(self.device)
         self._carried = Drawn(state["carried_indices"].to(self.device), state["carried_weights"].to(self.device))
-        self._trained, self._trained_now = int(state["examples_trained"]), 0
+        self._trained, self._trained_now, self._share_of_epoch = int(state["examples_trained"]), 0, 0.0
         # A first batch is measured in another way, equal up to rounding: resumed, there is no first batch.
         self._steps = state["steps"]
         self._taps = None
@@ -629,6 +679,10 @@ class PrunedLoader:
     """A DataLoader's batches as SADP draws them: one iteration is one epoch. Made by ``SADP.loader``."""
 
     def __init__(self, sadp: SADP, loader: DataLoader) -> None:
+        if not isinstance(loader, DataLoader):
+            raise TypeError(
+                f"loader must be a torch DataLoader, got {_name_of(loader)}: pass DataLoader(data_set, ...)"
+            )
         if isinstance(loader.dataset, IterableDataset):
             raise ValueError("loader must have a map-style data set: SADP draws examples by index, a stream has none")
         if loader.batch_size is None:
@@ -636,6 +690,15 @@ class PrunedLoader:
         size = len(loader.dataset)  # type: ignore[arg-type]
         if size != sadp.num_examples:
             raise ValueError(f"loader has {size} examples, but SADP was built with num_examples={sadp.num_examples}")
+        sampler = loader.sampler
+        everything = isinstance(sampler, (SequentialSampler, DistributedSampler)) or (
+            isinstance(sampler, RandomSampler) and not sampler.replacement and sampler.num_samples == size
+        )
+        if not sadp.passive and not everything:
+            raise ValueError(
+                f"loader has a {_name_of(sampler)}, in whose place SADP draws: leave it out, and for a part of the "
+                "data pass a torch.utils.data.Subset"
+            )
         self.sadp = sadp
         self.loader = loader
         self.batch_size: int = loader.batch_size
@@ -655,6 +718,7 @@ class PrunedLoader:
             sadp._trained_now, examples = 0, len(self.loader.sampler)  # type: ignore[arg-type]
             for batch in self.loader:
                 sadp._trained_now = min(sadp._trained_now + self.batch_size, examples)
+                sadp._share_of_epoch = sadp._trained_now / examples
                 yield batch
             sadp._complete_epoch()
             return
@@ -664,10 +728,16 @@ class PrunedLoader:
             yield batch
 
     def __len__(self) -> int:
-        """Batches of the running or last epoch; before the first, those to be expected. The number varies by epoch."""
+        """Batches of the running epoch; between epochs, those expected of the next. The number varies by epoch."""
+        sadp = self.sadp
         if self._pruned is None:
             return len(self.loader)
-        return len(self._batches) or round((1 - self.sadp.ratios[0]) * self.sadp.num_examples / self.batch_size)
+        if sadp._batch is not None or sadp.epoch >= len(sadp.ratios):
+            return len(self._batches)
+        last = sadp.epoch == len(sadp.ratios) - 1
+        expected = (1 - sadp.ratios[sadp.epoch]) * sadp.num_examples + len(sadp._carried.indices)
+        batches = expected / (self.batch_size * _rank_and_world()[1])
+        return max(1, math.ceil(batches) if last or not self.loader.drop_last else math.floor(batches))
 
 
 class _Rows:
@@ -681,6 +751,10 @@ class _Rows:
 
     def __len__(self) -> int:
         return len(self._owner._batches)
+
+
+def _name_of(thing: Any) -> str:
+    return f"the class {thing.__name__}" if isinstance(thing, type) else type(thing).__name__
 
 
 def _rank_and_world() -> tuple[int, int]:
