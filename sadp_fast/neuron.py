@@ -128,6 +128,14 @@ class BaseNode(nn.Module):
             raise TypeError(f"v_reset must be a float or None (soft reset), got {v_reset!r}")
         if not isinstance(detach_reset, bool):
             raise TypeError(f"detach_reset must be True or False, got {detach_reset!r}")
+        # A class would be called in forward as if it were its instance.
+        if surrogate_function is not None and (
+            not callable(surrogate_function) or isinstance(surrogate_function, type)
+        ):
+            raise TypeError(
+                f"surrogate_function must be a callable such as sadp_fast.surrogate.ATan(), got "
+                f"{surrogate_function!r}: pass an instance, not a name or a class"
+            )
         self.dynamics = Dynamics(tau, decay_input, v_threshold, v_reset, detach_reset)
         self.surrogate_function = surrogates.Sigmoid() if surrogate_function is None else surrogate_function
         self._state = _State(self.dynamics.v_rest)

@@ -3,6 +3,7 @@
 import math
 from contextlib import nullcontext
 from functools import lru_cache
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -65,9 +66,13 @@ def inclusion_probabilities(scores: Tensor, keep: float, *, smoothing: float = 0
         float32 [N] on the device of `scores`.
 
     Raises:
-        TypeError: scores that are not floating point.
+        TypeError: scores that are no tensor or not floating point; a keep that is no number.
         ValueError: scores that are empty or not one-dimensional; keep, smoothing or policy outside the above.
     """
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"scores must be a torch.Tensor, got {type(scores).__name__}: pass torch.as_tensor(scores)")
+    if not isinstance(keep, Real):
+        raise TypeError(f"keep must be a number, got {keep!r}: pass (1 - prune ratio) * N")
     if not scores.is_floating_point():
         raise TypeError(f"scores must have a floating dtype, got {scores.dtype}: pass scores.float()")
     if scores.ndim != 1 or scores.numel() == 0:
@@ -282,10 +287,15 @@ def prune_ratios(
         return [0.0] * epochs
 
     pruned = epochs - warmup_epochs - tail_epochs
-    mean = ratio * epochs / pruned if pruned > 0 else math.inf
+    if pruned <= 0:
+        raise ValueError(
+            f"warmup_epochs = {warmup_epochs} and tail_epochs = {tail_epochs} leave none of {epochs} epochs to prune: "
+            "lower them or train more epochs"
+        )
+    mean = ratio * epochs / pruned
     if mean > MAX_RATIO + 1e-12:
         raise ValueError(
-            f"ratio = {ratio} over {epochs} epochs needs {mean:.4g} in each of the {max(pruned, 0)} epochs that "
+            f"prune ratio {ratio} over {epochs} epochs needs {mean:.4g} in each of the {pruned} epochs that "
             f"warmup_epochs = {warmup_epochs} and tail_epochs = {tail_epochs} leave, above {MAX_RATIO}: "
             "lower one of the three or train more epochs"
         )

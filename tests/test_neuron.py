@@ -620,6 +620,9 @@ def test_a_whole_network_trains_as_spikingjellys(path, sj):
         (IFNode, {"step_mode": None}, ValueError, "step_mode .* got None"),
         (LIFNode, {"backend": "cuda"}, ValueError, "backend .* got 'cuda'"),
         (IFNode, {"tau": 2.0}, TypeError, "tau"),
+        (LIFNode, {"surrogate_function": "atan"}, TypeError, r"sadp_fast.surrogate.ATan\(\), got 'atan': pass an inst"),
+        (IFNode, {"surrogate_function": 2.0}, TypeError, "surrogate_function must be a callable .* got 2.0"),
+        (LIFNode, {"surrogate_function": surrogates.ATan}, TypeError, "got <class .*ATan'>: pass an instance, not a"),
     ],
 )
 def test_wrong_arguments_are_named(cls, options, error, message):

@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -434,11 +435,21 @@ def test_keep_out_of_range(keep):
         (torch.ones(2, 2), {}, ValueError, r"scores must have shape \[N\].* got \[2, 2\]"),
         (torch.ones(0), {}, ValueError, r"scores must have shape \[N\].* got \[0\]"),
         (torch.ones(4, dtype=torch.int64), {}, TypeError, "scores .* torch.int64: pass scores.float"),
+        (np.ones(4), {}, TypeError, "scores must be a torch.Tensor, got ndarray: pass torch.as_tensor"),
+        ([1.0, 2.0, 3.0], {}, TypeError, "scores must be a torch.Tensor, got list"),
+        (torch.ones(4), {"keep": "a"}, TypeError, r"keep must be a number, got 'a': pass \(1 - prune ratio\) \* N"),
+        (torch.ones(4), {"keep": None}, TypeError, "keep must be a number, got None"),
     ],
 )
 def test_wrong_arguments(scores, options, error, message):
     with pytest.raises(error, match=message):
-        inclusion_probabilities(scores, 2.0, **options)
+        inclusion_probabilities(scores, **{"keep": 2.0, **options})
+
+
+@pytest.mark.parametrize("keep", [2, np.float32(2), np.int64(2)])
+def test_keep_is_any_number(keep):
+    scores = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert torch.equal(inclusion_probabilities(scores, keep), inclusion_probabilities(scores, 2.0))
 
 
 # On a GPU
@@ -603,7 +614,8 @@ def test_schedules(ratio, epochs, schedule, warmup_epochs, tail_epochs):
     options = {"schedule": schedule, "warmup_epochs": warmup_epochs, "tail_epochs": tail_epochs}
     pruned = epochs - warmup_epochs - tail_epochs
     if ratio > 0 and ratio * epochs > MAX_RATIO * pruned * (1 + 1e-9):
-        with pytest.raises(ValueError, match=r"lower one of the three or train more epochs"):
+        remedy = "lower one of the three" if pruned > 0 else "lower them"
+        with pytest.raises(ValueError, match=f"{remedy} or train more epochs"):
             prune_ratios(ratio, epochs, **options)
         return
     ratios = prune_ratios(ratio, epochs, **options)
@@ -667,8 +679,12 @@ def test_default_schedule():
         ({"ratio": 0.5, "epochs": 3, "warmup_epochs": -1}, "must not be negative, got -1 and 0"),
         ({"ratio": 0.5, "epochs": 3, "tail_epochs": -2}, "must not be negative, got 1 and -2"),
         ({"ratio": 0.5, "epochs": 3, "schedule": "step"}, "one of constant, linear, cosine, got 'step'"),
-        ({"ratio": 0.5, "epochs": 1}, "needs inf in each of the 0 epochs that warmup_epochs = 1"),
-        ({"ratio": 0.9, "epochs": 10, "tail_epochs": 2}, r"ratio = 0.9 over 10 epochs needs 1.286 .* above 0.95"),
+        ({"ratio": 0.5, "epochs": 1}, "warmup_epochs = 1 and tail_epochs = 0 leave none of 1 epochs"),
+        (
+            {"ratio": 0.5, "epochs": 30, "warmup_epochs": 2, "tail_epochs": 40},
+            "^warmup_epochs = 2 and tail_epochs = 40 leave none of 30 epochs to prune: lower them or train more",
+        ),
+        ({"ratio": 0.9, "epochs": 10, "tail_epochs": 2}, r"^prune ratio 0.9 over 10 epochs needs 1.286 .* above 0.95"),
     ],
 )
 def test_impossible_schedules(arguments, message):
