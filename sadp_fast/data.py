@@ -28,6 +28,18 @@ EVENT_STEPS = 10  # frames of a recording where nothing else is asked for
 MAX_SENSOR = 4096  # pixels a side; a coordinate beyond is damage
 CIFAR10_JPEG_NAME = "CIFAR-10 (JPEG q75 copy)"
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm"}
+# What a data set's folder holds, as errors tell it.
+LAYOUTS = {
+    "MNIST": "mnist.npz, or train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
+    "t10k-labels-idx1-ubyte, gzipped or not, in the folder or in its MNIST/raw",
+    "CIFAR-10": "cifar10_jpeg.npz, or data_batch_1 to data_batch_5 and test_batch, in the folder or in its "
+    "cifar-10-batches-py",
+    "CIFAR-100": "the files train and test, in the folder or in its cifar-100-python",
+    "N-MNIST": "nmnist_small_events.npz, nmnist_small_frames_T10.npz, or recordings train/<class>/*.npz and "
+    "test/<class>/*.npz, in the folder or in its events_np",
+    "event": "recordings train/<class>/*.npz and test/<class>/*.npz, in the folder or in its events_np",
+    "image": "images in train/<class>/ and in val/<class>/ or test/<class>/",
+}
 # What the readers of NumPy, gzip, pickle and Pillow raise on a file that is cut off, damaged or of another kind.
 UNREADABLE = (
     OSError,
@@ -145,18 +157,16 @@ def _mnist(path: Path) -> Dataset:
         return _dataset("MNIST", _read_npz(archive, ("train_x", "train_y", "test_x", "test_y")), 10, archive)
     folder = path if path.is_dir() else path.parent
     parts = (("train", "images", 3), ("train", "labels", 1), ("t10k", "images", 3), ("t10k", "labels", 1))
-    files = [
-        _first(
-            [
-                folder / inside / f"{split}-{kind}{dot}idx{rank}-ubyte{suffix}"
-                for inside in (".", "MNIST/raw")
-                for dot in "-."
-                for suffix in ("", ".gz")
-            ],
-            "MNIST",
-        )
+    names = [
+        [
+            f"{inside}{split}-{kind}{dot}idx{rank}-ubyte{suffix}"
+            for inside in ("", "MNIST/raw/")
+            for dot in "-."
+            for suffix in ("", ".gz")
+        ]
         for split, kind, rank in parts
     ]
+    files = _found(folder, names, "MNIST")
     arrays = [_read_idx(file, rank) for file, (_, _, rank) in zip(files, parts, strict=True)]
     return _dataset("MNIST", tuple(arrays), 10, folder)
 
@@ -165,7 +175,7 @@ def _cifar10(path: Path) -> Dataset:
     if path.is_file():
         archive = path
     else:
-        batches = _first([path / "cifar10_jpeg.npz", path / "data_batch_1", path / "cifar-10-batches-py"], "CIFAR-10")
+        (batches,) = _found(path, [["cifar10_jpeg.npz", "data_batch_1", "cifar-10-batches-py"]], "CIFAR-10")
         if batches.suffix != ".npz":
             return _cifar10_batches(batches if batches.is_dir() else path)
         archive = batches
@@ -190,8 +200,7 @@ def _npz(path: Path) -> Dataset:
 def _image_folder(path: Path, size: int) -> Dataset:
     from PIL import Image, ImageOps
 
-    test = _first([path / "val", path / "test"], "images")
-    train = _first([path / "train"], "images")
+    train, test = _found(path, [["train"], ["val", "test"]], "image")
     classes = _classes(train, test)
     arrays = []
     for split in (train, test):
@@ -230,14 +239,8 @@ def _labelled_files(split: Path, classes: list[str], suffixes: set[str], what: s
 
 def _nmnist(path: Path, steps: int, split_by: str) -> Dataset:
     if path.is_dir():
-        path = _first(
-            [
-                path / "nmnist_small_events.npz",
-                path / "nmnist_small_frames_T10.npz",
-                *(path / inside for inside in ("train", "events_np")),
-            ],
-            "N-MNIST",
-        )
+        names = ["nmnist_small_events.npz", "nmnist_small_frames_T10.npz", "train", "events_np"]
+        (path,) = _found(path, [names], "N-MNIST")
     if path.is_dir():
         root = path.parent if path.name == "train" else path
         return _event_folder("N-MNIST", root, steps, split_by, size=(34, 34), num_classes=10)
@@ -279,7 +282,7 @@ def _event_folder(
 ) -> Dataset:
     """Recordings in train/<class>/ and test/<class>/; `size`: (height, width) of the sensor, None to find it out."""
     path = path / "events_np" if (path / "events_np").is_dir() else path
-    train, test = (_first([path / split], "event") for split in ("train", "test"))
+    train, test = _found(path, [["train"], ["test"]], "event")
     classes = _classes(train, test)
     splits = [_labelled_files(split, classes, {".npz"}, "recordings") for split in (train, test)]
     height, width = size or _sensor_size([file for files in splits for file, _ in files])
@@ -358,11 +361,20 @@ def _channels_first(images: np.ndarray) -> Tensor:
     return torch.from_numpy(np.require(images, requirements=["C", "W"]))
 
 
-def _first(candidates: list[Path], what: str) -> Path:
-    for candidate in candidates:
-        if candidate.exists():
-            return candidate
-    raise DataError(f"no {what} data at {candidates[0]}: check --data-dir or SADP_DATA")
+def _found(folder: Path, wanted: list[list[str]], what: str) -> list[Path]:
+    """For each file or folder that is wanted the first of its names that is there; raises DataError."""
+    paths: list[Path] = []
+    missing = []
+    for names in wanted:
+        there = [folder / name for name in names if (folder / name).exists()]
+        if there:
+            paths.append(there[0])
+        else:
+            missing.append(names[0])
+    if missing:
+        problem = f"{folder} lacks {missing[0]}" if paths else f"no {what} data in {folder}"
+        raise DataError(f"{problem}: {what} data are {LAYOUTS[what]}; check --data-dir or SADP_DATA")
+    return paths
 
 
 def _damaged(path: Path, error: BaseException) -> DataError:
@@ -419,26 +431,24 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _cifar10_batches(folder: Path) -> Dataset:
-    train = [folder / f"data_batch_{index}" for index in range(1, 6)]
-    return _pickled("CIFAR-10", folder, (train, [folder / "test_batch"]), "labels", 10)
+    train = [f"data_batch_{index}" for index in range(1, 6)]
+    return _pickled("CIFAR-10", folder, (train, ["test_batch"]), "labels", 10)
 
 
 def _cifar100(path: Path) -> Dataset:
     if path.is_file():
         raise DataError(f"{path} is a file: give the folder cifar-100-python, which holds train, test and meta")
     folder = path / "cifar-100-python" if (path / "cifar-100-python").is_dir() else path
-    return _pickled("CIFAR-100", folder, ([folder / "train"], [folder / "test"]), "fine_labels", 100)
+    return _pickled("CIFAR-100", folder, (["train"], ["test"]), "fine_labels", 100)
 
 
-def _pickled(
-    name: str, folder: Path, splits: tuple[list[Path], list[Path]], label_key: str, num_classes: int
-) -> Dataset:
+def _pickled(name: str, folder: Path, splits: tuple[list[str], list[str]], label_key: str, num_classes: int) -> Dataset:
     """CIFAR's pickled batches: a dictionary with rows of 3 * 32 * 32 bytes under "data", and a list of labels."""
     arrays: list[np.ndarray] = []
+    _found(folder, [[file] for files in splits for file in files], name)
     for files in splits:
         images, labels = [], []
-        for file in files:
-            path = _first([file], name)
+        for path in (folder / file for file in files):
             try:
                 with path.open("rb") as stream:
                     batch = _ArrayUnpickler(stream, encoding="latin1").load()

@@ -171,6 +171,13 @@ def test_cifar10_batches(tmp_path, inside):
     assert cifar.test_labels.tolist() == [5, 9]
 
 
+def test_a_missing_cifar10_batch_is_named(tmp_path):
+    write_batches(tmp_path)
+    (tmp_path / "data_batch_3").unlink()
+    with pytest.raises(data.DataError, match=r"lacks data_batch_3: CIFAR-10 data are cifar10_jpeg\.npz, or"):
+        data.load("cifar10", tmp_path)
+
+
 def test_cifar10_batches_run_no_code(tmp_path):
     folder = tmp_path / "cifar-10-batches-py"
     write_batches(folder)
@@ -286,12 +293,14 @@ def test_wrong_idx_is_one_clear_error(tmp_path, damage):
     write_idx(tmp_path, arrays(), compress=False)
     file = tmp_path / "t10k-images-idx3-ubyte"
     raw = bytearray(file.read_bytes())
+    message = "t10k-images-idx3-ubyte is damaged"
     if damage == "missing":
         file.unlink()
+        message = "lacks t10k-images-idx3-ubyte: MNIST data are mnist.npz, or train-images"
     else:
         raw[3 if damage == "magic" else 7] += 1
         file.write_bytes(raw[:9] if damage == "cut" else raw)
-    with pytest.raises(data.DataError, match="t10k-images"):
+    with pytest.raises(data.DataError, match=message):
         data.load("mnist", tmp_path)
 
 
@@ -322,6 +331,30 @@ def test_data_folder_is_asked_for(monkeypatch, tmp_path):
         data.load("npz", tmp_path)
     with pytest.raises(data.DataError, match="unknown data set"):
         data.load("imagenet", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "names"),
+    [
+        ("mnist", "MNIST", ("mnist.npz", "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte", "gzipped", "MNIST/raw")),
+        ("cifar10", "CIFAR-10", ("cifar10_jpeg.npz", "data_batch_1", "test_batch", "cifar-10-batches-py")),
+        ("cifar100", "CIFAR-100", ("the files train and test", "cifar-100-python")),
+        (
+            "nmnist",
+            "N-MNIST",
+            ("nmnist_small_events.npz", "nmnist_small_frames_T10.npz", "train/<class>/", "events_np"),
+        ),
+        ("dvs", "event", ("train/<class>/", "test/<class>/", "events_np")),
+        ("imagefolder", "image", ("train/<class>/", "val/<class>/", "test/<class>/")),
+    ],
+)
+def test_a_folder_without_data_is_told_what_belongs_there(tmp_path, name, what, names):
+    with pytest.raises(data.DataError) as caught:
+        data.load(name, tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"no {what} data in {tmp_path}: ")
+    assert message.endswith("; check --data-dir or SADP_DATA") and "\n" not in message
+    assert [part for part in names if part not in message] == []
 
 
 def write_cifar100(folder: Path) -> np.ndarray:
@@ -358,7 +391,7 @@ def test_wrong_cifar100_is_one_clear_error(tmp_path, damage):
     batch = pickle.loads(file.read_bytes())
     if damage == "missing":
         file.unlink()
-        message = "no CIFAR-100 data at .*test"
+        message = "cifar-100-python lacks test: CIFAR-100 data are"
     elif damage == "cut":
         file.write_bytes(file.read_bytes()[:500])
     else:
@@ -486,7 +519,7 @@ def test_wrong_event_folder_is_one_clear_error(tmp_path, damage):
         message = "fly is a class that .*train lacks"
     elif damage == "no test":
         (tmp_path / "test").rename(tmp_path / "val")
-        message = "no event data at .*test"
+        message = "lacks test: event data are recordings"
     elif damage == "no files":
         for path in (tmp_path / "test").rglob("*.npz"):
             path.unlink()
