@@ -29,6 +29,7 @@ from .config import (
     SHARE,
     SettingError,
     TrainConfig,
+    base_method,
     folder_name,
     read_variant,
     write_variant,
@@ -87,10 +88,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def list_of(read: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """An option's type: a list with commas of what `read` reads, none of it twice."""
+    """An option's type: a list with commas, and spaces where wanted, of what `read` reads, none of it twice."""
 
     def parse(text: str) -> list[Any]:
-        values = [read(part) for part in text.split(",")]
+        values = [read(part.strip()) for part in text.split(",")]
         if len(set(values)) != len(values):
             raise SettingError(f"{text!r} names something twice")
         return values
@@ -130,13 +131,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     groups = add_settings(command)
     option = groups["pruning"].add_argument
-    option("--prune-ratio", type=BELOW_ONE, metavar="R", help="mean share of examples left out, [0, 1) (default: 0.5)")
+    option(
+        "--prune-ratio",
+        type=BELOW_ONE,
+        metavar="R",
+        help="mean share of examples left out, [0, 1); 0: full data only (default: 0.5)",
+    )
     option(
         "--compare",
-        type=lambda text: [] if text == "none" else list_of(_compared)(text),
+        type=lambda text: [] if text.strip() == "none" else list_of(_compared)(text),
         metavar="LIST",
-        help=f"also run none, or any of {','.join(METHODS)}, with settings of their own where wanted: "
-        "full,full:epochs=15,sadp:weights=none:tail-epochs=0 (default: full)",
+        help=f"also run none, or any of {', '.join(METHODS)}; with settings of their own where wanted: "
+        "full,full:epochs=15,sadp:weights=none (default: full)",
     )
     option = groups["training"].add_argument
     option("--seed", type=NATURAL, metavar="N", help="seed of weights, draws and augmentation (default: 0)")
@@ -154,20 +160,51 @@ def add_settings(command: argparse.ArgumentParser) -> dict[str, Any]:
     """Add the options that `train` and `study` share; returns the groups that they are in, by name."""
     groups = {name: command.add_argument_group(name) for name in ("data and network", "pruning", "training")}
     option = groups["data and network"].add_argument
-    option("--dataset", choices=data.NAMES, help="data set (default: digits, which needs no files)")
+    # Long lists of names stand in the help, where lines break between them.
+    option(
+        "--dataset",
+        choices=data.NAMES,
+        metavar="NAME",
+        help=f"{', '.join(data.NAMES)} (default: digits, no files needed)",
+    )
     option("--data-dir", metavar="PATH", help="the data set's folder or file (default: $SADP_DATA)")
     option("--image-size", type=POSITIVE, metavar="PIXELS", help="side of an imagefolder's images (default: 32)")
     option(
         "--split-by", choices=SPLITS, help="frames of equal numbers of events (default) or of equal time: nmnist, dvs"
     )
-    option("--model", choices=models.NAMES, help="network (default: conv; sew_resnet18 for cifar, dvs, imagefolder)")
+    option(
+        "--model",
+        choices=models.NAMES,
+        metavar="NAME",
+        help=f"network: {', '.join(models.NAMES)} (default: conv; sew_resnet18 for cifar, dvs, imagefolder)",
+    )
     option("--time-steps", type=POSITIVE, metavar="T", help="time steps (default: 4; event frames 10, or their own)")
 
     option = groups["pruning"].add_argument
-    option("--score", choices=SCORES, help="importance of an example (default: all, from every layer's spikes)")
-    option("--policy", choices=POLICIES, help="how scores become probabilities (default: mix)")
-    option("--smoothing", type=SHARE, metavar="C", help="how far small ones are raised, 0 to 1 (default: 0.3)")
-    option("--weights", choices=WEIGHTS, help="weights of the losses (default: by --policy; unbiased for mix)")
+    option(
+        "--score",
+        choices=SCORES,
+        metavar="NAME",
+        help=f"importance of an example: {', '.join(SCORES)} (default: all, the spike-aware bound over all weight "
+        "layers; last: over the last one; grad_norm: exact, slow)",
+    )
+    option(
+        "--policy",
+        choices=POLICIES,
+        metavar="NAME",
+        help=f"how scores become probabilities: {', '.join(POLICIES)} (default: mix)",
+    )
+    option(
+        "--smoothing",
+        type=SHARE,
+        metavar="C",
+        help="how far small probabilities are raised, 0 to 1; epsilon of epsilon_greedy (default: 0.3)",
+    )
+    option(
+        "--weights",
+        choices=WEIGHTS,
+        help="weights of the losses (default: by --policy: sum for infobatch, none for epsilon_greedy, else unbiased)",
+    )
     option("--score-momentum", type=BELOW_ONE, metavar="M", help="how much of an old score is kept (default: 0)")
     option("--schedule", choices=SCHEDULES, help="the ratio's course over the epochs (default: constant)")
     option("--warmup-epochs", type=NATURAL, metavar="N", help="full-data epochs at the start (default: by --epochs)")
@@ -212,6 +249,8 @@ def _train(given: dict[str, Any]) -> int:
 
     console, config, folder = Console(highlight=False), plan.config, plan.folder
     if not quiet:
+        if "sadp" not in plan.methods:
+            console.print("--prune-ratio 0 prunes nothing: only full data is trained", soft_wrap=True)
         console.print(
             f"{dataset.name}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test examples; "
             f"{config.model}, T = {config.time_steps}, {config.epochs} epochs; {report.device_name(config.device)}",
@@ -266,7 +305,8 @@ def _planned(given: dict[str, Any]) -> Plan:
     """A new run, in a folder where nothing lies yet."""
     options = dict(given)
     folder = _asked_folder(options)
-    methods, data_dir = [*options.pop("compare", ["full"]), "sadp"], options.pop("data_dir", None)
+    methods, data_dir = options.pop("compare", ["full"]), options.pop("data_dir", None)
+    methods = _without_pruning(methods) if options.get("prune_ratio") == 0 else [*methods, "sadp"]
     options = with_defaults(options, data_dir)
     dataset = options["dataset"]
     folder = folder or Path("runs") / f"{dataset}-{options['model']}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -275,6 +315,17 @@ def _planned(given: dict[str, Any]) -> Plan:
     if folder.exists() and any(folder.iterdir()):
         raise CommandError(f"{folder} is not empty: name a new folder, or continue its run with --resume {folder}")
     return Plan(TrainConfig(**options), methods, data_dir, folder, resume=False)
+
+
+def _without_pruning(compared: list[str]) -> list[str]:
+    """The methods where nothing is to be pruned: each other than full data would be the same training again."""
+    for method in compared:
+        if base_method(method) != "full":
+            raise CommandError(
+                f"--prune-ratio 0 prunes nothing, so {method} would train on full data: leave it out of --compare, "
+                "or raise the ratio"
+            )
+    return compared if "full" in compared else [*compared, "full"]
 
 
 def with_defaults(options: dict[str, Any], data_dir: str | None) -> dict[str, Any]:
@@ -310,7 +361,11 @@ def _resumed(given: dict[str, Any]) -> Plan:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CommandError(f"{folder} holds no run to resume ({error}): check the folder") from error
-    settings = {**asdict(plan.config), "compare": plan.methods[:-1], "data_dir": plan.data_dir}
+    settings = {
+        **asdict(plan.config),
+        "compare": [method for method in plan.methods if method != "sadp"],
+        "data_dir": plan.data_dir,
+    }
     for option, value in options.items():
         if option in settings and settings[option] != value:
             raise CommandError(

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from sadp_fast import cli, report
-from sadp_fast.config import METHODS
+from sadp_fast import cli, data, models, report
+from sadp_fast.config import METHODS, SCORES, SettingError
+from sadp_fast.selection import POLICIES
 
 for package in ("sklearn", "rich", "matplotlib", "PIL"):
     pytest.importorskip(package)
@@ -86,7 +87,7 @@ ERRORS = [
     ),
     (["train", "--compare", "full:smoothing=0.1"], "sets smoothing, which full does not have"),
     (["train", "--compare", "sadp:lr=1,sadp:lr=1.0"], "names something twice"),
-    (["train", "--compare", "random:epochs=2"], "random:epochs=2: ratio = 0.5 over 2 epochs"),
+    (["train", "--compare", "random:epochs=2"], "random:epochs=2: prune ratio 0.5 over 2 epochs"),
     (["train", "--schedule", "step"], "--schedule: invalid choice"),
     (["train", "--epochs", "0"], "--epochs: '0' is not a whole number of at least 1"),
     (["train", "--epochs", "2.5"], "--epochs: '2.5' is not"),
@@ -101,7 +102,9 @@ ERRORS = [
     (["train", "--device", "gpu"], "--device 'gpu' is no device"),
     (["train", "--device", "meta"], "--device 'meta' is not supported"),
     (["train", "--device", "cuda:99"], "--device 'cuda:99' is not there"),
-    (["train", "--warmup-epochs", "20", "--tail-epochs", "20"], "30 epochs"),
+    (["train", "--warmup-epochs", "20", "--tail-epochs", "20"], "leave none of 30 epochs to prune: lower"),
+    (["train", "--prune-ratio", "0", "--compare", "full,random"], "prunes nothing, so random would train on full data"),
+    (["train", "--prune-ratio", "0", "--compare", "sadp:score=last"], "leave it out of --compare, or raise the ratio"),
     (["train", "--epochs", "2"], "lower one of the three or train more epochs"),
     (["train", "--data-dir", "."], "digits needs no files"),
     (["train", "--image-size", "8"], "--image-size is for --dataset imagefolder only"),
@@ -109,12 +112,15 @@ ERRORS = [
     (["train", "--split-by", "space"], "--split-by: invalid choice"),
     (["train", "--dataset", "cifar100", "--data-dir", "a_file"], "a_file is a file: give the folder cifar-100-python"),
     (["train", "--dataset", "nmnist", "--data-dir", "a_file"], "a_file is damaged or of another format"),
-    (["train", "--dataset", "dvs", "--data-dir", "empty"], "no event data at empty/train"),
+    (["train", "--dataset", "dvs", "--data-dir", "empty"], "no event data in empty: "),
     (["train", "--dataset", "mnist"], "give --data-dir or set SADP_DATA"),
     (["train", "--dataset", "mnist", "--data-dir", "nowhere"], "no file or folder nowhere"),
-    (["train", "--dataset", "cifar10", "--data-dir", "empty"], "no CIFAR-10 data at empty/cifar10_jpeg.npz"),
+    (
+        ["train", "--dataset", "cifar10", "--data-dir", "empty"],
+        "no CIFAR-10 data in empty: CIFAR-10 data are cifar10_jpeg.npz, or",
+    ),
     (["train", "--dataset", "cifar10", "--data-dir", "a_file"], "a_file is damaged or of another format"),
-    (["train", "--dataset", "imagefolder", "--data-dir", "empty"], "no images data at empty/val"),
+    (["train", "--dataset", "imagefolder", "--data-dir", "empty"], "no image data in empty: "),
     ([*NPZ, "cut.npz"], "cut.npz is damaged or of another format"),
     ([*NPZ, "range.npz"], "test labels hold 5, out of range: classes are 0 to 2"),
     ([*NPZ, "negative.npz"], "train labels hold -1, out of range"),
@@ -321,6 +327,38 @@ def test_quiet_run_without_comparison_in_the_default_folder(capsys):
     assert "epoch" not in output and "SADP (all)" in output
     figures = json.loads((folder / "results.json").read_text())["methods"]
     assert list(figures) == ["sadp"] and figures["sadp"]["time_ratio"] is None
+
+
+@pytest.mark.parametrize("compared", ["full", "none", "full:epochs=2"])
+def test_without_pruning_full_data_is_trained_once(compared, capsys):
+    assert cli.main([*FAST, "--prune-ratio", "0", "--compare", compared, "--out", "here"]) == 0
+    output = capsys.readouterr().out
+    assert output.startswith("--prune-ratio 0 prunes nothing: only full data is trained\n") and "SADP" not in output
+    methods = json.loads(Path("here/results.json").read_text())["methods"]
+    assert list(methods) == (["full:epochs=2", "full"] if compared == "full:epochs=2" else ["full"])
+    assert methods["full"]["examples_trained"] == 4 * 1437 and methods["full"]["time_ratio"] == 1.0
+    assert cli.main(["train", "--resume", "here", "--quiet"]) == 0
+    assert json.loads(Path("here/results.json").read_text())["methods"] == methods
+
+
+def test_lists_may_have_spaces_after_commas():
+    read = cli.list_of(cli.variant)
+    assert read("full, full:epochs=15,  sadp:weights=none ") == ["full", "full:epochs=15", "sadp:weights=none"]
+    with pytest.raises(SettingError, match="'full, full' names something twice"):
+        read("full, full")
+
+
+@pytest.mark.parametrize("command", ["train", "study"])
+def test_help_breaks_no_name(command, monkeypatch, capsys):
+    """In a terminal of 80 columns, lines break only between methods, scores, policies, networks and data sets."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    text = " ".join(" ".join(lines).split())
+    for names in (METHODS, SCORES, POLICIES, data.NAMES, models.NAMES):
+        assert ", ".join(names) in text
 
 
 def test_low_memory_is_kept_and_changes_no_result():

@@ -1,5 +1,6 @@
 """The studies: what they measure against its definition, and the command that runs, resumes, merges and shows them."""
 
+import ast
 import json
 import math
 import re
@@ -681,9 +682,12 @@ ERRORS = [
     (["all", "--methods", "full,sadp:lr=high"], "'high' is not a number above 0, which lr in 'sadp:lr=high'"),
     (["all", "--methods", "full:epochs=3,full:epochs=03"], "names something twice"),
     (["all", "--stop-after", "0"], "--stop-after: '0' is not a number above 0"),
-    (["accuracy", "--methods", "sadp:epochs=2", "--out", "new"], "sadp:epochs=2: ratio = 0.5 over 2 epochs needs"),
+    (["accuracy", "--methods", "sadp:epochs=2", "--out", "new"], "sadp:epochs=2: prune ratio 0.5 over 2 epochs needs"),
     (["all", "--methods", "full,random:batch_size=5000", "--out", "new"], "the batch size 5000 is above"),
     (["all", "--report-only"], "--report-only needs the folder of a study"),
+    (["all", "--report-only", "--out", "new"], "new holds no study to report: check --out"),
+    (["all", "--report-only", "--out", "full_folder"], "full_folder holds no study to report: check --out"),
+    (["all", "--report-only", "--resume", "new"], "new holds no study to report: check --resume"),
     (["all", "--resume", "nowhere"], "nowhere holds no study to resume"),
     (["all", "--out", "full_folder"], "full_folder is not empty and holds no study"),
     (["all", "--out", "a_file"], "a_file is a file"),
@@ -697,7 +701,7 @@ ERRORS = [
     (["accuracy", "--batch-size", "5000", "--out", "new"], "the batch size 5000 is above"),
     (["all", "--out", "study", "--policy", "floor"], "--policy is floor, but the study in study has mix"),
     (["all", "--split-by", "time"], "--split-by is for"),
-    (["accuracy", "--ratios", "0.3,0.9", "--epochs", "5", "--out", "new"], "ratio = 0.9 over 5 epochs needs"),
+    (["accuracy", "--ratios", "0.3,0.9", "--epochs", "5", "--out", "new"], "prune ratio 0.9 over 5 epochs needs"),
 ]
 
 
@@ -715,6 +719,14 @@ def test_errors_are_one_line(arguments, message, capsys):
     output = capsys.readouterr()
     assert re.fullmatch(r"sadp-fast: error: [^\n]+\n", output.err) and message in output.err and output.out == ""
     assert not Path("new").exists() and not Path("runs").exists()
+
+
+def test_the_documented_script_runs(capsys):
+    text = (Path(__file__).parents[1] / "docs/studies.md").read_text()
+    (script,) = re.findall(r"## In a script\n.*?```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(script, "docs/studies.md", "exec"), {})
+    printed = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["method"], row["ratio"]) for row in printed] == [("full", 0.0), ("sadp", 0.5)]
 
 
 def test_help_names_every_study_and_option(capsys):

@@ -61,8 +61,8 @@ def add_parser(commands: Any) -> None:
         "--methods",
         type=cli.list_of(cli.variant),
         metavar="LIST",
-        help=f"of {','.join(METHODS)}, with settings of their own where wanted: full,full:epochs=30,"
-        f"sadp:weights=none:tail-epochs=0 (default: {','.join(DEFAULT_METHODS)})",
+        help=f"of {', '.join(METHODS)}; with settings of their own where wanted: full,full:epochs=30,sadp:weights=none "
+        f"(default: {', '.join(DEFAULT_METHODS)})",
     )
     option("--ratios", type=cli.list_of(RATIO), metavar="LIST", help="pruning ratios (default: 0.3,0.5,0.7)")
     option("--seeds", type=cli.list_of(config.NATURAL), metavar="LIST", help="seeds (default: 0,1,2)")
@@ -172,6 +172,9 @@ def _introduce(plan: Plan, console: Any) -> None:
 def _planned(given: dict[str, Any]) -> Plan:
     """The plan of a new folder, or of one where a study was begun, with the options of this call."""
     folder = _folder(given)
+    if folder and given.get("report_only") and not (folder / "study.json").exists():
+        option = "--resume" if "resume" in given else "--out"
+        raise StudyError(f"{folder} holds no study to report: check {option}")
     known = _remembered(folder) if folder else None
     if "resume" in given and known is None:
         raise StudyError(f"{folder} holds no study to resume: check the folder, or begin one with --out")
