@@ -7,6 +7,7 @@ with a GPU they run for real, and the CPU cases of kernel tests are skipped.
 import json
 import os
 import platform
+import time
 from collections import Counter, defaultdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,33 +22,63 @@ import pytest
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+# TensorFloat-32 convolutions keep ten bits: what is compared with another order of the same sums would differ by 1e-3,
+# and spikes with it.
+torch.backends.cudnn.allow_tf32 = False
+
+
+class Outcomes:
+    """What ran and how it ended, in a file that is replaced every few seconds: a run that is killed leaves its part."""
+
+    PAUSE = 5.0  # seconds between two writings, but for failures
+
+    def __init__(self, path):
+        self.path, self.written = Path(path), 0.0
+        self.counts, self.failed = defaultdict(Counter), {}
+        self.complete = False
+
+    def pytest_runtest_logreport(self, report):
+        failed = report.outcome == "failed"
+        if report.when == "call" or report.outcome != "passed":
+            outcome = "error" if failed and report.when != "call" else report.outcome
+            self.counts[report.nodeid.split("::")[0]][outcome] += 1
+        if failed:
+            self.failed[report.nodeid] = report.longreprtext[-2000:]
+        if failed or time.monotonic() > self.written + self.PAUSE:
+            self.write()
+
+    def pytest_sessionfinish(self, exitstatus):
+        self.complete = exitstatus in (0, 1)
+        self.write()
+
+    def write(self):
+        cuda = torch.cuda.is_available()
+        result = {
+            "environment": {
+                "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "device": torch.cuda.get_device_name() if cuda else "CPU (Triton kernels in the interpreter)",
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+            },
+            "complete": self.complete,
+            "total": dict(sum(self.counts.values(), Counter())),
+            "outcomes": {file: dict(counts) for file, counts in sorted(self.counts.items())},
+            "failed": dict(sorted(self.failed.items())),
+        }
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        partial.replace(self.path)
+        self.written = time.monotonic()
+
+
 def pytest_addoption(parser):
     parser.addoption("--outcomes", metavar="FILE.json", help="write what ran, where, and how it ended")
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    if not config.getoption("--outcomes"):
-        return
-    outcomes = defaultdict(Counter)
-    failed = []
-    for outcome in ("passed", "failed", "error", "skipped"):
-        for report in terminalreporter.stats.get(outcome, []):
-            outcomes[report.nodeid.split("::")[0]][outcome] += 1
-            if outcome in ("failed", "error"):
-                failed.append(report.nodeid)
-    cuda = torch.cuda.is_available()
-    result = {
-        "environment": {
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "device": torch.cuda.get_device_name() if cuda else "CPU (Triton kernels in the interpreter)",
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
-        "outcomes": {file: dict(counts) for file, counts in sorted(outcomes.items())},
-        "total": dict(sum(outcomes.values(), Counter())),
-        "failed": sorted(failed),
-    }
-    Path(config.getoption("--outcomes")).write_text(json.dumps(result, indent=1) + "\n")
+def pytest_configure(config):
+    # Under pytest-xdist the workers report to one process, which has no worker's input.
+    if config.getoption("--outcomes") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Outcomes(config.getoption("--outcomes")))
 
 
 def pytest_collection_modifyitems(items):
