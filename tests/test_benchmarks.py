@@ -316,3 +316,21 @@ def test_results_hold_device_versions_and_rows(tmp_path):
     assert set(report["test_seconds"]) >= {"test_host_time.py::test_host_time[LIFNode-False]"}
     values = {row["implementation"]: row["value"] for row in report["rows"] if "value" in row}
     assert {"LIFNode", "torch loop"} <= set(values) and all(value > 0 for value in values.values())
+
+
+def test_what_ncu_prints_is_read_with_its_units():
+    import ncu
+
+    metrics = list(ncu.METRICS.values())
+    lines = [
+        "==PROF== Connected",
+        ",".join(f'"{name}"' for name in ("ID", *metrics)),
+        ",".join(['""'] * (len(metrics) + 1)),
+    ]
+    lines[2] = ",".join(['""', '"ns"', *['"%"'] * (len(metrics) - 1)])
+    lines += [",".join(f'"{value}"' for value in (i, f"1,{i:03d}", *range(len(metrics) - 1))) for i in range(14)]
+    rows = ncu.read("\n".join(lines))
+    assert len(rows) == 14 and rows[3]["kernel"] == "LIFNode with statistics, 16x128x512 bfloat16: backward"
+    assert rows[3]["time [ns]"] == 1003 and rows[0]["DRAM throughput [%]"] == 0
+    with pytest.raises(SystemExit, match="counted 13 launches, but 14"):
+        ncu.read("\n".join(lines[:-1]))
