@@ -31,6 +31,11 @@ for package in ("sklearn", "scipy", "rich", "matplotlib"):
 def fresh_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SADP_DATA", raising=False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Of the module, so that the study that many tests read is made with it too: sums are the same to the bit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -251,7 +256,7 @@ def tiny(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, one_thread):
     """A folder in which `study all` has run."""
     folder = tmp_path_factory.mktemp("studies") / "all"
     with pytest.MonkeyPatch.context() as monkeypatch:
