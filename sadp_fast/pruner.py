@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from numbers import Integral
 from typing import Any
 
@@ -157,6 +158,8 @@ class SADP:
         self.ratios = prune_ratios(
             prune_ratio, epochs, schedule=schedule, warmup_epochs=warmup_epochs, tail_epochs=tail_epochs
         )
+        # Shares of the data that the epochs before each one keep, and all of them: `progress` is asked at every step.
+        self._kept_before = list(accumulate((1 - ratio for ratio in self.ratios), initial=0.0))
         if device is None:
             parameter = next(model.parameters(), None)
             device = "cpu" if parameter is None else parameter.device
@@ -219,9 +222,8 @@ class SADP:
         What a learning rate should follow: counted in epochs, a pruned run would spend too few examples at high rates
         where a full-data tail comes at the end.
         """
-        kept = [1 - ratio for ratio in self.ratios]
-        running = self._share_of_epoch * kept[self.epoch] if self.epoch < len(kept) else 0.0
-        return (sum(kept[: self.epoch]) + running) / sum(kept)
+        running = self._share_of_epoch * (1 - self.ratios[self.epoch]) if self.epoch < len(self.ratios) else 0.0
+        return (self._kept_before[self.epoch] + running) / self._kept_before[-1]
 
     @property
     def passive(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .figures import Table, band, known, mean, panels, save, score_style, seeds_text, spread
+from .figures import Table, band, known, legend_below, mean, panels, save, score_style, seeds_text, spread
 from .measure import EXACT, SCORES, pearson, spearman
 from .plan import Plan
 from .runs import Runs
@@ -93,7 +93,7 @@ class Correlation(Study):
         values = [row[kind][score] for row in (*result["over_training"], *rows) for kind in KINDS for score in SCORES]
         for panel in axes:
             _stretch(panel, known(values))
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        legend_below(figure, axes[0])
         figure.suptitle(
             f"Correlation of scores with the exact gradient norm of {examples} examples "
             f"({seeds_text(len(seeds))})\n{title(result)}"

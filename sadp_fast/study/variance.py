@@ -15,6 +15,7 @@ from .figures import (
     Table,
     band,
     known,
+    legend_below,
     mean,
     panels,
     save,
@@ -150,7 +151,7 @@ class Variance(Study):
             panel.axhline(1, color="#555555", linewidth=1, linestyle="--", label="uniform pruning")
             panel.set(yscale="log", ylabel="Variance / that of uniform pruning")
             panel.set_ylim(max(min(shown) / 1.5, 1e-6), min(TOP, max(1.0, *shown) * 1.5))
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        legend_below(figure, axes[0])
         figure.suptitle(
             f"Variance of the pruned gradient, from exact norms of {settings['size']['examples']} examples "
             f"({seeds_text(len(seeds))})\n{title(result)}"
