@@ -25,6 +25,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # TensorFloat-32 convolutions keep ten bits: what is compared with another order of the same sums would differ by 1e-3,
 # and spikes with it.
 torch.backends.cudnn.allow_tf32 = False
+# Some of cuDNN's gradients add up in an order of their own each time: two runs would not be equal to the last bit.
+torch.backends.cudnn.deterministic = True
 
 
 class Outcomes:
