@@ -104,3 +104,10 @@ def device(request) -> str:
 def kernel_device() -> str:
     """Where Triton kernels run here: the GPU, or the CPU through the interpreter."""
     return "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture(autouse=True)
+def _no_search_for_convolutions():
+    """Training turns cuDNN's search for the fastest algorithm on; the next test should not depend on it."""
+    yield
+    torch.backends.cudnn.benchmark = False

@@ -678,7 +678,7 @@ def test_refusals(shape, dtype, v, options, message, kernel_device):
 
 
 @settings(
-    max_examples=200 if ON_GPU else 50,
+    max_examples=100 if ON_GPU else 50,
     deadline=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],  # shrinking takes minutes in the interpreter
