@@ -203,12 +203,17 @@ def add_settings(command: argparse.ArgumentParser) -> dict[str, Any]:
     option(
         "--weights",
         choices=WEIGHTS,
-        help="weights of the losses (default: by --policy: sum for infobatch, none for epsilon_greedy, else unbiased)",
+        help="weights of the losses (default: sum for the policy infobatch, else none)",
     )
     option("--score-momentum", type=BELOW_ONE, metavar="M", help="how much of an old score is kept (default: 0)")
     option("--schedule", choices=SCHEDULES, help="the ratio's course over the epochs (default: constant)")
     option("--warmup-epochs", type=NATURAL, metavar="N", help="full-data epochs at the start (default: by --epochs)")
-    option("--tail-epochs", type=NATURAL, metavar="N", help="full-data epochs at the end (default: by --epochs)")
+    option(
+        "--tail-epochs",
+        type=NATURAL,
+        metavar="N",
+        help="full-data epochs at the end (default: an eighth of them for the policy infobatch, else 0)",
+    )
 
     option = groups["training"].add_argument
     option("--epochs", type=POSITIVE, metavar="N", help="epochs (default: 30; mnist 10; cifar, dvs, imagefolder 60)")

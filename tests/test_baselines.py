@@ -35,10 +35,14 @@ def data():
 # ------------------------------------------------------------------------------------------------ weights of the losses
 
 
-def test_a_policy_brings_its_papers_weights():
-    weights = {policy: SADP(Net(), N, epochs=4, policy=policy).weights for policy in POLICIES}
-    assert weights == {"mix": "unbiased", "floor": "unbiased", "infobatch": "sum", "epsilon_greedy": "none"}
-    assert SADP(Net(), N, epochs=4, policy="infobatch", weights="unbiased").weights == "unbiased"
+def test_a_policy_brings_its_papers_weights_and_tail():
+    built = {policy: SADP(Net(), N, epochs=16, policy=policy) for policy in POLICIES}
+    weights = {policy: sadp.weights for policy, sadp in built.items()}
+    assert weights == {"mix": "none", "floor": "none", "infobatch": "sum", "epsilon_greedy": "none"}
+    tails = {policy: sadp.tail_epochs for policy, sadp in built.items()}
+    assert tails == {"mix": 0, "floor": 0, "infobatch": 2, "epsilon_greedy": 0}
+    own = SADP(Net(), N, epochs=16, policy="infobatch", weights="unbiased", tail_epochs=1)
+    assert (own.weights, own.tail_epochs) == ("unbiased", 1)
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -239,10 +243,10 @@ def test_states_know_the_settings_and_older_ones_lack_them():
         SADP(Net(), N, epochs=6, **INFOBATCH).load_state_dict(state)
     with pytest.raises(ValueError, match="saved with weights='sum', but SADP was built with 'none'"):
         SADP(Net(), N, epochs=6, **INFOBATCH, weights="none", score_momentum=0.5).load_state_dict(state)
-    old = SADP(Net(), N, epochs=6).state_dict()
+    old = SADP(Net(), N, epochs=6, weights="unbiased").state_dict()
     for name in ("weights", "score_momentum"):
         del old["config"][name]
-    SADP(Net(), N, epochs=6).load_state_dict(old)
+    SADP(Net(), N, epochs=6, weights="unbiased").load_state_dict(old)
     with pytest.raises(ValueError, match="saved with weights='unbiased'"):
         SADP(Net(), N, epochs=6, weights="sum").load_state_dict(old)
 

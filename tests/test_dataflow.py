@@ -220,7 +220,7 @@ def test_a_neuron_with_its_own_normalisation_behind_two_layers_measures_neither(
 
 
 def scores(model, x, epochs=3):
-    sadp = SADP(model, len(x), epochs=10, warmup_epochs=epochs)
+    sadp = SADP(model, len(x), epochs=10, warmup_epochs=epochs, weights="unbiased")
     for _ in range(epochs):
         for index in sadp.batches(N):
             output = model(x[index]).flatten(1)
@@ -301,7 +301,7 @@ def test_forward_passes_that_change_are_errors(node):
         ({"double": True}, ValueError, "neuron was called with 8 examples in a batch of 4|N = 8 examples"),
     ):
         model = Changing()
-        sadp = SADP(model, 12, epochs=8, warmup_epochs=2)
+        sadp = SADP(model, 12, epochs=8, warmup_epochs=2, weights="unbiased")
         rows = sadp.batches(N)
         with pytest.raises(error, match=message):
             for index in rows:
@@ -324,7 +324,7 @@ def test_what_a_batch_does_not_measure_is_not_taken_from_the_one_before():
             return self.c(s.detach() if self.cut else s).mean(0)
 
     model = Detached()
-    sadp = SADP(model, 3 * N, epochs=8, warmup_epochs=2)
+    sadp = SADP(model, 3 * N, epochs=8, warmup_epochs=2, weights="unbiased")
     for count, index in enumerate(sadp.batches(N)):
         model.cut = count == 2
         sadp.loss(nn.CrossEntropyLoss(), model(torch.randn(N, 6) * 3), index % 4).backward()

@@ -20,7 +20,7 @@ def model_and_data():
 
 
 def train(model, body, x, y, batch_size):
-    sadp = SADP(body, N, epochs=EPOCHS, seed=5)
+    sadp = SADP(body, N, epochs=EPOCHS, seed=5, weights="unbiased")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     rows = []
     for _ in range(EPOCHS):

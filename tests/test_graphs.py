@@ -19,7 +19,7 @@ def train(graphed, score, optimizer_class):
     ).cuda()
     generator = torch.Generator("cuda").manual_seed(1)
     x, y = torch.randn(N, 20, device="cuda") * 2, torch.randint(5, (N,), device="cuda")
-    sadp = SADP(model, N, epochs=EPOCHS, score=score, seed=3)
+    sadp = SADP(model, N, epochs=EPOCHS, score=score, seed=3, weights="unbiased")
     rate = torch.tensor(0.01, device="cuda")
     options = {"capturable": True} if optimizer_class is torch.optim.AdamW else {"momentum": 0.9}
     optimizer = optimizer_class(model.parameters(), lr=rate, fused=True, **options)
@@ -59,7 +59,7 @@ def test_every_batch_but_the_first_two_of_a_kind_is_replayed():
     """Full and pruned epochs are of one kind, and so is the padded batch at the end."""
     model = nn.Sequential(nn.Linear(20, 64), LIFNode(step_mode="m"), nn.Linear(64, 5)).cuda()
     x, y = torch.randn(N, 20, device="cuda"), torch.randint(5, (N,), device="cuda")
-    sadp = SADP(model, N, epochs=EPOCHS)
+    sadp = SADP(model, N, epochs=EPOCHS, weights="unbiased")
     calls = []
 
     def step(index):
@@ -82,7 +82,7 @@ def test_a_change_of_the_batch_size_is_another_graph():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(20, 32), LIFNode(step_mode="m"), nn.Linear(32, 5)).cuda()
         x, y = torch.randn(N, 20, device="cuda"), torch.arange(N, device="cuda") % 5
-        sadp = SADP(model, N, epochs=20, warmup_epochs=4)
+        sadp = SADP(model, N, epochs=20, warmup_epochs=4, weights="unbiased")
 
         def step(index):
             model.zero_grad(set_to_none=True)

@@ -154,7 +154,7 @@ def test_is_scored_as_the_network_of_plain_layers(name, training, device):
         scores, spikes = [], ([], [])
         for network, its_spikes in zip((model, plain), spikes, strict=True):
             spikes_of(network, its_spikes)
-            sadp = SADP(network.train(training), 24, epochs=8, warmup_epochs=2, tail_epochs=0)
+            sadp = SADP(network.train(training), 24, epochs=8, warmup_epochs=2, tail_epochs=0, weights="unbiased")
             for _ in range(2):
                 for index in sadp.batches(6):
                     sadp.loss(nn.CrossEntropyLoss(), network(images[index]), labels[index]).backward()
@@ -182,7 +182,7 @@ def test_neurons_may_be_reset_before_the_backward_pass(build, device):
     scores = []
     for early in (False, True):
         model = build(make("conv", (3, 8, 8)).to(device))
-        sadp = SADP(model, 24, epochs=8, warmup_epochs=2)
+        sadp = SADP(model, 24, epochs=8, warmup_epochs=2, weights="unbiased")
         for _ in range(2):
             for index in sadp.batches(6):
                 loss = sadp.loss(nn.CrossEntropyLoss(), model(images[index]), labels[index])
@@ -204,7 +204,7 @@ def test_the_kernels_score_as_the_network_of_plain_layers(name, kernel_device):
             node.backend = "triton"
     scores = []
     for network in (model, plain):
-        sadp = SADP(network, 8, epochs=8, warmup_epochs=1)
+        sadp = SADP(network, 8, epochs=8, warmup_epochs=1, weights="unbiased")
         for index in sadp.batches(4):
             sadp.loss(nn.CrossEntropyLoss(), network(images[index]), labels[index]).backward()
             reset(network)
@@ -216,7 +216,7 @@ def test_the_kernels_score_as_the_network_of_plain_layers(name, kernel_device):
 @pytest.mark.parametrize("name", models.NAMES)
 def test_every_hidden_layer_is_measured_by_its_neuron(name):
     model = make(name, (3, 8, 8))
-    sadp = SADP(model, 12, epochs=8, warmup_epochs=2)
+    sadp = SADP(model, 12, epochs=8, warmup_epochs=2, weights="unbiased")
     for index in sadp.batches(6):
         sadp.loss(nn.CrossEntropyLoss(), model(torch.randn(6, 3, 8, 8)), index % 5).backward()
         reset(model)

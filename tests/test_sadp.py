@@ -191,7 +191,7 @@ def exact_scores(model, data, score):
 def test_scores_are_those_of_the_unweighted_loss(data, score, factor):
     """Neither 1/B, nor the weights of a pruned epoch, nor a GradScaler's or an accumulation's factor shows in them."""
     model = Net()
-    sadp = SADP(model, N, epochs=4, score=score, warmup_epochs=1, tail_epochs=0, seed=2)
+    sadp = SADP(model, N, epochs=4, score=score, warmup_epochs=1, tail_epochs=0, seed=2, weights="unbiased")
     for _ in range(3):
         for row in sadp.batches(16):
             loss = sadp.loss(criterion, model(data.tensors[0][row]), data.tensors[1][row])
@@ -204,7 +204,7 @@ def test_scores_are_those_of_the_unweighted_loss(data, score, factor):
 
 def test_a_real_grad_scaler_is_divided_out(data):
     model = Net()
-    sadp = SADP(model, N, epochs=4, warmup_epochs=1, tail_epochs=0)
+    sadp = SADP(model, N, epochs=4, warmup_epochs=1, tail_epochs=0, weights="unbiased")
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     for _ in range(2):
@@ -221,7 +221,7 @@ def test_a_real_grad_scaler_is_divided_out(data):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_every_reduction_gives_the_same_scores(data, reduction):
     model = Net()
-    sadp = SADP(model, N, epochs=4, warmup_epochs=1, tail_epochs=0)
+    sadp = SADP(model, N, epochs=4, warmup_epochs=1, tail_epochs=0, weights="unbiased")
     loss_function = nn.CrossEntropyLoss(reduction=reduction)
     for _ in range(2):
         for row in sadp.batches(16):
@@ -289,7 +289,7 @@ def test_skipped_batches_are_not_scored(data):
 @pytest.mark.parametrize("score", ["all", "loss", "random"])
 def test_mean_ratio_and_shapes(data, score):
     model = Net()
-    sadp = SADP(model, N, epochs=20, prune_ratio=0.6, score=score, seed=4)
+    sadp = SADP(model, N, epochs=20, prune_ratio=0.6, score=score, seed=4, weights="unbiased")
     shapes = set()
     for _ in range(20):
         for row in sadp.batches(8):
@@ -314,7 +314,7 @@ def test_weighted_gradient_is_unbiased(data):
     scores = torch.rand(N) ** 3
     draws = []
     for seed in range(400):
-        sadp = SADP(model, N, epochs=4, warmup_epochs=0, tail_epochs=0, prune_ratio=0.5, seed=seed)
+        sadp = SADP(model, N, epochs=4, warmup_epochs=0, tail_epochs=0, prune_ratio=0.5, seed=seed, weights="unbiased")
         sadp._slots[:-1] = scores
         total = torch.zeros(30)
         # One epoch of the four, flushed by padding: the estimator of sum_i g_i / N times the batches' B / m.
@@ -329,7 +329,7 @@ def test_weighted_gradient_is_unbiased(data):
 
 def test_weights_reach_the_loss(data):
     model = Net()
-    sadp = SADP(model, N, epochs=4, warmup_epochs=1, tail_epochs=0, seed=1)
+    sadp = SADP(model, N, epochs=4, warmup_epochs=1, tail_epochs=0, seed=1, weights="unbiased")
     for _ in range(2):
         for row in sadp.batches(16):
             output, target = model(data.tensors[0][row]), data.tensors[1][row]
@@ -352,7 +352,7 @@ def test_weights_reach_the_loss(data):
 def test_dataloader(data, workers, drop_last):
     indexed = TensorDataset(torch.arange(N), *data.tensors)
     model = Net()
-    sadp = SADP(model, N, epochs=6, warmup_epochs=1, tail_epochs=1, seed=3)
+    sadp = SADP(model, N, epochs=6, warmup_epochs=1, tail_epochs=1, seed=3, weights="unbiased")
     loader = sadp.loader(DataLoader(indexed, batch_size=16, shuffle=True, num_workers=workers, drop_last=drop_last))
     seen = []
     for _ in range(6):
@@ -389,7 +389,7 @@ def test_dataloader_with_pinned_memory(data):
 def test_loader_and_batches_train_alike(data):
     def run(through_loader):
         model = Net()
-        sadp = SADP(model, N, epochs=4, seed=3)
+        sadp = SADP(model, N, epochs=4, seed=3, weights="unbiased")
         loader = sadp.loader(DataLoader(data, batch_size=16, drop_last=True))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         for _ in range(4):
@@ -423,7 +423,7 @@ def test_resuming_gives_the_same_training(data):
     def run(interrupted):
         model = Net()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        sadp = SADP(model, N, epochs=6, seed=8)
+        sadp = SADP(model, N, epochs=6, seed=8, weights="unbiased")
         losses = []
         while sadp.epoch < 6:
             for row in sadp.batches(16):
@@ -435,7 +435,7 @@ def test_resuming_gives_the_same_training(data):
                 losses.append(loss.item())
             if interrupted and sadp.epoch == 3:
                 saved = copy.deepcopy(sadp.state_dict())
-                sadp = SADP(model, N, epochs=6, seed=8)
+                sadp = SADP(model, N, epochs=6, seed=8, weights="unbiased")
                 sadp.load_state_dict(saved)
         return losses, sadp.scores, sadp.examples_trained
 
