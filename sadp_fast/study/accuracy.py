@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import report
 from .figures import Table, legend_below, mean, panels, save, spread
@@ -13,6 +13,9 @@ from .plan import Plan
 from .runs import Runs
 from .study import Files, Study, title
 from .training_runs import RUN, by_ratio, counts_text, labels, training_runs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Accuracy(Study):
@@ -45,46 +48,8 @@ class Accuracy(Study):
         return {**files.header(self.name, runs.plan), "accuracies": ends}
 
     def plots(self, result: dict[str, Any], folder: Path) -> list[tuple[Path, str]]:
-        figure, (by_share, by_time) = panels(1, 2, 12, 5.6)
-        rows, ratios = result["accuracies"], result["settings"]["ratios"]
-        names, looks = labels(result), report.styles(result["settings"]["methods"])
-        full = [100 * r["test_accuracy"] for r in rows if r["method"] == "full"]
-        if full:
-            for panel in (by_share, by_time):
-                panel.axhspan(min(full), max(full), color=report.COLOURS["full"], alpha=0.12, linewidth=0)
-                panel.axhline(mean(full), color=report.COLOURS["full"], linewidth=1.6, label=names["full"])
-            by_time.plot(1, mean(full), "o", color=report.COLOURS["full"])
-        others = [m for m in result["settings"]["methods"] if any(r["method"] == m for r in rows) and m != "full"]
-        counts = {len(full)} - {0}
-        gaps = [b - a for a, b in pairwise(ratios)]
-        step = 0.2 * min(gaps, default=0.2) / max(1, len(others) - 1)  # side by side, so that no bar hides another
-        for i, method in enumerate(others):
-            look, offset = looks[method], step * (i - (len(others) - 1) / 2)
-            for panel in (by_share, by_time):
-                points = []
-                for ratio in sorted({r["ratio"] for r in rows if r["method"] == method}):
-                    own = [r for r in rows if r["method"] == method and r["ratio"] == ratio]
-                    if panel is by_share:
-                        x = 1 - own[0]["planned_share"] + offset
-                    else:
-                        x = mean(r["time_ratio"] for r in own)
-                    if math.isnan(x):
-                        continue
-                    counts.add(len(own))
-                    values = [100 * r["test_accuracy"] for r in own]
-                    points.append((x, mean(values)))
-                    panel.plot([x, x], [min(values), max(values)], color=look["color"], linewidth=2.5, alpha=0.5)
-                    if panel is by_time and ratio > 0:
-                        panel.annotate(f"{ratio:g}", points[-1], (4, 4), textcoords="offset points", fontsize=7)
-                if points:
-                    panel.plot(*zip(*points, strict=True), **look, label=names[method])
-        accuracy = "Test accuracy after the last epoch (%)"
-        by_share.set(xlabel="Share of full training's examples left out (r, for as many epochs)", ylabel=accuracy)
-        by_share.set_xticks(ratios)
-        by_time.set(xlabel="Training time / that of full data (numbers: r)", ylabel=accuracy)
-        legend_below(figure, by_share)
-        epochs = result["settings"]["base"]["epochs"]
-        figure.suptitle(f"Accuracy after {epochs} epochs (bars: {counts_text(counts)})\n{title(result)}")
+        one = len(result["settings"]["ratios"]) == 1
+        figure = _one_ratio(result) if one else _by_ratio(result)
         return [(save(figure, folder / "accuracy.png"), self.question)]
 
     def tables(self, result: dict[str, Any]) -> list[Table]:
@@ -125,3 +90,72 @@ class Accuracy(Study):
                 "examples. ± is the standard deviation over the seeds.",
             )
         ]
+
+
+def _one_ratio(result: dict[str, Any]) -> Figure:
+    """Every method in a line of its own: each seed, their mean and range."""
+    rows, names = result["accuracies"], labels(result)
+    methods = [m for m in result["settings"]["methods"] if any(r["method"] == m for r in rows)]
+    figure, (panel,) = panels(1, 1, 9, 1.6 + 0.34 * len(methods))
+    looks, ticks, counts = report.styles(result["settings"]["methods"]), [], set()
+    for line, method in enumerate(methods):
+        own = [r for r in rows if r["method"] == method]
+        values, look = [100 * r["test_accuracy"] for r in own], looks[method]
+        if method == "full":
+            panel.axvspan(min(values), max(values), color=look["color"], alpha=0.12, linewidth=0)
+        panel.plot([min(values), max(values)], [line, line], color=look["color"], linewidth=2.5, alpha=0.5)
+        panel.plot(values, [line] * len(values), "|", color=look["color"], markersize=8)
+        panel.plot(mean(values), line, "o", color=look["color"])
+        time = mean(r["time_ratio"] for r in own)
+        ticks.append(names[method] + ("" if method == "full" or math.isnan(time) else f"  (time {time:.2f})"))
+        counts.add(len(own))
+    panel.set_yticks(range(len(methods)), ticks)
+    panel.invert_yaxis()
+    panel.set_xlabel("Test accuracy after the last epoch (%)")
+    base, (ratio,) = result["settings"]["base"], result["settings"]["ratios"]
+    heading = f"Accuracy after {base['epochs']} epochs at r = {ratio:g} (marks: seeds; {counts_text(counts)})"
+    figure.suptitle(f"{heading}\n{title(result)}\ntime: over that of full data", fontsize=10)
+    return figure
+
+
+def _by_ratio(result: dict[str, Any]) -> Figure:
+    """Accuracy over the share of examples left out, and over time."""
+    figure, (by_share, by_time) = panels(1, 2, 12, 5.6)
+    rows, ratios = result["accuracies"], result["settings"]["ratios"]
+    names, looks = labels(result), report.styles(result["settings"]["methods"])
+    full = [100 * r["test_accuracy"] for r in rows if r["method"] == "full"]
+    if full:
+        for panel in (by_share, by_time):
+            panel.axhspan(min(full), max(full), color=report.COLOURS["full"], alpha=0.12, linewidth=0)
+            panel.axhline(mean(full), color=report.COLOURS["full"], linewidth=1.6, label=names["full"])
+        by_time.plot(1, mean(full), "o", color=report.COLOURS["full"])
+    others = [m for m in result["settings"]["methods"] if any(r["method"] == m for r in rows) and m != "full"]
+    counts = {len(full)} - {0}
+    gaps = [b - a for a, b in pairwise(ratios)]
+    step = 0.2 * min(gaps, default=0.2) / max(1, len(others) - 1)  # side by side, so that no bar hides another
+    for i, method in enumerate(others):
+        look, offset = looks[method], step * (i - (len(others) - 1) / 2)
+        for panel in (by_share, by_time):
+            points = []
+            for ratio in sorted({r["ratio"] for r in rows if r["method"] == method}):
+                own = [r for r in rows if r["method"] == method and r["ratio"] == ratio]
+                share = 1 - own[0]["planned_share"] + offset
+                x = share if panel is by_share else mean(r["time_ratio"] for r in own)
+                if math.isnan(x):
+                    continue
+                counts.add(len(own))
+                values = [100 * r["test_accuracy"] for r in own]
+                points.append((x, mean(values)))
+                panel.plot([x, x], [min(values), max(values)], color=look["color"], linewidth=2.5, alpha=0.5)
+                if panel is by_time and ratio > 0:
+                    panel.annotate(f"{ratio:g}", points[-1], (4, 4), textcoords="offset points", fontsize=7)
+            if points:
+                panel.plot(*zip(*points, strict=True), **look, label=names[method])
+    accuracy = "Test accuracy after the last epoch (%)"
+    by_share.set(xlabel="Share of full training's examples left out (r, for as many epochs)", ylabel=accuracy)
+    by_share.set_xticks(ratios)
+    by_time.set(xlabel="Training time / that of full data (numbers: r)", ylabel=accuracy)
+    legend_below(figure, by_share)
+    epochs = result["settings"]["base"]["epochs"]
+    figure.suptitle(f"Accuracy after {epochs} epochs (bars: {counts_text(counts)})\n{title(result)}")
+    return figure
