@@ -63,10 +63,10 @@ class _Batch:
 class SADP:
     """Spike-aware data pruning around an existing training loop (arXiv 2510.04098).
 
-    Each epoch trains on a Bernoulli-drawn subset; an example's keep probability p_i follows its score. The paper weights
-    the loss by 1 / p_i, which keeps the gradient unbiased (Proposition 1): ``weights="unbiased"``. By default it is not
-    weighted [ours], which trains more on examples of large gradients, to better networks in docs/findings.md. Four
-    lines of a loop change::
+    Each epoch trains on a Bernoulli-drawn subset; an example's keep probability p_i follows its score. The paper
+    weights the loss by 1 / p_i, which keeps the gradient unbiased (Proposition 1): ``weights="unbiased"``. By default
+    it is not weighted [ours], which trains more on examples of large gradients, to better networks in
+    docs/findings.md. Four lines of a loop change::
 
         sadp = SADP(model, len(train_set), epochs=100, prune_ratio=0.5)                  # 1
         loader = sadp.loader(DataLoader(train_set, batch_size=128, num_workers=4))      # 2
