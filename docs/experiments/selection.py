@@ -1,0 +1,195 @@
+"""Ways to select that did not earn a setting: each is a patch of the training that `sadp-fast train` runs.
+
+    python docs/experiments/selection.py --data-dir DIR --out OUT                  # CIFAR-10 on a GPU: 20 s a run
+    python docs/experiments/selection.py --dataset digits --model conv --out OUT   # to see it work
+
+Runs every way with every seed, writes OUT/NAME-sSEED.json after each, skips what is there, and draws OUT/selection.png
+and OUT/selection.json of all that is there. Processes may share OUT if each takes its own --seeds.
+docs/findings.md says what was seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sadp_fast import cli, data, pruner, report
+from sadp_fast.config import TrainConfig
+from sadp_fast.neuron import reset
+from sadp_fast.score import el2n_score
+from sadp_fast.study.figures import mean, panels, save, spread
+from sadp_fast.train import EVALUATION_BATCH, Trainer, train_epoch
+
+
+def before_each_draw(trainer: Trainer, action: Callable[[int], None]) -> None:
+    """Call `action` with the epoch, counted from 0, before its subset is drawn."""
+    sadp, draw = trainer.sadp, trainer.sadp._draw
+
+    def drawn(batch_size: int, pad: bool) -> Any:
+        action(sadp.epoch)
+        return draw(batch_size, pad)
+
+    sadp._draw = drawn  # type: ignore[method-assign]
+
+
+def uniform(trainer: Trainer, epochs: range) -> None:
+    """Draw uniformly in these epochs, by the scores in the others."""
+    smoothing = trainer.sadp.smoothing
+    before_each_draw(
+        trainer, lambda epoch: trainer.sadp._config.update(smoothing=1.0 if epoch in epochs else smoothing)
+    )
+
+
+def weighted(trainer: Trainer, epochs: range) -> None:
+    """Unbiased weights in these epochs, none in the others."""
+    before_each_draw(
+        trainer, lambda epoch: trainer.sadp._config.update(weights="unbiased" if epoch in epochs else "none")
+    )
+
+
+def refreshed(trainer: Trainer) -> None:
+    """EL2N of all examples from a forward pass, not augmented and in evaluation mode, before every draw."""
+
+    @torch.no_grad()
+    def refresh(epoch: int) -> None:
+        trainer.model.eval()
+        images, labels = trainer.data.train_images, trainer.data.train_labels
+        for start in range(0, len(labels), EVALUATION_BATCH):
+            part = slice(start, start + EVALUATION_BATCH)
+            trainer.sadp.scores[part] = el2n_score(trainer.forward(images[part]), labels[part])
+            reset(trainer.model)
+        trainer.model.train()
+
+    before_each_draw(trainer, refresh)
+
+
+def layers_alike(trainer: Trainer) -> None:
+    """Each layer's part of the bound is divided by its mean over the batch, so that no layer outweighs another."""
+
+    def alike(inputs: Tensor, deltas: Tensor, multiplicity: Tensor) -> Tensor:
+        bound = inputs.float().sqrt() * deltas.float().sqrt()
+        return torch.linalg.vector_norm(bound / bound.nan_to_num(0, 0, 0).mean(1, keepdim=True), dim=0)
+
+    def update(
+        energies: Tensor,
+        rows: Tensor,
+        multiplicity: Tensor,
+        gradient: Tensor,
+        mean_factor: float,
+        weights: Tensor | None,
+        indices: Tensor,
+        slots: Tensor,
+        momentum: float,
+    ) -> None:
+        """In the place of the kernel, for weights of 1 and 0 and no momentum; a factor of all layers cancels out."""
+        inputs, deltas = energies[rows]
+        value = alike(inputs, deltas, multiplicity)
+        usable = value.isfinite() if weights is None else value.isfinite() & (weights > 0)
+        slots.scatter_reduce_(0, torch.where(usable, indices, len(slots) - 1), value, "amax", include_self=False)
+        slots[-1:].fill_(torch.nan)
+        energies.fill_(torch.nan)
+
+    pruner.spike_aware_score = alike  # type: ignore[assignment]
+    if trainer.device.type == "cuda":
+        from sadp_fast.ops import score as ops
+
+        ops.update_scores = update  # type: ignore[assignment]
+
+
+def ways(epochs: int) -> dict[str, tuple[str, Callable[[Trainer], None]]]:
+    """By name: the variant of a method, and the patch."""
+    half, last = epochs // 2, max(1, round(0.2 * epochs))
+    return {
+        "full data": ("full", lambda trainer: None),
+        "SADP": ("sadp", lambda trainer: None),
+        "SADP, uniform in the first half": ("sadp", lambda trainer: uniform(trainer, range(half))),
+        "SADP, uniform in the second half": ("sadp", lambda trainer: uniform(trainer, range(half, epochs))),
+        f"SADP, weighted in the last {last} epochs": (
+            "sadp",
+            lambda trainer: weighted(trainer, range(epochs - last, epochs)),
+        ),
+        "SADP, layers alike": ("sadp", layers_alike),
+        "EL2N": ("el2n", lambda trainer: None),
+        "EL2N, all refreshed every epoch": ("el2n", refreshed),
+    }
+
+
+def train(config: TrainConfig, dataset: data.Dataset, patch: Callable[[Trainer], None]) -> dict[str, Any]:
+    """One run; patches of modules are taken back."""
+    from sadp_fast.ops import score as ops
+
+    kept = pruner.spike_aware_score, ops.update_scores
+    try:
+        trainer = Trainer(config, dataset)
+        patch(trainer)
+        start = trainer.clock()
+        losses = [train_epoch(trainer, ()).read() for _ in range(config.epochs)]
+        seconds = trainer.clock() - start
+    finally:
+        pruner.spike_aware_score, ops.update_scores = kept
+    accuracy, loss = trainer.evaluate()
+    return {"test_accuracy": accuracy, "test_loss": loss, "losses": losses, "seconds": seconds}
+
+
+def show(out: Path) -> None:
+    """Table, plot and JSON of all runs that are there."""
+    runs = [json.loads(path.read_text()) for path in sorted(out.glob("*-s*.json"))]
+    names = [name for name in ways(runs[0]["config"]["epochs"]) if any(run["name"] == name for run in runs)]
+    report.write_json({"runs": runs}, out / "selection.json", indent=1)
+    figure, (panel,) = panels(1, 1, 9, 1.6 + 0.34 * len(names))
+    for line, name in enumerate(names):
+        own = [run for run in runs if run["name"] == name]
+        values = [100 * run["test_accuracy"] for run in own]
+        panel.plot([min(values), max(values)], [line, line], color="#0072B2", linewidth=2.5, alpha=0.5)
+        panel.plot(values, [line] * len(values), "|", color="#0072B2", markersize=8)
+        panel.plot(mean(values), line, "o", color="#0072B2")
+        seconds = spread((run["seconds"] for run in own), 1)
+        print(f"{name:36} {len(own)} seeds  {spread(values, 2)} %  {seconds} s")
+    panel.set_yticks(range(len(names)), names)
+    panel.invert_yaxis()
+    panel.set_xlabel("Test accuracy after the last epoch (%)")
+    config, device = runs[0]["config"], runs[0]["device"]
+    panel.set_title(
+        f"Ways to select half of the data: each seed, mean and range\n{config['dataset']}, {config['model']}, "
+        f"{config['epochs']} epochs ({device})",
+        fontsize=10,
+    )
+    print(save(figure, out / "selection.png"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="cifar10")
+    parser.add_argument("--data-dir")
+    parser.add_argument("--model", default="sew_resnet18")
+    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    asked = {"dataset": given.dataset, "model": given.model, "epochs": given.epochs, "device": device}
+    base = TrainConfig(**cli.with_defaults(asked, given.data_dir))
+    dataset = data.load(given.dataset, given.data_dir)
+    given.out.mkdir(parents=True, exist_ok=True)
+    for seed in map(int, given.seeds.split(",")):
+        for name, (variant, patch) in ways(given.epochs).items():
+            path = given.out / f"{name.replace(' ', '_').replace(',', '')}-s{seed}.json"
+            if path.exists():
+                continue
+            config, start = TrainConfig(**{**vars(base), "seed": seed}).of(variant), time.monotonic()
+            result = train(config, dataset, patch)
+            environment = {"device": report.device_name(device), "versions": report.versions()}
+            report.write_json({"name": name, "config": vars(config), **environment, **result}, path, indent=1)
+            print(f"{name}, seed {seed}: {100 * result['test_accuracy']:.2f} %, {time.monotonic() - start:.0f} s")
+    show(given.out)
+
+
+if __name__ == "__main__":
+    main()
