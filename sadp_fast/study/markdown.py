@@ -11,6 +11,8 @@ NOT_COMPARABLE = (
     "The paper's code was not published. The score's exact form, the schedule of ratios, how small probabilities are "
     "raised and how scores age are this project's own; only the estimator, its optimal probabilities, the idea of the "
     "score and the smoothing constant 0.3 are the paper's.",
+    "The paper weights losses so that the gradient stays unbiased; by default this project does not (see weights among "
+    "the settings; None: none but for InfoBatch). Its estimator is the method sadp:weights=unbiased.",
     "Networks, training settings, time steps and data preparation are this project's (see the settings below), so "
     "accuracies compare with each other here, not with the paper's tables.",
     "Times are of this project's kernels on the devices named here; only ratios of times of one device are meaningful "
