@@ -1,4 +1,4 @@
-"""From uint8 images in memory to a network's input, with random crops and flips: one kernel on the GPU."""
+"""From uint8 images in memory to a network's input, with random crops, flips and cutout: one kernel on the GPU."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
-def draw_crops(count: int, generator: torch.Generator) -> Tensor:
-    """The random numbers that ``crop_flip_normalise`` needs for ``count`` images: float32 [3, count], in [0, 1).
+def draw_augmentation(count: int, generator: torch.Generator, cutout: bool = False) -> Tensor:
+    """The random numbers that ``crop_flip_normalise`` needs for ``count`` images: float32 in [0, 1).
 
-    They lie on the generator's device. A CUDA graph with this call draws anew in each replay if the generator is
-    registered with it (``torch.cuda.CUDAGraph.register_generator_state``).
+    [3, count], or with ``cutout`` [5, count]. They lie on the generator's device. A CUDA graph with this call draws
+    anew in each replay if the generator is registered with it (``torch.cuda.CUDAGraph.register_generator_state``).
     """
-    return torch.rand(3, count, device=generator.device, generator=generator)
+    return torch.rand(5 if cutout else 3, count, device=generator.device, generator=generator)
 
 
 def crop_flip_normalise(
@@ -28,6 +28,7 @@ def crop_flip_normalise(
     std: Tensor,
     *,
     padding: int = 4,
+    cutout: int = 0,
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
@@ -35,14 +36,17 @@ def crop_flip_normalise(
 
     A pure function: the same ``draws`` give the same result, the same bits on the CPU (plain torch) and on the GPU (one
     kernel; nothing waits for the host). The crop is the image shifted by up to ``padding`` pixels each way, mirrored at
-    the border; which draw does what is said in ``reference.augment.crop_flip``.
+    the border. Cutout (DeVries and Taylor, arXiv 1708.04552) then hides a square around a random pixel of each image,
+    in all channels and frames: it is 0, the mean. Which draw does what is said in ``reference.augment.crop_flip`` and
+    ``hide_square``.
 
     Args:
         images: uint8 [N, C, H, W], or event frames [N, T, C, H, W], contiguous; all tensors on one device.
         index: int64 or int32 [B], which images to take; None takes all N in order (an evaluation batch is a slice).
-        draws: float32 [3, B] from ``draw_crops``; None leaves the images as they are.
+        draws: float32 [3, B] from ``draw_augmentation``, with cutout [5, B]; None leaves the images as they are.
         mean, std: float32 [C], in units of the raw uint8 values.
         padding: pixels, at least 0; unused without draws.
+        cutout: side of the square in pixels, at least 0, which is none; it may reach over the border.
         dtype: of the result: float32, float16 or bfloat16, rounded from float32.
         memory_format: of the result: ``torch.contiguous_format`` or ``torch.channels_last`` (each frame of 5-D images).
 
@@ -60,15 +64,22 @@ def crop_flip_normalise(
         )
     if index is not None and (index.ndim != 1 or index.dtype not in (torch.int64, torch.int32)):
         raise ValueError(f"index must be int64 or int32 [B], got {index.dtype} of shape {tuple(index.shape)}")
+    for name, pixels in (("padding", padding), ("cutout", cutout)):
+        if pixels < 0:
+            raise ValueError(f"{name} must be at least 0, got {pixels}")
+    if cutout > 0 and (draws is None or len(draws) != 5):
+        raise ValueError(
+            f"cutout = {cutout} needs five rows of draws, got {None if draws is None else tuple(draws.shape)}: take "
+            "them from draw_augmentation(count, generator, cutout=True)"
+        )
     batch, channels = len(images) if index is None else len(index), images.shape[-3]
-    for name, tensor, shape in (("draws", draws, (3, batch)), ("mean", mean, (channels,)), ("std", std, (channels,))):
+    drawn = (5 if cutout > 0 else 3, batch)
+    for name, tensor, shape in (("draws", draws, drawn), ("mean", mean, (channels,)), ("std", std, (channels,))):
         if tensor is not None and (tensor.dtype != torch.float32 or tensor.shape != shape):
             raise ValueError(f"{name} must be float32 {list(shape)}, got {tensor.dtype} of shape {tuple(tensor.shape)}")
     for name, tensor in (("index", index), ("draws", draws), ("mean", mean), ("std", std)):
         if tensor is not None and tensor.device != images.device:
             raise ValueError(f"{name} is on {tensor.device} but images on {images.device}: move it there")
-    if padding < 0:
-        raise ValueError(f"padding must be at least 0, got {padding}")
     if dtype not in DTYPES or memory_format not in MEMORY_FORMATS:
         raise ValueError(
             f"dtype must be one of {DTYPES} and memory_format of {MEMORY_FORMATS}, got {dtype}, {memory_format}"
@@ -78,5 +89,5 @@ def crop_flip_normalise(
 
         index, draws = (None if t is None else t.contiguous() for t in (index, draws))
         mean, std = mean.contiguous(), std.contiguous()
-        return ops.crop_flip_normalise(images, index, draws, mean, std, padding, dtype, memory_format)
-    return reference.crop_flip_normalise(images, index, draws, mean, std, padding, dtype, memory_format)
+        return ops.crop_flip_normalise(images, index, draws, mean, std, padding, cutout, dtype, memory_format)
+    return reference.crop_flip_normalise(images, index, draws, mean, std, padding, cutout, dtype, memory_format)

@@ -21,6 +21,7 @@ from . import data, models, report, train
 from .config import (
     ABOVE_ZERO,
     AMP,
+    AT_LEAST_ZERO,
     BELOW_ONE,
     METHODS,
     NATURAL,
@@ -142,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         type=lambda text: [] if text.strip() == "none" else list_of(_compared)(text),
         metavar="LIST",
         help=f"also run none, or any of {', '.join(METHODS)}; with settings of their own where wanted: "
-        "full,full:epochs=15,sadp:weights=none (default: full)",
+        "full,full:epochs=15,sadp:weights=unbiased (default: full)",
     )
     option = groups["training"].add_argument
     option("--seed", type=NATURAL, metavar="N", help="seed of weights, draws and augmentation (default: 0)")
@@ -219,7 +220,19 @@ def add_settings(command: argparse.ArgumentParser) -> dict[str, Any]:
     option("--epochs", type=POSITIVE, metavar="N", help="epochs (default: 30; mnist 10; cifar, dvs, imagefolder 60)")
     option("--batch-size", type=POSITIVE, metavar="B", help="examples a step (default: 32; mnist, cifar 128; dvs 16)")
     option("--lr", type=ABOVE_ZERO, metavar="RATE", help="peak learning rate (default: by --model)")
+    option(
+        "--weight-decay",
+        type=AT_LEAST_ZERO,
+        metavar="RATE",
+        help="weight decay (default: 5e-4 with SGD, which trains sew_resnet18 and spiking_vgg; else AdamW's 0.01)",
+    )
     option("--label-smoothing", type=SHARE, metavar="S", help="label smoothing, 0 to 1 (default: 0)")
+    option(
+        "--cutout",
+        type=NATURAL,
+        metavar="PIXELS",
+        help="side of a square hidden at random in every training image, of colour images only (default: 0, none)",
+    )
     option("--amp", choices=tuple(AMP), help="mixed precision (default: bf16 on a GPU, off on the CPU)")
     option("--low-memory", action="store_true", help="keep spikes as bits for the backward pass: a third less memory")
     option("--device", help="cpu, cuda or cuda:N (default: cuda where there is a GPU)")

@@ -85,6 +85,7 @@ NATURAL = number(int, lambda value: 0 <= value < 2**63, "a whole number of at le
 SHARE = number(float, lambda value: 0 <= value <= 1, "between 0 and 1")
 BELOW_ONE = number(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
 ABOVE_ZERO = number(float, lambda value: 0 < value < math.inf, "a number above 0")
+AT_LEAST_ZERO = number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
 
 # How the settings that a variant of a method may change are read from text. The others belong to a whole comparison:
 # data, network, ratio, seed and device.
@@ -92,7 +93,9 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
     "epochs": POSITIVE,
     "batch_size": POSITIVE,
     "lr": ABOVE_ZERO,
+    "weight_decay": AT_LEAST_ZERO,
     "label_smoothing": SHARE,
+    "cutout": NATURAL,
     "amp": one_of(*AMP),
     "low_memory": lambda text: one_of("true", "false")(text) == "true",
     "score": one_of(*SCORES),
@@ -111,8 +114,10 @@ class TrainConfig:
     """All that decides a run's result, named as the options of `sadp-fast train`.
 
     `method` is one of METHODS, whose changes `of` makes. `score` is one of SADP's, or "grad_norm": the exact norm of
-    each example's gradient, at a cost that only small networks can bear. `low_memory` keeps as bits the spikes that
-    wait for the backward pass, with the same results.
+    each example's gradient, at a cost that only small networks can bear. `weight_decay` is the optimizer's; None: 5e-4
+    for the networks that are trained by SGD, torch's default for those by AdamW. `cutout` is the side in pixels of the
+    square that is hidden in every training image (see `augmentation.crop_flip_normalise`). `low_memory` keeps as bits
+    the spikes that wait for the backward pass, with the same results.
     """
 
     dataset: str = "digits"
@@ -123,7 +128,9 @@ class TrainConfig:
     epochs: int = 30
     batch_size: int = 32
     lr: float = 2e-3
+    weight_decay: float | None = None
     label_smoothing: float = 0.0
+    cutout: int = 0
     amp: str = "off"
     low_memory: bool = False
     method: str = "sadp"
@@ -154,7 +161,7 @@ class TrainConfig:
 
 
 def read_variant(text: str) -> tuple[str, dict[str, Any]]:
-    """A method and the settings that are changed for it: "full:epochs=30", "sadp:weights=none:tail-epochs=0".
+    """A method and the settings that are changed for it: "full:epochs=30", "sadp:weights=unbiased:tail-epochs=4".
 
     Returns:
         the method, one of METHODS, and the values by the names of TrainConfig's fields, in their order.

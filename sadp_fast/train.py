@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from . import models
-from .augmentation import crop_flip_normalise, draw_crops
+from .augmentation import crop_flip_normalise, draw_augmentation
 from .casting import cast_weights_at_once
 from .config import AMP, TrainConfig
 from .data import Dataset
@@ -134,15 +134,24 @@ def prepare(config: TrainConfig, data: Dataset) -> None:
 
     Writes nothing; raises ValueError for a configuration that cannot run on this data set.
     """
-    if config.batch_size > len(data.train_labels):
-        count = len(data.train_labels)
-        raise ValueError(
-            f"the batch size {config.batch_size} is above the number of training examples, {count}: lower it"
-        )
     trainer = Trainer(config, data)
     trainer.throw_away_steps()
     trainer.evaluate(batches=1)
     trainer.clock()
+
+
+def check(config: TrainConfig, data: Dataset) -> None:
+    """Raise ValueError for settings that training on this data set cannot have."""
+    count = len(data.train_labels)
+    if config.batch_size > count:
+        raise ValueError(
+            f"the batch size {config.batch_size} is above the number of training examples, {count}: lower it"
+        )
+    if config.cutout > 0 and not data.augmented:
+        raise ValueError(
+            f"cutout is {config.cutout}, but examples of {data.name} are not augmented (only images with three colours "
+            "are): leave cutout out"
+        )
 
 
 def learning_rate(peak: float, done: float) -> float:
@@ -194,9 +203,13 @@ def _spare_cublas_workspaces() -> None:
 
 
 class Trainer:
-    """A network with everything that its training carries from step to step."""
+    """A network with everything that its training carries from step to step.
+
+    Raises ValueError for a configuration that cannot run on this data set.
+    """
 
     def __init__(self, config: TrainConfig, data: Dataset) -> None:
+        check(config, data)
         self.config, self.device = config, torch.device(config.device)
         _spare_cublas_workspaces()
         self.data = data.to(self.device)
@@ -233,10 +246,12 @@ class Trainer:
         lr = config.lr if self.rate is None else self.rate
         weights = self.model.parameters()
         self.optimizer: torch.optim.Optimizer
-        if config.model in ("sew_resnet18", "spiking_vgg"):
-            self.optimizer = torch.optim.SGD(weights, lr, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=fused)
+        sgd = config.model in ("sew_resnet18", "spiking_vgg")
+        decay = config.weight_decay if config.weight_decay is not None else 5e-4 if sgd else 1e-2
+        if sgd:
+            self.optimizer = torch.optim.SGD(weights, lr, momentum=0.9, nesterov=True, weight_decay=decay, fused=fused)
         else:
-            self.optimizer = torch.optim.AdamW(weights, lr, fused=fused, capturable=graphed)
+            self.optimizer = torch.optim.AdamW(weights, lr, weight_decay=decay, fused=fused, capturable=graphed)
         self.run_step = GraphedStep(self._step, self.sadp, [self.generator]) if graphed else self._step
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.history: list[dict[str, Any]] = []
@@ -249,6 +264,7 @@ class Trainer:
             draws,
             self.data.mean,
             self.data.std,
+            cutout=0 if draws is None else self.config.cutout,
             dtype=AMP[self.config.amp],
             memory_format=self.layout,
         )
@@ -275,7 +291,9 @@ class Trainer:
     def _step(self, index: Tensor) -> Tensor:
         # First of all, so that no gradient takes up memory while the activations do.
         self.optimizer.zero_grad(set_to_none=True)
-        draws = draw_crops(len(index), self.generator) if self.data.augmented else None
+        draws = None
+        if self.data.augmented:
+            draws = draw_augmentation(len(index), self.generator, cutout=self.config.cutout > 0)
         x, labels = self.inputs(self.data.train_images, index, draws), self.data.train_labels[index]
         if self.config.score == "grad_norm" and self.sadp.wants_scores:
             self.sadp.give(gradient_norms(self.model, x, labels, self.criterion))

@@ -94,6 +94,10 @@ ERRORS = [
     (["train", "--batch-size", "0"], "--batch-size: '0' is not"),
     (["train", "--batch-size", "5000"], "the batch size 5000 is above the number of training examples, 1437"),
     (["train", "--lr", "inf"], "--lr: 'inf' is not a number above 0"),
+    (["train", "--weight-decay", "-0.1"], "--weight-decay: '-0.1' is not a number of at least 0"),
+    (["train", "--cutout", "2.5"], "--cutout: '2.5' is not a whole number of at least 0"),
+    (["train", "--cutout", "4"], "cutout is 4, but examples of digits"),
+    (["train", "--compare", "full,full:cutout=4"], "full:cutout=4: cutout is 4, but examples of digits"),
     (["train", "--seed", "-1"], "--seed: '-1' is not"),
     (["train", "--seed", str(2**63)], "is not a whole number"),
     (["train", "--amp", "int8"], "--amp: invalid choice"),
@@ -252,6 +256,19 @@ def test_a_run_begun_before_weights_were_a_setting_goes_on():
     Path("here/run.json").write_text(json.dumps(began))
     torch.save(state, "here/sadp/checkpoint.pt")
     assert cli.main(["train", "--resume", "here", "--quiet"]) == 0
+
+
+def test_a_run_begun_before_weight_decay_and_cutout_were_settings_goes_on(capsys):
+    assert cli.main([*FAST, "--out", "here", "--quiet", "--compare", "none", "--prune-ratio", "0.3"]) == 0
+    began = json.loads(Path("here/run.json").read_text())
+    state = torch.load("here/sadp/checkpoint.pt", weights_only=True)
+    for config in (began["config"], state["config"]):
+        del config["weight_decay"], config["cutout"]
+    Path("here/run.json").write_text(json.dumps(began))
+    torch.save(state, "here/sadp/checkpoint.pt")
+    assert cli.main(["train", "--resume", "here", "--quiet"]) == 0
+    assert cli.main(["train", "--resume", "here", "--quiet", "--weight-decay", "0.01"]) == 2
+    assert "--weight-decay is 0.01, but the run in here began with None" in capsys.readouterr().err
 
 
 def test_every_method_has_a_label_and_a_colour():
@@ -536,6 +553,6 @@ def test_help_names_every_option(capsys):
         *("dataset", "data-dir", "model", "prune-ratio", "score", "policy", "smoothing", "schedule", "warmup-epochs"),
         *("tail-epochs", "epochs", "time-steps", "batch-size", "lr", "amp", "compare", "seed", "device", "resume"),
         *("out", "name", "quiet", "image-size", "split-by", "label-smoothing", "low-memory"),
-        *("weights", "score-momentum"),
+        *("weights", "score-momentum", "weight-decay", "cutout"),
     ):
         assert f"--{option} " in text

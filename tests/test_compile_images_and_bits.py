@@ -74,14 +74,14 @@ def report() -> dict:
         images, index, draws, mean, std = (
             torch.zeros(100, 3, 32, 32, dtype=torch.uint8),
             torch.zeros(16, dtype=torch.int64),
-            torch.zeros(3, 16),
+            torch.zeros(5, 16),
             torch.zeros(3),
             torch.ones(3),
         )
         for layout in (torch.contiguous_format, torch.channels_last):
-            for chosen, random in ((index, draws), (None, None)):
-                arguments = (images, chosen, random, mean, std, 4, dtype, layout)
-                key = f"{dtype} {layout} {chosen is None}"
+            for chosen, random, cutout in ((index, draws[:3], 0), (None, None, 0), (index, draws, 16)):
+                arguments = (images, chosen, random, mean, std, 4, cutout, dtype, layout)
+                key = f"{dtype} {layout} {chosen is None} {cutout}"
                 add(key, augment, functools.partial(augment.crop_flip_normalise, *arguments))
     return found
 
@@ -98,7 +98,7 @@ def compiled(tmp_path_factory):
 
 
 def test_everything_compiles_without_spills(compiled):
-    assert len(compiled) == 9 * 2 + 3 * 4
+    assert len(compiled) == 9 * 2 + 3 * 6
     for key, result in compiled.items():
         assert result["local"] in (0, None), key
 
@@ -112,6 +112,14 @@ def test_dense_values_move_sixteen_bytes_at_a_time(compiled):
             assert set(accesses) == {"ld 4", "ld 1", "st 16"} and accesses["ld 1"] == 1, key
         else:
             assert {kind for kind in accesses if kind.startswith("st")} == {"st 16"}, key
+
+
+def test_cutout_reads_two_draws_more_and_no_more_of_the_images(compiled):
+    cut = [key for key in compiled if " 16 _crop_flip" in key]
+    assert len(cut) == 6
+    for key in cut:
+        accesses, plain = (compiled[k]["accesses"] for k in (key, key.replace(" 16 _crop", " 0 _crop")))
+        assert accesses == {**plain, "ld 4": plain["ld 4"] + 2} and plain["ld 1"] > 0, key
 
 
 if __name__ == "__main__":

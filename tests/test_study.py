@@ -218,11 +218,13 @@ def test_conditions_are_what_decides_a_result():
 def test_runs_older_than_a_setting_are_found():
     """A field added to TrainConfig counts as its default, which is how the older run was made."""
     config = TrainConfig(lr=0.5).of("sadp")
-    older = {key: value for key, value in config.conditions().items() if key != "score_momentum"}
+    newer = {"score_momentum", "weight_decay", "cutout"}
+    older = {key: value for key, value in config.conditions().items() if key not in newer}
     store = Store(Path("here"))
     store.produce("name", {"kind": "training", "config": older}, "cpu", lambda folder: {"history": [1]})
     assert store.read("name", training_identity(config), ("history",))["history"] == [1]
-    for other in (replace(config, score_momentum=0.5), replace(config, lr=0.1)):
+    for change in ({"score_momentum": 0.5}, {"weight_decay": 0.0}, {"cutout": 4}, {"lr": 0.1}):
+        other = replace(config, **change)
         assert store.read("name", training_identity(other), ("history",)) is None
 
 
@@ -690,6 +692,12 @@ ERRORS = [
     (["all", "--stop-after", "0"], "--stop-after: '0' is not a number above 0"),
     (["accuracy", "--methods", "sadp:epochs=2", "--out", "new"], "sadp:epochs=2: prune ratio 0.5 over 2 epochs needs"),
     (["all", "--methods", "full,random:batch_size=5000", "--out", "new"], "the batch size 5000 is above"),
+    (
+        ["all", "--methods", "full,sadp:cutout=4", "--out", "new"],
+        "sadp:cutout=4: cutout is 4, but examples of digits",
+    ),
+    (["all", "--cutout", "4", "--out", "new"], "cutout is 4, but examples of digits"),
+    (["all", "--out", "study", "--methods", "full:cutout=4"], "full:cutout=4: cutout is 4, but examples of digits"),
     (["all", "--report-only"], "--report-only needs the folder of a study"),
     (["all", "--report-only", "--out", "new"], "new holds no study to report: check --out"),
     (["all", "--report-only", "--out", "full_folder"], "full_folder holds no study to report: check --out"),
@@ -720,11 +728,12 @@ def test_errors_are_one_line(arguments, message, capsys):
     Path("damaged/study.json").write_text('{"base": {')
     Path("study").mkdir()
     command._remember(plan.Plan(TrainConfig(), ("full",), (0.5,), (0,), plan.Size(), None, Path("study")))
+    begun = Path("study/study.json").read_text()
     given = arguments if "--device" in arguments else [*arguments, "--device", "cpu"]
     assert cli.main(["study", *given, "--quiet"]) == 2
     output = capsys.readouterr()
     assert re.fullmatch(r"sadp-fast: error: [^\n]+\n", output.err) and message in output.err and output.out == ""
-    assert not Path("new").exists() and not Path("runs").exists()
+    assert not Path("new").exists() and not Path("runs").exists() and Path("study/study.json").read_text() == begun
 
 
 def test_the_documented_script_runs(capsys):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sadp_fast import spike_storage, train
+from sadp_fast.augmentation import crop_flip_normalise
 from sadp_fast.config import METHODS, SETTINGS, SettingError, TrainConfig, read_variant, write_variant
 from sadp_fast.data import Dataset
 from sadp_fast.train import Trainer, TrainError
@@ -131,6 +132,7 @@ VARIANTS = {
     "random:schedule=linear:warmup-epochs=2:label-smoothing=1": {
         **{"label_smoothing": 1.0, "schedule": "linear", "warmup_epochs": 2}
     },
+    "full:cutout=16:weight-decay=0.001": {"weight_decay": 0.001, "cutout": 16},
     "sadp:score=last:score_momentum=0.5:batch_size=8": {"batch_size": 8, "score": "last", "score_momentum": 0.5},
 }
 
@@ -162,6 +164,9 @@ def test_equal_variants_are_written_alike():
         ("sadp:epochs=0", "'0' is not a whole number of at least 1, which epochs in 'sadp:epochs=0' has to be"),
         ("sadp:epochs=", "'' is not a whole number"),
         ("sadp:lr=nan", "'nan' is not a number above 0, which lr"),
+        ("full:weight-decay=-1", "'-1' is not a number of at least 0, which weight_decay"),
+        ("full:weight-decay=inf", "'inf' is not a number of at least 0, which weight_decay"),
+        ("full:cutout=-1", "'-1' is not a whole number of at least 0, which cutout"),
         ("sadp:smoothing=2", "'2' is not between 0 and 1, which smoothing"),
         ("sadp:weights=all", "'all' is not one of unbiased,sum,none, which weights"),
         ("sadp:low_memory=1", "'1' is not one of true,false, which low_memory"),
@@ -309,18 +314,34 @@ def test_low_memory_trains_alike_with_spikes_as_bits(tmp_path, monkeypatch, meth
     assert numbers == [2 * steps, 16 * steps]
 
 
-def test_training_images_are_cropped_and_test_images_are_not(monkeypatch):
-    seen = []
-    original = train.crop_flip_normalise
-    monkeypatch.setattr(
-        train, "crop_flip_normalise", lambda *args, **options: seen.append(args) or original(*args, **options)
-    )
-    trainer = Trainer(CONFIG.of("full"), colour_data())
+@pytest.mark.parametrize(("method", "rows", "side"), [("full", 3, 0), ("full:cutout=5", 5, 5)])
+def test_training_images_are_augmented_and_test_images_are_not(monkeypatch, method, rows, side):
+    seen, sides = [], []
+
+    def record(*args, **options):
+        seen.append(args)
+        sides.append(options["cutout"])
+        return crop_flip_normalise(*args, **options)
+
+    monkeypatch.setattr(train, "crop_flip_normalise", record)
+    trainer = Trainer(CONFIG.of(method), colour_data())
     trainer.throw_away_steps()
-    assert len(seen) == 2 and all(args[0] is trainer.data.train_images and args[2].shape == (3, 16) for args in seen)
+    assert len(seen) == 2 and all(args[0] is trainer.data.train_images and args[2].shape == (rows, 16) for args in seen)
     assert not torch.equal(seen[0][2], seen[1][2])
     trainer.evaluate()
     assert seen[2][1] is None and seen[2][2] is None and torch.equal(seen[2][0], trainer.data.test_images)
+    assert sides == [side, side, 0]
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer", "default"),
+    [("sew_resnet18", torch.optim.SGD, 5e-4), ("mlp", torch.optim.AdamW, 1e-2)],
+)
+def test_weight_decay_is_the_optimizers(model, optimizer, default):
+    for given, expected in ((None, default), (0.0, 0.0), (0.125, 0.125)):
+        trainer = Trainer(replace(CONFIG, model=model, weight_decay=given), colour_data())
+        assert type(trainer.optimizer) is optimizer
+        assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [expected]
 
 
 def test_throw_away_steps_are_of_full_and_of_pruned_epochs(monkeypatch):
@@ -340,6 +361,16 @@ def test_prepare_checks_the_batch_size_and_leaves_nothing():
     with pytest.raises(ValueError, match="2 epochs"):
         train.prepare(replace(CONFIG, epochs=2, prune_ratio=0.9), colour_data())
     torch.set_rng_state(state)
+
+
+def test_cutout_is_for_data_that_are_augmented():
+    config, grey = replace(CONFIG, cutout=3), replace(colour_data(), augmented=False)
+    Trainer(config, colour_data())
+    Trainer(CONFIG, grey)
+    message = r"cutout is 3, but examples of colours are not augmented \(only images with three colours are\): leave cutout out"
+    for start in (Trainer, train.prepare):
+        with pytest.raises(ValueError, match=message):
+            start(config, grey)
 
 
 @pytest.mark.parametrize("size", [1, 7, 10, 20, 500])

@@ -1,9 +1,9 @@
-"""Gather, crop, flip and normalise uint8 images in one kernel, from the whole data set on the GPU to a network's input.
+"""Gather, crop, flip, normalise and cut out in one kernel: from uint8 images on the GPU to a network's input.
 
 A program writes BLOCK consecutive elements of one example's output, in the order in which they lie in memory, so that
-stores coalesce in either memory format; the bytes it gathers come through the caches. The shape of an image is a
-compile-time constant, so that positions come from divisions by constants. Arithmetic is float32 with an exact
-division: the same bits as the plain torch reference.
+stores coalesce in either memory format; the bytes it gathers come through the caches, and those that cutout hides are
+not read. The shape of an image is a compile-time constant, so that positions come from divisions by constants.
+Arithmetic is float32 with an exact division: the same bits as the plain torch reference.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def _crop_flip_normalise_kernel(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDING: tl.constexpr,
+    CUTOUT: tl.constexpr,  # side of the hidden square; 0: none
     CHANNELS_LAST: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     HAS_DRAWS: tl.constexpr,
@@ -70,6 +71,12 @@ def _crop_flip_normalise_kernel(
         y = offsets // WIDTH % HEIGHT
         channel = offsets // (WIDTH * HEIGHT) % CHANNELS
     frame = offsets // (CHANNELS * HEIGHT * WIDTH)
+    needed = tl.where(exists, mask, False)
+    if CUTOUT > 0:
+        first_y = (tl.load(draws_ptr + 3 * batch + n) * HEIGHT).to(tl.int32) - CUTOUT // 2
+        first_x = (tl.load(draws_ptr + 4 * batch + n) * WIDTH).to(tl.int32) - CUTOUT // 2
+        hidden = (y >= first_y) & (y < first_y + CUTOUT) & (x >= first_x) & (x < first_x + CUTOUT)
+        needed = tl.where(hidden, False, needed)
     if HAS_DRAWS:
         top = (tl.load(draws_ptr + n) * (2 * PADDING + 1)).to(tl.int32) - PADDING
         left = (tl.load(draws_ptr + batch + n) * (2 * PADDING + 1)).to(tl.int32) - PADDING
@@ -78,10 +85,13 @@ def _crop_flip_normalise_kernel(
         y = _mirrored(top + y, HEIGHT)
 
     source = ((frame * CHANNELS + channel) * HEIGHT + y) * WIDTH + x
-    value = tl.load(images_ptr + example * SIZE + source, mask=tl.where(exists, mask, False), other=0).to(tl.float32)
+    value = tl.load(images_ptr + example * SIZE + source, mask=needed, other=0).to(tl.float32)
     mean = tl.load(mean_ptr + channel, mask=mask, other=0.0)
     std = tl.load(std_ptr + channel, mask=mask, other=1.0)
-    value = tl.where(exists, tl.div_rn(value - mean, std), float("nan"))
+    value = tl.div_rn(value - mean, std)
+    if CUTOUT > 0:
+        value = tl.where(hidden, 0.0, value)
+    value = tl.where(exists, value, float("nan"))
     tl.store(out_ptr + n.to(tl.int64) * SIZE + offsets, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -92,6 +102,7 @@ def _launch(
     batch: int,
     dtypes: tuple[torch.dtype | None, ...],  # of index, draws and the result
     padding: int,
+    cutout: int,
     channels_last: bool,
     widest_block: int,
 ) -> Launch:
@@ -103,6 +114,7 @@ def _launch(
         "HEIGHT": shape[-2],
         "WIDTH": shape[-1],
         "PADDING": padding,
+        "CUTOUT": min(cutout, 2 * max(shape[-2:])),  # hides all of any image; Triton wants 32 bits
         "CHANNELS_LAST": channels_last,
         "HAS_INDEX": dtypes[0] is not None,
         "HAS_DRAWS": dtypes[1] is not None,
@@ -120,6 +132,7 @@ def crop_flip_normalise(
     mean: Tensor,
     std: Tensor,
     padding: int,
+    cutout: int,
     dtype: torch.dtype,
     memory_format: torch.memory_format,
 ) -> Tensor:
@@ -134,6 +147,6 @@ def crop_flip_normalise(
     if out.numel() > 0:
         dtypes = (None if index is None else index.dtype, None if draws is None else draws.dtype, dtype)
         channels_last = memory_format == torch.channels_last
-        launch = _launch(images.device, images.shape, batch, dtypes, padding, channels_last, BLOCK)
+        launch = _launch(images.device, images.shape, batch, dtypes, padding, cutout, channels_last, BLOCK)
         launch(images, images if index is None else index, images if draws is None else draws, mean, std, out)
     return out

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import cli, config, data, models, report
+from .. import cli, config, data, models, report, train
 from ..config import METHODS, TrainConfig
 from ..pruner import SADP
 from .deadline import Deadline
@@ -61,8 +61,8 @@ def add_parser(commands: Any) -> None:
         "--methods",
         type=cli.list_of(cli.variant),
         metavar="LIST",
-        help=f"of {', '.join(METHODS)}; with settings of their own where wanted: full,full:epochs=30,sadp:weights=none "
-        f"(default: {', '.join(DEFAULT_METHODS)})",
+        help=f"of {', '.join(METHODS)}; with settings of their own where wanted: full,full:epochs=30,"
+        f"sadp:weights=unbiased (default: {', '.join(DEFAULT_METHODS)})",
     )
     option("--ratios", type=cli.list_of(RATIO), metavar="LIST", help="pruning ratios (default: 0.3,0.5,0.7)")
     option("--seeds", type=cli.list_of(config.NATURAL), metavar="LIST", help="seeds (default: 0,1,2)")
@@ -99,7 +99,10 @@ def run(given: dict[str, Any]) -> int:
     runs = Runs(plan, display, deadline)
     if not plan.report_only:
         _check_ratios(plan)
-        if not (plan.folder / "study.json").exists():
+        known = _remembered(plan.folder)
+        if known is None or set(plan.methods) - set(_with_finished(known, plan.base, plan.folder)["methods"]):
+            _check_runs(plan, runs.data)
+        if known is None:
             plan = runs.plan = _with_data(plan, runs.data, "time_steps" in given)
         _remember(plan)
         if not quiet:
@@ -281,12 +284,9 @@ def _ordered(methods: list[str]) -> list[str]:
 
 def _with_data(plan: Plan, dataset: data.Dataset, asked_steps: bool) -> Plan:
     """The plan of a new study, with the time steps of event frames that bring their own; raises StudyError."""
-    base, count = plan.base, len(dataset.train_labels)
+    base = plan.base
     if len(dataset.shape) == 4 and not asked_steps:
         base = replace(base, time_steps=dataset.shape[0])
-    largest = max(plan.config(method, ratio, 0).batch_size for method, ratio in plan.cells())
-    if largest > count:
-        raise StudyError(f"the batch size {largest} is above the number of training examples, {count}: lower it")
     try:
         models.build(base.model, dataset.shape, dataset.num_classes, base.time_steps)
     except ValueError as error:
@@ -301,6 +301,15 @@ def _check_ratios(plan: Plan) -> None:
         settings = {key: getattr(run, key) for key in ("epochs", "prune_ratio", *_SCHEDULE)}
         try:
             SADP(nn.Identity(), 1, score="random", **settings)
+        except ValueError as error:
+            raise StudyError(f"{method}: {error}") from error
+
+
+def _check_runs(plan: Plan, dataset: data.Dataset) -> None:
+    """Find a run that cannot be trained on the data set before any is run; raises StudyError."""
+    for method, ratio in (("full", 0.0), *plan.cells()):  # full data, with which other things are measured, always
+        try:
+            train.check(plan.config(method, ratio, 0), dataset)
         except ValueError as error:
             raise StudyError(f"{method}: {error}") from error
 
