@@ -229,7 +229,7 @@ def test_two_runs_are_bit_identical(tmp_path):
 
 
 @pytest.mark.parametrize("epochs_done", [0, 1, 2, 3])
-@pytest.mark.parametrize("method", ["sadp", "full"])
+@pytest.mark.parametrize("method", ["sadp", "full:weight-decay=0.1:cutout=3"])
 def test_resumed_run_is_bit_identical(tmp_path, method, epochs_done):
     data, config = colour_data(), CONFIG.of(method)
     whole = train.run(config, data, tmp_path / "whole")
@@ -367,7 +367,7 @@ def test_cutout_is_for_data_that_are_augmented():
     config, grey = replace(CONFIG, cutout=3), replace(colour_data(), augmented=False)
     Trainer(config, colour_data())
     Trainer(CONFIG, grey)
-    message = r"cutout is 3, but examples of colours are not augmented \(only images with three colours are\): leave cutout out"
+    message = r"cutout is 3, but examples of colours are not augmented \(only .* are\): leave cutout out"
     for start in (Trainer, train.prepare):
         with pytest.raises(ValueError, match=message):
             start(config, grey)
@@ -419,9 +419,9 @@ def test_nothing_waits_for_the_host_inside_an_epoch(method, amp):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-def test_a_run_on_the_gpu_learns_and_resumes(tmp_path, amp):
-    config = replace(CONFIG, device="cuda", model="conv", amp=amp, epochs=12, lr=5e-3)
+@pytest.mark.parametrize(("amp", "cutout"), [("off", 0), ("bf16", 0), ("fp16", 0), ("bf16", 2)])
+def test_a_run_on_the_gpu_learns_and_resumes(tmp_path, amp, cutout):
+    config = replace(CONFIG, device="cuda", model="conv", amp=amp, cutout=cutout, epochs=12, lr=5e-3)
     with pytest.raises(KeyboardInterrupt):
         train.run(config, colour_data(), tmp_path, [StopAfter(4)])
     history = train.run(config, colour_data(), tmp_path, resume=True).history
