@@ -380,7 +380,10 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate  # loading has put a copy there
         self.scaler.load_state_dict(state["scaler"])
-        self.sadp.load_state_dict(state["sadp"])
+        try:
+            self.sadp.load_state_dict(state["sadp"])
+        except ValueError as error:  # defaults that were others when the run began
+            raise TrainError(f"the run in {path.parent} cannot go on, {error}: start a new run") from error
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["cpu_generator"])
         if state["device_generator"] is not None:

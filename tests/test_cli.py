@@ -247,7 +247,8 @@ def test_baselines_are_compared_and_resumed(capsys):
     assert "--score-momentum is 0.5, but the run in here began with 0.25" in capsys.readouterr().err
 
 
-def test_a_run_begun_before_weights_were_a_setting_goes_on():
+def test_a_run_begun_with_other_defaults_is_not_gone_on_with_by_todays(capsys):
+    """Before losses had weights of one's choice, they were "unbiased"."""
     assert cli.main([*FAST, "--out", "here", "--quiet", "--compare", "none", "--prune-ratio", "0.3"]) == 0
     began = json.loads(Path("here/run.json").read_text())
     state = torch.load("here/sadp/checkpoint.pt", weights_only=True)
@@ -255,7 +256,9 @@ def test_a_run_begun_before_weights_were_a_setting_goes_on():
         del config["weights"], config["score_momentum"]
     Path("here/run.json").write_text(json.dumps(began))
     torch.save(state, "here/sadp/checkpoint.pt")
-    assert cli.main(["train", "--resume", "here", "--quiet"]) == 0
+    capsys.readouterr()
+    assert cli.main(["train", "--resume", "here", "--quiet"]) == 2
+    assert "saved with weights='unbiased', but SADP was built with 'none': start a new run" in capsys.readouterr().err
 
 
 def test_a_run_begun_before_weight_decay_and_cutout_were_settings_goes_on(capsys):

@@ -432,7 +432,7 @@ def test_processes_share_the_work(finished, monkeypatch, capsys):
     assert not list((folder / "unfinished").iterdir())
 
 
-VARIED = ["--methods", "full,full:epochs=2,random,sadp,sadp:weights=none:tail-epochs=0", "--ratios", "0.5"]
+VARIED = ["--methods", "full,full:epochs=2,random,sadp,sadp:weights=unbiased:smoothing=0.1", "--ratios", "0.5"]
 
 
 @pytest.fixture(scope="module")
@@ -449,7 +449,7 @@ def varied(tmp_path_factory):
 
 def test_variants_stand_beside_the_methods(varied):
     results = {name: json.loads((varied / f"{name}.json").read_text()) for name in ("accuracy", "convergence", "time")}
-    variant = "sadp:weights=none:tail_epochs=0"
+    variant = "sadp:smoothing=0.1:weights=unbiased"
     assert results["accuracy"]["settings"]["methods"] == ["full", "full:epochs=2", "random", "sadp", variant]
     rows = results["accuracy"]["accuracies"]
     assert len(rows) == 10 and {(r["method"], r["ratio"]) for r in rows} >= {("full:epochs=2", 0.0), (variant, 0.5)}
@@ -477,11 +477,19 @@ def test_tables_and_plots_of_variants(varied, monkeypatch):
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *arguments, **options: figures.append(self))
     results = {name: json.loads((varied / f"{name}.json").read_text()) for name in ("accuracy", "convergence", "time")}
-    names = ["full data", "full data, 2 epochs", "dynamic random", "SADP (all)", "SADP (all), weights none, tail 0"]
+    names = [
+        "full data",
+        "full data, 2 epochs",
+        "dynamic random",
+        "SADP (all)",
+        "SADP (all), smoothing 0.1, weights unbiased",
+    ]
     for name, result in results.items():
         STUDIES[name].plots(result, varied)
         assert {row[0] for table in STUDIES[name].tables(result) for row in table.rows} == set(names)
-        shown = [text.get_text().split(":")[0] for text in figures[-1].legends[0].get_texts()]
+        figure = figures[-1]
+        texts = figure.legends[0].get_texts() if figure.legends else figure.axes[0].get_yticklabels()
+        shown = [re.split(r":|  \(time", text.get_text())[0] for text in texts]
         assert [label for label in shown if not label.startswith("theoretical")] == names[name == "time" :]
     curves = [r for r in results["convergence"]["curves"] if r["method"] == "sadp"]
     losses = [sum(r["test_loss"] for r in curves if r["epoch"] == epoch) / 2 for epoch in (1, 2, 3, 4)]
@@ -490,7 +498,9 @@ def test_tables_and_plots_of_variants(varied, monkeypatch):
         assert any(
             list(line.get_ydata()) == pytest.approx(losses) for line in panel.lines if len(line.get_ydata()) == 4
         )
-    by_share, by_time = figures[0].axes
+    several = {**results["accuracy"], "settings": {**results["accuracy"]["settings"], "ratios": [0.5, 0.7]}}
+    STUDIES["accuracy"].plots(several, varied)  # as if another ratio's runs were missing
+    by_share, by_time = figures[-1].axes
     for panel, key in ((by_share, "planned_share"), (by_time, "time_ratio")):
         (line,) = [line for line in panel.lines if line.get_label() == names[1]]
         rows = [r for r in results["accuracy"]["accuracies"] if r["method"] == "full:epochs=2"]
