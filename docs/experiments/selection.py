@@ -70,6 +70,24 @@ def refreshed(trainer: Trainer) -> None:
     before_each_draw(trainer, refresh)
 
 
+def evenly_spaced(trainer: Trainer) -> None:
+    """Systematic sampling over the epochs: an example drawn with p returns after 1 / p of them, not at random times.
+
+    The example's phase, uniform at first, rises by p in every epoch, and the example is drawn when it passes 1: with
+    probability p in each epoch, as in independent draws, but the number of its draws never strays by more than one.
+    """
+    count, device = trainer.sadp.num_examples, trainer.device
+    phase = torch.rand(count, generator=torch.Generator().manual_seed(trainer.config.seed)).to(device)
+
+    def sample(p: Tensor, *, seed: int, epoch: int) -> tuple[Tensor, Tensor, int]:
+        phase.add_(p)
+        indices = (phase >= 1).nonzero().squeeze(1)
+        phase[indices] -= 1
+        return indices, torch.ones(len(indices), device=device), len(indices)  # for weights "none"
+
+    pruner.sample = sample  # type: ignore[assignment]
+
+
 def layers_alike(trainer: Trainer) -> None:
     """Each layer's part of the bound is divided by its mean over the batch, so that no layer outweighs another."""
 
@@ -109,6 +127,9 @@ def ways(epochs: int) -> dict[str, tuple[str, Callable[[Trainer], None]]]:
     return {
         "full data": ("full", lambda trainer: None),
         "SADP": ("sadp", lambda trainer: None),
+        "SADP, evenly spaced in time": ("sadp", evenly_spaced),
+        "random": ("random", lambda trainer: None),
+        "random, evenly spaced in time": ("random", evenly_spaced),
         "SADP, uniform in the first half": ("sadp", lambda trainer: uniform(trainer, range(half))),
         "SADP, uniform in the second half": ("sadp", lambda trainer: uniform(trainer, range(half, epochs))),
         f"SADP, weighted in the last {last} epochs": (
@@ -125,7 +146,7 @@ def train(config: TrainConfig, dataset: data.Dataset, patch: Callable[[Trainer],
     """One run; patches of modules are taken back."""
     from sadp_fast.ops import score as ops
 
-    kept = pruner.spike_aware_score, ops.update_scores
+    kept = pruner.spike_aware_score, pruner.sample, ops.update_scores
     try:
         trainer = Trainer(config, dataset)
         patch(trainer)
@@ -133,7 +154,7 @@ def train(config: TrainConfig, dataset: data.Dataset, patch: Callable[[Trainer],
         losses = [train_epoch(trainer, ()).read() for _ in range(config.epochs)]
         seconds = trainer.clock() - start
     finally:
-        pruner.spike_aware_score, ops.update_scores = kept
+        pruner.spike_aware_score, pruner.sample, ops.update_scores = kept
     accuracy, loss = trainer.evaluate()
     return {"test_accuracy": accuracy, "test_loss": loss, "losses": losses, "seconds": seconds}
 
