@@ -24,7 +24,7 @@ from sadp_fast import cli, data, pruner, report
 from sadp_fast.config import TrainConfig
 from sadp_fast.neuron import reset
 from sadp_fast.score import el2n_score
-from sadp_fast.study.figures import mean, panels, save, spread
+from sadp_fast.study.figures import one_line_each, panels, save, spread
 from sadp_fast.train import EVALUATION_BATCH, Trainer, train_epoch
 
 
@@ -165,16 +165,13 @@ def show(out: Path) -> None:
     names = [name for name in ways(runs[0]["config"]["epochs"]) if any(run["name"] == name for run in runs)]
     report.write_json({"runs": runs}, out / "selection.json", indent=1)
     figure, (panel,) = panels(1, 1, 9, 1.6 + 0.34 * len(names))
-    for line, name in enumerate(names):
+    lines = []
+    for name in names:
         own = [run for run in runs if run["name"] == name]
-        values = [100 * run["test_accuracy"] for run in own]
-        panel.plot([min(values), max(values)], [line, line], color="#0072B2", linewidth=2.5, alpha=0.5)
-        panel.plot(values, [line] * len(values), "|", color="#0072B2", markersize=8)
-        panel.plot(mean(values), line, "o", color="#0072B2")
+        lines.append((name, [100 * run["test_accuracy"] for run in own], "#0072B2"))
         seconds = spread((run["seconds"] for run in own), 1)
-        print(f"{name:36} {len(own)} seeds  {spread(values, 2)} %  {seconds} s")
-    panel.set_yticks(range(len(names)), names)
-    panel.invert_yaxis()
+        print(f"{name:36} {len(own)} seeds  {spread(lines[-1][1], 2)} %  {seconds} s")
+    one_line_each(panel, lines)
     panel.set_xlabel("Test accuracy after the last epoch (%)")
     config, device = runs[0]["config"], runs[0]["device"]
     panel.set_title(

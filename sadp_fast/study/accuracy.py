@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import report
-from .figures import Table, legend_below, mean, panels, save, spread
+from .figures import Table, legend_below, mean, one_line_each, panels, save, spread
 from .plan import Plan
 from .runs import Runs
 from .study import Files, Study, title
@@ -97,20 +97,17 @@ def _one_ratio(result: dict[str, Any]) -> Figure:
     rows, names = result["accuracies"], labels(result)
     methods = [m for m in result["settings"]["methods"] if any(r["method"] == m for r in rows)]
     figure, (panel,) = panels(1, 1, 9, 1.6 + 0.34 * len(methods))
-    looks, ticks, counts = report.styles(result["settings"]["methods"]), [], set()
-    for line, method in enumerate(methods):
+    looks, counts, lines = report.styles(result["settings"]["methods"]), set(), []
+    for method in methods:
         own = [r for r in rows if r["method"] == method]
-        values, look = [100 * r["test_accuracy"] for r in own], looks[method]
-        if method == "full":
-            panel.axvspan(min(values), max(values), color=look["color"], alpha=0.12, linewidth=0)
-        panel.plot([min(values), max(values)], [line, line], color=look["color"], linewidth=2.5, alpha=0.5)
-        panel.plot(values, [line] * len(values), "|", color=look["color"], markersize=8)
-        panel.plot(mean(values), line, "o", color=look["color"])
+        values, colour = [100 * r["test_accuracy"] for r in own], looks[method]["color"]
         time = mean(r["time_ratio"] for r in own)
-        ticks.append(names[method] + ("" if method == "full" or math.isnan(time) else f"  (time {time:.2f})"))
+        if method == "full":
+            panel.axvspan(min(values), max(values), color=colour, alpha=0.12, linewidth=0)
+        beside = "" if method == "full" or math.isnan(time) else f"  (time {time:.2f})"
+        lines.append((names[method] + beside, values, colour))
         counts.add(len(own))
-    panel.set_yticks(range(len(methods)), ticks)
-    panel.invert_yaxis()
+    one_line_each(panel, lines)
     panel.set_xlabel("Test accuracy after the last epoch (%)")
     base, (ratio,) = result["settings"]["base"], result["settings"]["ratios"]
     heading = f"Accuracy after {base['epochs']} epochs at r = {ratio:g} (marks: seeds; {counts_text(counts)})"
