@@ -27,7 +27,7 @@ CHUNK = LONGEST_CHUNK[4]  # of float32, in which most of these tests run
 ARCHITECTURES = {80: (16,), 90: (1, 4, 16, 40, 96), 100: (16,)}  # compute capability: the T that are compiled
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 VARIANT_STEPS = 2
-WALKS = ("recursion", "tree")  # the two ways through a chunk
+WALKS = ("recursion", "tile")  # the two ways through a chunk
 DYNAMICS = [(None, False, 0.0), (2.0, True, 0.0), (3.0, True, -0.5), (2.0, False, None), (3.0, False, 0.25)]
 
 
@@ -104,6 +104,8 @@ def describe(compiled, recorder: Recorder) -> dict:
         "elements": recorder.call[1]["BLOCK"] // 32 // recorder.call[1]["num_warps"],  # of a thread
         "accesses": memory_accesses(compiled.asm["ptx"]),
         "local": local_memory(compiled.asm["cubin"]),
+        "shared": compiled.metadata.shared,
+        "operations": len(re.findall(r"\btt\.(?:load|store)\b", compiled.asm["ttir"])),
         "fma": len(re.findall(r"\bfma\.rn(?:\.ftz)?\.f32", compiled.asm["ptx"])),
     }
 
@@ -142,7 +144,7 @@ def compile_for(architecture: int) -> dict:
         variants += [(*dynamics, 0) for dynamics in DYNAMICS]
         x = torch.empty(VARIANT_STEPS, 2, 8, 4, 4, dtype=torch.float16)
         for walk in WALKS:
-            ops.TUNING = {key: ((VARIANT_STEPS, ops.Tuning(4, tree=walk == "tree")),) for key in ops.TUNING}
+            ops.TUNING = {key: ((VARIANT_STEPS, ops.Tuning(4, tile=walk == "tile")),) for key in ops.TUNING}
             for variant in variants:
                 launch(x, *variant, statistics=True, everything=True)
                 for direction, recorder in (("forward", forward), ("backward", backward)):
@@ -207,6 +209,15 @@ def test_memory_is_read_and_written_16_bytes_at_a_time(architecture, key, steps,
         assert 0 < statistics <= steps if " with " in key else statistics == 0
     assert narrow == {}
     assert any(kind == "ld" for kind, _ in accesses) and any(kind == "st" for kind, _ in accesses)
+
+
+@pytest.mark.parametrize("architecture, key, steps, dtype", cases())
+def test_tiles_stay_in_registers_and_are_accessed_as_a_whole(architecture, key, steps, dtype):
+    """Only statistics pass through shared memory; with a load and a store a step, long T took many seconds to compile."""
+    report = compiled_for(architecture)[key]
+    assert "without" not in key or report["shared"] == 0
+    if steps > LONGEST_CHUNK[DTYPES[dtype].itemsize]:
+        assert report["operations"] < 10
 
 
 @pytest.mark.parametrize("dynamics", [d for d in DYNAMICS if d[0] != 2.0], ids=str)

@@ -50,10 +50,10 @@ def real_chunks():
     """Marks a test that runs with the chunks that users get."""
 
 
-@pytest.fixture(params=["recursion", "tree"])
+@pytest.fixture(params=["recursion", "tile"])
 def walk(request, monkeypatch):
     """Both ways to walk a chunk, whichever is chosen for the case."""
-    tuned = ops.Tuning(elements=1, warps=1, tree=request.param == "tree", call_ahead=1)
+    tuned = ops.Tuning(elements=1, warps=1, tile=request.param == "tile", call_ahead=1)
     monkeypatch.setattr(ops, "TUNING", {key: ((math.inf, tuned),) for key in ops.TUNING})
     return request.param
 

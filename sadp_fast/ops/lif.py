@@ -9,7 +9,7 @@ chunk of steps by a compile-time recursion over time that loads on the way in an
 chunk are in flight before its first store. The backward kernel needs nothing but the input: the way in walks the
 potential forward again, the way out walks the gradient back. For T beyond one chunk the forward pass also writes the
 potential between chunks, and the backward pass starts each chunk from there. There, and where TUNING says so, a chunk
-is walked over a tree of values loaded before: one chunk's loads are in flight while another is worked on.
+is loaded as one tile before it is walked: one chunk's loads are in flight while another is worked on.
 
 State and arithmetic are float32 whatever the tensors' dtype. Floating-point contraction is off and divisions are
 exact, so that a spike is the same, bit for bit, as in the plain torch reference.
@@ -59,7 +59,7 @@ class Tuning(NamedTuple):
 
     elements: of a step that a thread holds; fewer where there would be less than ``warps_per_multiprocessor``, the
     warps of the whole grid for each of the GPU's multiprocessors. warps: of a program; with one, its reductions are
-    shuffles, without barriers. tree: whether a chunk is walked over a tree of its steps' values, loaded before the walk
+    shuffles, without barriers. tile: whether a chunk is walked over a tile of its steps' values, loaded before the walk
     (of several chunks, while the one in front is worked on), or by a recursion that loads on its way in. call_ahead: of
     several chunks, how many chunks before its time a program's input is called into the L2 cache (0: never).
     """
@@ -67,7 +67,7 @@ class Tuning(NamedTuple):
     elements: int
     warps: int = 1
     warps_per_multiprocessor: int = 8
-    tree: bool = False
+    tile: bool = False
     call_ahead: int = 0
 
 
@@ -75,14 +75,14 @@ class Tuning(NamedTuple):
 # an H100. The forward kernel wants wide accesses and few reductions; the backward kernel, which holds a float32 for
 # each element and step, wants registers for many warps before 16-byte accesses.
 TUNING: dict[tuple[str, int], tuple[tuple[float, Tuning], ...]] = {
-    ("forward", 4): ((8, Tuning(8)), (16, Tuning(4)), (math.inf, Tuning(1, tree=True, call_ahead=3))),
-    ("forward", 2): ((8, Tuning(8)), (32, Tuning(4)), (math.inf, Tuning(1, tree=True, call_ahead=3))),
-    ("backward", 4): ((4, Tuning(4)), (16, Tuning(2)), (math.inf, Tuning(1, tree=True, call_ahead=2))),
+    ("forward", 4): ((8, Tuning(8)), (16, Tuning(4)), (math.inf, Tuning(1, tile=True, call_ahead=3))),
+    ("forward", 2): ((8, Tuning(8)), (32, Tuning(4)), (math.inf, Tuning(1, tile=True, call_ahead=3))),
+    ("backward", 4): ((4, Tuning(4)), (16, Tuning(2)), (math.inf, Tuning(1, tile=True, call_ahead=2))),
     ("backward", 2): (
         (4, Tuning(8)),
         (8, Tuning(4)),
         (32, Tuning(2)),
-        (math.inf, Tuning(1, tree=True, call_ahead=2)),
+        (math.inf, Tuning(1, tile=True, call_ahead=2)),
     ),
 }
 
@@ -177,41 +177,67 @@ def _forward_steps(
     return v_end, counts
 
 
-# Trees. With few neurons and many steps a multiprocessor has no other warp to turn to while one waits, so that the next
+# Tiles. With few neurons and many steps a multiprocessor has no other warp to turn to while one waits, so that the next
 # chunk is loaded while this one is worked on, nothing but the recurrences themselves waits for the step before, and all
-# steps are summed together. What is loaded passes from one turn of the loop to the next as one tensor [BLOCK, 2, 2,
-# ...], whose steps are the leaves of a binary tree; tl.join and tl.split of registers of one thread move nothing.
+# steps are summed together. A tile [BLOCK, LANES] has a step in each column and an element's row in one thread, so that
+# halving and joining tiles moves nothing. It is loaded or stored by one operation, not by one a step: for each of these
+# Triton's coalescing pass looks at all that hangs together with it, in a time that grows with the square of that.
 
 
 @triton.jit
-def _load_steps(
-    ptr,
-    offsets,
-    mask,
-    first,
-    T,
-    stride_t,
-    STEP: tl.constexpr,
-    COUNT: tl.constexpr,
-    STEPS: tl.constexpr,
-    MASKED: tl.constexpr,
-    RECURSE: tl.constexpr,
-):
-    """Steps STEP ... STEP + COUNT of a chunk of STEPS, which starts at step ``first`` and at ptr, as a tree.
+def _step_of_column(LANES: tl.constexpr):
+    """[LANES]: a tile's steps, the column's bits the other way round, since tl.split divides by the lowest bit."""
+    columns = tl.arange(0, LANES)
+    steps = tl.zeros_like(columns)
+    for BIT in tl.static_range(16):
+        if (1 << BIT) < LANES:
+            steps = steps * 2 + (columns >> BIT) % 2
+    return steps
 
-    MASKED: some of the chunk's elements or steps do not exist; zeros take their place.
-    """
-    if COUNT > 1:
-        lower = RECURSE(ptr, offsets, mask, first, T, stride_t, STEP, COUNT // 2, STEPS, MASKED, RECURSE)
-        upper = RECURSE(ptr, offsets, mask, first, T, stride_t, STEP + COUNT // 2, COUNT // 2, STEPS, MASKED, RECURSE)
-        return tl.join(lower, upper)
-    elif STEP >= STEPS:
-        return tl.zeros_like(offsets).to(ptr.dtype.element_ty)
-    elif MASKED:
-        inside = tl.where(first + STEP < T, mask, False)
-        return tl.load(ptr + STEP * stride_t + offsets, mask=inside, other=0.0)
+
+@triton.jit
+def _inside(steps, first, T, STEPS: tl.constexpr):
+    """Which steps of a chunk of STEPS exist: the chunk starts at step ``first`` of T."""
+    return (steps < STEPS) & (first + steps < T)
+
+
+@triton.jit
+def _halves(tile):
+    """The tiles of the first and of the second half of a tile's steps; one step's is a vector."""
+    if tile.shape[1] == 2:
+        return tl.split(tile)
     else:
-        return tl.load(ptr + STEP * stride_t + offsets)
+        return tl.split(tl.reshape(tile, (tile.shape[0], tile.shape[1] // 2, 2)))
+
+
+@triton.jit
+def _whole(first, second):
+    """The tile of which these are the halves."""
+    tile = tl.join(first, second)
+    if len(tile.shape) == 2:
+        return tile
+    else:
+        return tl.reshape(tile, (tile.shape[0], 2 * tile.shape[1]))
+
+
+@triton.jit
+def _load_tile(ptr, offsets, mask, steps, inside, stride_t, MASKED: tl.constexpr):
+    """A chunk, which starts at ptr; MASKED: zeros where an element (mask) or a step (inside) does not exist."""
+    address = (ptr + steps * stride_t)[None, :] + offsets[:, None]
+    if MASKED:
+        return tl.load(address, mask=mask[:, None] & inside[None, :], other=0.0)
+    else:
+        return tl.load(address)
+
+
+@triton.jit
+def _store_tile(ptr, tile, offsets, mask, steps, inside, stride_t, MASKED: tl.constexpr):
+    """The reverse of ``_load_tile``."""
+    address = (ptr + steps * stride_t)[None, :] + offsets[:, None]
+    if MASKED:
+        tl.store(address, tile.to(ptr.dtype.element_ty), mask=mask[:, None] & inside[None, :])
+    else:
+        tl.store(address, tile.to(ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -235,101 +261,71 @@ def _call_into_cache(ptr, first, T, stride_t, start, size, STEPS: tl.constexpr, 
 
 
 @triton.jit
-def _forward_tree(
+def _forward_tile(
     x,
-    spikes_ptr,
-    v_seq_ptr,
-    offsets,
-    mask,
     first,
     T,
-    dense_stride_t,
     v,
     tau,
     v_threshold,
     v_rest,
     STEP: tl.constexpr,
-    COUNT: tl.constexpr,
     STEPS: tl.constexpr,
     RAGGED: tl.constexpr,
     DYNAMICS: tl.constexpr,
     EXACT_RECIPROCAL: tl.constexpr,
     SOFT_RESET: tl.constexpr,
-    STORE_SPIKES: tl.constexpr,
-    STORE_V_SEQ: tl.constexpr,
     RECURSE: tl.constexpr,
 ):
-    """Steps STEP ... STEP + COUNT of a chunk of STEPS, whose inputs are the tree x; else as ``_forward_steps``.
+    """The steps whose inputs are the tile x, the first of them step STEP of a chunk; else as ``_forward_steps``.
 
-    Returns the last potential and the tree of spikes, as integers.
+    Returns the last potential, and the tiles of which neurons fired and of the potentials.
     """
-    if COUNT > 1:
-        lower, upper = tl.split(x)
-        v, lower_spikes = RECURSE(
+    if len(x.shape) > 1:
+        HALF: tl.constexpr = x.shape[1] // 2
+        lower, upper = _halves(x)
+        v, lower_fired, lower_v = RECURSE(
             lower,
-            spikes_ptr,
-            v_seq_ptr,
-            offsets,
-            mask,
             first,
             T,
-            dense_stride_t,
             v,
             tau,
             v_threshold,
             v_rest,
             STEP,
-            COUNT // 2,
             STEPS,
             RAGGED,
             DYNAMICS,
             EXACT_RECIPROCAL,
             SOFT_RESET,
-            STORE_SPIKES,
-            STORE_V_SEQ,
             RECURSE,
         )
-        v, upper_spikes = RECURSE(
+        v, upper_fired, upper_v = RECURSE(
             upper,
-            spikes_ptr,
-            v_seq_ptr,
-            offsets,
-            mask,
             first,
             T,
-            dense_stride_t,
             v,
             tau,
             v_threshold,
             v_rest,
-            STEP + COUNT // 2,
-            COUNT // 2,
+            STEP + HALF,
             STEPS,
             RAGGED,
             DYNAMICS,
             EXACT_RECIPROCAL,
             SOFT_RESET,
-            STORE_SPIKES,
-            STORE_V_SEQ,
             RECURSE,
         )
-        return v, tl.join(lower_spikes, upper_spikes)
+        return v, _whole(lower_fired, upper_fired), _whole(lower_v, upper_v)
     elif STEP >= STEPS:
-        return v, tl.zeros_like(offsets)
+        return v, tl.zeros(x.shape, tl.int1), tl.zeros(x.shape, tl.float32)
     else:
-        if RAGGED:
-            mask = tl.where(first + STEP < T, mask, False)
         h = charge(x.to(tl.float32), v, tau, v_rest, DYNAMICS, EXACT_RECIPROCAL)
         fired = h >= v_threshold
         v_after = reset(h, fired, v_threshold, v_rest, SOFT_RESET)
         if RAGGED:
-            v_after = tl.where(mask, v_after, v)
-        if STORE_SPIKES:
-            spikes = tl.where(fired, 1.0, 0.0).to(spikes_ptr.dtype.element_ty)
-            tl.store(spikes_ptr + STEP * dense_stride_t + offsets, spikes, mask=mask)
-        if STORE_V_SEQ:
-            tl.store(v_seq_ptr + STEP * dense_stride_t + offsets, v_after, mask=mask)
-        return v_after, tl.where(fired & mask, 1, 0)
+            v_after = tl.where(first + STEP < T, v_after, v)
+        return v_after, fired, v_after
 
 
 @triton.jit
@@ -340,7 +336,6 @@ def _derivatives(
     v_threshold,
     v_rest,
     alpha,
-    COUNT: tl.constexpr,
     DYNAMICS: tl.constexpr,
     EXACT_RECIPROCAL: tl.constexpr,
     SOFT_RESET: tl.constexpr,
@@ -348,9 +343,9 @@ def _derivatives(
     SURROGATE: tl.constexpr,
     RECURSE: tl.constexpr,
 ):
-    """The way in of a chunk: for the tree x of COUNT steps those of dv/dh and ds/dh, and the last potential."""
-    if COUNT > 1:
-        lower, upper = tl.split(x)
+    """The way in of a chunk: for the tile x of inputs those of dv/dh and ds/dh, and the last potential."""
+    if len(x.shape) > 1:
+        lower, upper = _halves(x)
         lower_dv, lower_ds, v = RECURSE(
             lower,
             v,
@@ -358,7 +353,6 @@ def _derivatives(
             v_threshold,
             v_rest,
             alpha,
-            COUNT // 2,
             DYNAMICS,
             EXACT_RECIPROCAL,
             SOFT_RESET,
@@ -373,7 +367,6 @@ def _derivatives(
             v_threshold,
             v_rest,
             alpha,
-            COUNT // 2,
             DYNAMICS,
             EXACT_RECIPROCAL,
             SOFT_RESET,
@@ -381,7 +374,7 @@ def _derivatives(
             SURROGATE,
             RECURSE,
         )
-        return tl.join(lower_dv, upper_dv), tl.join(lower_ds, upper_ds), v
+        return _whole(lower_dv, upper_dv), _whole(lower_ds, upper_ds), v
     else:
         h = charge(x.to(tl.float32), v, tau, v_rest, DYNAMICS, EXACT_RECIPROCAL)
         fired = h >= v_threshold
@@ -393,113 +386,68 @@ def _derivatives(
 
 
 @triton.jit
-def _backward_tree(
+def _backward_tile(
     dv_dh,
-    ds_dh,
-    grad_spikes,
-    grad_v_seq_ptr,
-    grad_x_ptr,
-    offsets,
-    mask,
+    grad_fired,
+    grad_v_seq,
     first,
     T,
-    scale,
-    dense_stride_t,
     carry,
     tau,
     STEP: tl.constexpr,
-    COUNT: tl.constexpr,
     STEPS: tl.constexpr,
     RAGGED: tl.constexpr,
     DYNAMICS: tl.constexpr,
     HAS_GRAD_V_SEQ: tl.constexpr,
-    HAS_CHANNEL_SCALE: tl.constexpr,
     RECURSE: tl.constexpr,
 ):
-    """The way out of a chunk, last step first: of steps STEP ... STEP + COUNT; else as ``_backward_steps``.
+    """The way out of a chunk, last step first, from the tiles' last step to STEP; else as ``_backward_steps``.
 
-    Returns dL/dv before step STEP and the tree of the gradients' squares.
+    grad_fired is dL/ds * ds/dh; returns dL/dv before step STEP and the tile of dL/dh.
     """
-    if COUNT > 1:
-        lower_dv, upper_dv = tl.split(dv_dh)
-        lower_ds, upper_ds = tl.split(ds_dh)
-        lower_grad, upper_grad = tl.split(grad_spikes)
-        carry, upper_squares = RECURSE(
+    if len(dv_dh.shape) > 1:
+        HALF: tl.constexpr = dv_dh.shape[1] // 2
+        lower_dv, upper_dv = _halves(dv_dh)
+        lower_fired, upper_fired = _halves(grad_fired)
+        lower_grad_v, upper_grad_v = _halves(grad_v_seq)
+        carry, upper_grad_h = RECURSE(
             upper_dv,
-            upper_ds,
-            upper_grad,
-            grad_v_seq_ptr,
-            grad_x_ptr,
-            offsets,
-            mask,
+            upper_fired,
+            upper_grad_v,
             first,
             T,
-            scale,
-            dense_stride_t,
             carry,
             tau,
-            STEP + COUNT // 2,
-            COUNT // 2,
+            STEP + HALF,
             STEPS,
             RAGGED,
             DYNAMICS,
             HAS_GRAD_V_SEQ,
-            HAS_CHANNEL_SCALE,
             RECURSE,
         )
-        carry, lower_squares = RECURSE(
+        carry, lower_grad_h = RECURSE(
             lower_dv,
-            lower_ds,
-            lower_grad,
-            grad_v_seq_ptr,
-            grad_x_ptr,
-            offsets,
-            mask,
+            lower_fired,
+            lower_grad_v,
             first,
             T,
-            scale,
-            dense_stride_t,
             carry,
             tau,
             STEP,
-            COUNT // 2,
             STEPS,
             RAGGED,
             DYNAMICS,
             HAS_GRAD_V_SEQ,
-            HAS_CHANNEL_SCALE,
             RECURSE,
         )
-        return carry, tl.join(lower_squares, upper_squares)
+        return carry, _whole(lower_grad_h, upper_grad_h)
     elif STEP >= STEPS:
         return carry, tl.zeros_like(carry)
     else:
-        if RAGGED:
-            mask = tl.where(first + STEP < T, mask, False)
-        grad_v = carry
-        if HAS_GRAD_V_SEQ:
-            grad_v += tl.load(grad_v_seq_ptr + STEP * dense_stride_t + offsets, mask=mask, other=0.0)
-        grad_h = tl.fma(dv_dh, grad_v, ds_dh * grad_spikes.to(tl.float32))
-        grad_x = grad_h * (1.0 / tau) if DYNAMICS == LEAK_WITH_INPUT_DECAY else grad_h
-        tl.store(grad_x_ptr + STEP * dense_stride_t + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        grad_v = carry + grad_v_seq if HAS_GRAD_V_SEQ else carry
+        grad_h = tl.fma(dv_dh, grad_v, grad_fired)
         grad_v_before = grad_h if DYNAMICS == NO_LEAK else grad_h * (1.0 - 1.0 / tau)
-        scaled = grad_x * scale if HAS_CHANNEL_SCALE else grad_x
-        return tl.where(mask, grad_v_before, carry) if RAGGED else grad_v_before, scaled * scaled
-
-
-@triton.jit
-def _sums_of_steps(tree, LANES: tl.constexpr):
-    """The sums of a tree's steps over the program's elements, as a vector, and the step in each of its lanes."""
-    sums = tl.sum(tree, axis=0)
-    lanes = tl.arange(0, LANES)
-    if LANES == 1:
-        return tl.zeros((1,), tree.dtype) + sums, lanes
-    else:
-        steps = tl.zeros_like(lanes)  # the lane's bits the other way round, since the last axis is the tree's root
-        for BIT in tl.static_range(16):
-            if (1 << BIT) < LANES:
-                steps = steps * 2 + (lanes >> BIT) % 2
-        return tl.reshape(sums, (LANES,)), steps
+        return tl.where(first + STEP < T, grad_v_before, carry) if RAGGED else grad_v_before, grad_h
 
 
 @triton.jit
@@ -524,6 +472,7 @@ def _lif_forward_kernel(
     CHUNK: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
+    ELEMENTS: tl.constexpr,
     DYNAMICS: tl.constexpr,
     EXACT_RECIPROCAL: tl.constexpr,
     SOFT_RESET: tl.constexpr,
@@ -536,7 +485,7 @@ def _lif_forward_kernel(
     STORE_V_SEQ: tl.constexpr,
     STORE_CHECKPOINTS: tl.constexpr,
     COUNT_SPIKES: tl.constexpr,
-    TREE: tl.constexpr,
+    TILE: tl.constexpr,
     CALL_AHEAD: tl.constexpr,
 ):
     if REST_AT_ZERO:
@@ -545,11 +494,13 @@ def _lif_forward_kernel(
     one = tl.full((), 1, tl.int64)  # offsets between examples and steps can pass 2^31 elements
     n = one * (program // blocks)
     offsets = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    if TILE:
+        offsets = tl.multiple_of(offsets, ELEMENTS)  # and of no more: wider accesses would take other threads' elements
     mask = tl.full((BLOCK,), True, tl.int1) if EVEN else offsets < size
     state_size = one * examples * size  # every tensor but x is dense, [T,] N, *
     state_offset = n * size
-    lanes = tl.arange(0, LANES)
-    MASKED: tl.constexpr = not EVEN or T % CHUNK != 0
+    steps = _step_of_column(LANES) if TILE else tl.arange(0, LANES)
+    MASKED: tl.constexpr = not EVEN or T % CHUNK != 0 or LANES != CHUNK
     if EARLY:
         await_previous_kernel()
     if HAS_V_INIT:
@@ -558,65 +509,52 @@ def _lif_forward_kernel(
         v = tl.full((BLOCK,), v_init, tl.float32)
     x_ptr += n * x_stride_n
     x_stride_t = one * x_stride_t
-    if TREE:
-        x = _load_steps(x_ptr, offsets, mask, 0, T, x_stride_t, 0, LANES, CHUNK, MASKED, _load_steps)
+    if TILE:
+        x = _load_tile(x_ptr, offsets, mask, steps, _inside(steps, 0, T, CHUNK), x_stride_t, MASKED)
     for first in range(0, T, CHUNK):
         t = one * first
+        inside = _inside(steps, first, T, CHUNK)
         if CALL_AHEAD > 0:
             called = first + CALL_AHEAD * CHUNK
             _call_into_cache(x_ptr, called, T, x_stride_t, program % blocks * BLOCK, size, LANES, BLOCK)
-        if TREE:
+        if TILE:
             if T > CHUNK:
                 ahead = tl.minimum(first + CHUNK, (T - 1) // CHUNK * CHUNK)  # past the last, that again: no predicate
-                next_x = _load_steps(
-                    x_ptr + ahead * x_stride_t,
-                    offsets,
-                    mask,
-                    ahead,
-                    T,
-                    x_stride_t,
-                    0,
-                    LANES,
-                    CHUNK,
-                    MASKED,
-                    _load_steps,
-                )
-            v, spikes = _forward_tree(
+                next_inside = _inside(steps, ahead, T, CHUNK)
+                next_x = _load_tile(x_ptr + ahead * x_stride_t, offsets, mask, steps, next_inside, x_stride_t, MASKED)
+            v, fired, v_seq = _forward_tile(
                 x,
-                spikes_ptr + state_offset + t * state_size,
-                v_seq_ptr + state_offset + t * state_size,
-                offsets,
-                mask,
                 first,
                 T,
-                state_size,
                 v,
                 tau,
                 v_threshold,
                 v_rest,
                 0,
-                LANES,
                 CHUNK,
                 T % CHUNK != 0,
                 DYNAMICS,
                 EXACT_RECIPROCAL,
                 SOFT_RESET,
-                STORE_SPIKES,
-                STORE_V_SEQ,
-                _forward_tree,
+                _forward_tile,
             )
-            counts, steps = _sums_of_steps(spikes, LANES)
+            chunk_offset = state_offset + t * state_size
+            if STORE_SPIKES:
+                spikes = tl.where(fired, 1.0, 0.0)
+                _store_tile(spikes_ptr + chunk_offset, spikes, offsets, mask, steps, inside, state_size, MASKED)
+            if STORE_V_SEQ:
+                _store_tile(v_seq_ptr + chunk_offset, v_seq, offsets, mask, steps, inside, state_size, MASKED)
+            counts = tl.sum((fired & mask[:, None]).to(tl.int32), axis=0)
             if T > CHUNK:
                 x = next_x
         else:
-            steps = lanes
             v, counts = _forward_steps(
                 x_ptr + t * x_stride_t,
                 spikes_ptr + state_offset + t * state_size,
                 v_seq_ptr + state_offset + t * state_size,
                 offsets,
                 mask,
-                lanes,
+                steps,
                 first,
                 T,
                 x_stride_t,
@@ -638,7 +576,6 @@ def _lif_forward_kernel(
                 _forward_steps,
             )
         if COUNT_SPIKES:
-            inside = (steps < CHUNK) & (first + steps < T)
             tl.store(count_ptr + one * program * T + first + steps, counts.to(tl.int32), mask=inside)
         if STORE_CHECKPOINTS:
             if first + CHUNK < T:
@@ -809,6 +746,7 @@ def _lif_backward_kernel(
     CHUNK: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
+    ELEMENTS: tl.constexpr,
     DYNAMICS: tl.constexpr,
     EXACT_RECIPROCAL: tl.constexpr,
     SOFT_RESET: tl.constexpr,
@@ -823,7 +761,7 @@ def _lif_backward_kernel(
     HAS_CHANNEL_SCALE: tl.constexpr,
     GRAD_NORM: tl.constexpr,
     SURROGATE: tl.constexpr,
-    TREE: tl.constexpr,
+    TILE: tl.constexpr,
     CALL_AHEAD: tl.constexpr,
 ):
     if REST_AT_ZERO:
@@ -832,11 +770,13 @@ def _lif_backward_kernel(
     one = tl.full((), 1, tl.int64)
     n = one * (program // blocks)
     offsets = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    if TILE:
+        offsets = tl.multiple_of(offsets, ELEMENTS)  # and of no more: wider accesses would take other threads' elements
     mask = tl.full((BLOCK,), True, tl.int1) if EVEN else offsets < size
     state_size = one * examples * size
     state_offset = n * size
-    lanes = tl.arange(0, LANES)
-    MASKED: tl.constexpr = not EVEN or T % CHUNK != 0
+    steps = _step_of_column(LANES) if TILE else tl.arange(0, LANES)
+    MASKED: tl.constexpr = not EVEN or T % CHUNK != 0 or LANES != CHUNK
     if EARLY:
         await_previous_kernel()
     scale = 1.0
@@ -852,36 +792,25 @@ def _lif_backward_kernel(
     checkpoint_ptr += state_offset
     x_stride_t, gs_stride_t = one * x_stride_t, one * gs_stride_t
     last = (T - 1) // CHUNK * CHUNK
-    if TREE:
-        x = _load_steps(
-            x_ptr + last * x_stride_t, offsets, mask, last, T, x_stride_t, 0, LANES, CHUNK, MASKED, _load_steps
-        )
+    if TILE:
+        inside = _inside(steps, last, T, CHUNK)
+        x = _load_tile(x_ptr + last * x_stride_t, offsets, mask, steps, inside, x_stride_t, MASKED)
         v = _potential_before(
             checkpoint_ptr, v_init_ptr, offsets, mask, last, T, state_size, v_init, CHUNK, BLOCK, HAS_V_INIT
         )
     for i in range(0, T, CHUNK):  # from the last chunk to the first
         first = last - i
         t = one * first
+        inside = _inside(steps, first, T, CHUNK)
         if CALL_AHEAD > 0:
             called = first - CALL_AHEAD * CHUNK
             start = program % blocks * BLOCK
             _call_into_cache(x_ptr, called, T, x_stride_t, start, size, LANES, BLOCK)
             _call_into_cache(grad_spikes_ptr, called, T, gs_stride_t, start, size, LANES, BLOCK)
-        if TREE:
+        if TILE:
             # Under way while the potential is walked forward are this chunk's gradients, and then the next chunk's x.
-            grad_spikes = _load_steps(
-                grad_spikes_ptr + t * gs_stride_t,
-                offsets,
-                mask,
-                first,
-                T,
-                gs_stride_t,
-                0,
-                LANES,
-                CHUNK,
-                MASKED,
-                _load_steps,
-            )
+            gs_ptr = grad_spikes_ptr + t * gs_stride_t
+            grad_spikes = _load_tile(gs_ptr, offsets, mask, steps, inside, gs_stride_t, MASKED)
             dv_dh, ds_dh, v = _derivatives(
                 x,
                 v,
@@ -889,7 +818,6 @@ def _lif_backward_kernel(
                 v_threshold,
                 v_rest,
                 alpha,
-                LANES,
                 DYNAMICS,
                 EXACT_RECIPROCAL,
                 SOFT_RESET,
@@ -899,48 +827,38 @@ def _lif_backward_kernel(
             )
             if T > CHUNK:
                 ahead = tl.maximum(first - CHUNK, 0)  # before the first, that again: no predicate
-                x = _load_steps(
-                    x_ptr + ahead * x_stride_t,
-                    offsets,
-                    mask,
-                    ahead,
-                    T,
-                    x_stride_t,
-                    0,
-                    LANES,
-                    CHUNK,
-                    MASKED,
-                    _load_steps,
-                )
+                next_inside = _inside(steps, ahead, T, CHUNK)
+                x = _load_tile(x_ptr + ahead * x_stride_t, offsets, mask, steps, next_inside, x_stride_t, MASKED)
                 v = _potential_before(
                     checkpoint_ptr, v_init_ptr, offsets, mask, ahead, T, state_size, v_init, CHUNK, BLOCK, HAS_V_INIT
                 )
-            carry, squares = _backward_tree(
+            chunk_offset = state_offset + t * state_size
+            grad_v_seq = grad_spikes
+            if HAS_GRAD_V_SEQ:
+                gv_ptr = grad_v_seq_ptr + chunk_offset
+                grad_v_seq = _load_tile(gv_ptr, offsets, mask, steps, inside, state_size, MASKED)
+            carry, grad_x = _backward_tile(
                 dv_dh,
-                ds_dh,
-                grad_spikes,
-                grad_v_seq_ptr + state_offset + t * state_size,
-                grad_x_ptr + state_offset + t * state_size,
-                offsets,
-                mask,
+                ds_dh * grad_spikes.to(tl.float32),
+                grad_v_seq,
                 first,
                 T,
-                scale,
-                state_size,
                 carry,
                 tau,
                 0,
-                LANES,
                 CHUNK,
                 T % CHUNK != 0,
                 DYNAMICS,
                 HAS_GRAD_V_SEQ,
-                HAS_CHANNEL_SCALE,
-                _backward_tree,
+                _backward_tile,
             )
-            norms, steps = _sums_of_steps(squares, LANES)
+            if DYNAMICS == LEAK_WITH_INPUT_DECAY:
+                grad_x *= 1.0 / tau
+            _store_tile(grad_x_ptr + chunk_offset, grad_x, offsets, mask, steps, inside, state_size, MASKED)
+            if HAS_CHANNEL_SCALE:
+                grad_x *= tl.expand_dims(scale, 1)
+            norms = tl.sum(grad_x * grad_x, axis=0)
         else:
-            steps = lanes
             v = _potential_before(
                 checkpoint_ptr, v_init_ptr, offsets, mask, first, T, state_size, v_init, CHUNK, BLOCK, HAS_V_INIT
             )
@@ -951,7 +869,7 @@ def _lif_backward_kernel(
                 grad_x_ptr + state_offset + t * state_size,
                 offsets,
                 mask,
-                lanes,
+                steps,
                 first,
                 T,
                 scale,
@@ -979,7 +897,6 @@ def _lif_backward_kernel(
                 _backward_steps,
             )
         if GRAD_NORM:
-            inside = (steps < CHUNK) & (first + steps < T)
             tl.store(norm_ptr + one * program * T + first + steps, norms, mask=inside)
     if STORE_GRAD_V_INIT:
         tl.store(grad_v_init_ptr + state_offset + offsets, carry, mask=mask)
@@ -1046,14 +963,15 @@ class _Grid:
         return {
             "T": self.steps,
             "CHUNK": self.chunk,
-            "LANES": triton.next_power_of_2(self.chunk),
+            "LANES": triton.next_power_of_2(max(self.chunk, 2 if self.tuning.tile else 1)),
             "BLOCK": self.block,
+            "ELEMENTS": self.block // (32 * self.tuning.warps),
             "DYNAMICS": dynamics,
             "EXACT_RECIPROCAL": math.frexp(neuron.tau)[0] == 0.5,
             "SOFT_RESET": neuron.soft_reset,
             "REST_AT_ZERO": neuron.v_rest == 0.0,
             "EVEN": self.size % self.block == 0,  # no thread is beyond an example's end
-            "TREE": self.tuning.tree,
+            "TILE": self.tuning.tile,
             "CALL_AHEAD": self.tuning.call_ahead if self.steps > self.chunk else 0,
             "num_warps": self.tuning.warps,
             "enable_fp_fusion": False,
