@@ -28,6 +28,8 @@ Job = Callable[[], object]
 
 def in_processes(processes: int, seconds: float = LONGEST) -> list[str]:
     """Run all jobs in so many processes, for at most so many seconds; a line for each, the longest first."""
+    # Said outright, to this process too: inductor moves the folder of a process that has compiled with it.
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
     deadline = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
