@@ -214,8 +214,11 @@ def test_memory_is_read_and_written_16_bytes_at_a_time(architecture, key, steps,
 @pytest.mark.parametrize("architecture, key, steps, dtype", cases())
 def test_tiles_stay_in_registers_and_are_accessed_as_a_whole(architecture, key, steps, dtype):
     """Only statistics go through shared memory; with a load and a store a step, long T took many seconds to compile."""
+    import triton
+
     report = compiled_for(architecture)[key]
-    assert "without" not in key or report["shared"] == 0
+    if tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 5):  # those before move forward tiles through it
+        assert "without" not in key or report["shared"] == 0
     if steps > LONGEST_CHUNK[DTYPES[dtype].itemsize]:
         assert report["operations"] < 10
 

@@ -500,7 +500,7 @@ def _lif_forward_kernel(
     state_size = one * examples * size  # every tensor but x is dense, [T,] N, *
     state_offset = n * size
     steps = _step_of_column(LANES) if TILE else tl.arange(0, LANES)
-    MASKED: tl.constexpr = not EVEN or T % CHUNK != 0 or LANES != CHUNK
+    MASKED: tl.constexpr = not EVEN or (T % CHUNK != 0 or LANES != CHUNK)
     if EARLY:
         await_previous_kernel()
     if HAS_V_INIT:
@@ -776,7 +776,7 @@ def _lif_backward_kernel(
     state_size = one * examples * size
     state_offset = n * size
     steps = _step_of_column(LANES) if TILE else tl.arange(0, LANES)
-    MASKED: tl.constexpr = not EVEN or T % CHUNK != 0 or LANES != CHUNK
+    MASKED: tl.constexpr = not EVEN or (T % CHUNK != 0 or LANES != CHUNK)
     if EARLY:
         await_previous_kernel()
     scale = 1.0
