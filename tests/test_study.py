@@ -726,6 +726,10 @@ ERRORS = [
     (["all", "--out", "study", "--policy", "floor"], "--policy is floor, but the study in study has mix"),
     (["all", "--split-by", "time"], "--split-by is for"),
     (["accuracy", "--ratios", "0.3,0.9", "--epochs", "5", "--out", "new"], "prune ratio 0.9 over 5 epochs needs"),
+    (
+        ["all", "--methods", "full,infobatch", "--ratios", "0.85", "--epochs", "16", "--out", "new"],
+        "infobatch: prune ratio 0.85 over 16 epochs needs 1.046 in each of the 13 epochs",
+    ),
 ]
 
 

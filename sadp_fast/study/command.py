@@ -32,7 +32,8 @@ STOPPED = 3  # the exit code where --stop-after left runs out
 # A whole study in minutes on two CPU cores: a smaller network, fewer epochs and seeds.
 QUICK_BASE = {"model": "mlp", "epochs": 8}
 QUICK_SEEDS = (0, 1)
-_SCHEDULE = ("schedule", "warmup_epochs", "tail_epochs")
+# What decides the ratio of each epoch; InfoBatch's policy brings full-data epochs of its own.
+_SCHEDULE = ("prune_ratio", "epochs", "schedule", "warmup_epochs", "tail_epochs", "policy")
 _RUN = ("method", "prune_ratio", "seed", "device")  # what differs between runs
 # What a folder's runs have in common; all calls on one folder agree on it.
 _BASE = [field.name for field in fields(TrainConfig) if field.name not in _RUN]
@@ -298,7 +299,7 @@ def _check_ratios(plan: Plan) -> None:
     """Find a ratio that the epochs cannot have before any is run; raises StudyError."""
     for method, ratio in plan.cells():
         run = plan.config(method, ratio, 0)
-        settings = {key: getattr(run, key) for key in ("epochs", "prune_ratio", *_SCHEDULE)}
+        settings = {key: getattr(run, key) for key in _SCHEDULE}
         try:
             SADP(nn.Identity(), 1, score="random", **settings)
         except ValueError as error:
