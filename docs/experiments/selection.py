@@ -23,8 +23,10 @@ from torch import Tensor
 from sadp_fast import cli, data, pruner, report
 from sadp_fast.config import TrainConfig
 from sadp_fast.neuron import reset
+from sadp_fast.ops import score as ops
 from sadp_fast.score import el2n_score
 from sadp_fast.study.figures import one_line_each, panels, save, spread
+from sadp_fast.study.store import environment
 from sadp_fast.train import EVALUATION_BATCH, Trainer, train_epoch
 
 
@@ -95,30 +97,14 @@ def layers_alike(trainer: Trainer) -> None:
         bound = inputs.float().sqrt() * deltas.float().sqrt()
         return torch.linalg.vector_norm(bound / bound.nan_to_num(0, 0, 0).mean(1, keepdim=True), dim=0)
 
-    def update(
-        energies: Tensor,
-        rows: Tensor,
-        multiplicity: Tensor,
-        gradient: Tensor,
-        mean_factor: float,
-        weights: Tensor | None,
-        indices: Tensor,
-        slots: Tensor,
-        momentum: float,
-    ) -> None:
-        """In the place of the kernel, for weights of 1 and 0 and no momentum; a factor of all layers cancels out."""
+    def update(energies: Tensor, rows: Tensor, multiplicity: Tensor, *others: Any) -> None:
+        """In the place of the kernel, for losses without weights; a factor of all layers cancels out."""
         inputs, deltas = energies[rows]
-        value = alike(inputs, deltas, multiplicity)
-        usable = value.isfinite() if weights is None else value.isfinite() & (weights > 0)
-        slots.scatter_reduce_(0, torch.where(usable, indices, len(slots) - 1), value, "amax", include_self=False)
-        slots[-1:].fill_(torch.nan)
+        trainer.sadp._keep(trainer.sadp._batch, alike(inputs, deltas, multiplicity))  # type: ignore[arg-type]
         energies.fill_(torch.nan)
 
     pruner.spike_aware_score = alike  # type: ignore[assignment]
-    if trainer.device.type == "cuda":
-        from sadp_fast.ops import score as ops
-
-        ops.update_scores = update  # type: ignore[assignment]
+    ops.update_scores = update  # type: ignore[assignment]
 
 
 def ways(epochs: int) -> dict[str, tuple[str, Callable[[Trainer], None]]]:
@@ -144,8 +130,6 @@ def ways(epochs: int) -> dict[str, tuple[str, Callable[[Trainer], None]]]:
 
 def train(config: TrainConfig, dataset: data.Dataset, patch: Callable[[Trainer], None]) -> dict[str, Any]:
     """One run; patches of modules are taken back."""
-    from sadp_fast.ops import score as ops
-
     kept = pruner.spike_aware_score, pruner.sample, ops.update_scores
     try:
         trainer = Trainer(config, dataset)
@@ -203,8 +187,8 @@ def main() -> None:
                 continue
             config, start = TrainConfig(**{**vars(base), "seed": seed}).of(variant), time.monotonic()
             result = train(config, dataset, patch)
-            environment = {"device": report.device_name(device), "versions": report.versions()}
-            report.write_json({"name": name, "config": vars(config), **environment, **result}, path, indent=1)
+            run = {"name": name, "config": vars(config), **environment(device), **result}
+            report.write_json(run, path, indent=1)
             print(f"{name}, seed {seed}: {100 * result['test_accuracy']:.2f} %, {time.monotonic() - start:.0f} s")
     show(given.out)
 
