@@ -97,7 +97,7 @@ def _one_ratio(result: dict[str, Any]) -> Figure:
     rows, names = result["accuracies"], labels(result)
     methods = [m for m in result["settings"]["methods"] if any(r["method"] == m for r in rows)]
     figure, (panel,) = panels(1, 1, 9, 1.6 + 0.34 * len(methods))
-    looks, counts, lines = report.styles(result["settings"]["methods"]), set(), []
+    looks, counts, lines, timed = report.styles(result["settings"]["methods"]), set(), [], False
     for method in methods:
         own = [r for r in rows if r["method"] == method]
         values, colour = [100 * r["test_accuracy"] for r in own], looks[method]["color"]
@@ -105,13 +105,14 @@ def _one_ratio(result: dict[str, Any]) -> Figure:
         if method == "full":
             panel.axvspan(min(values), max(values), color=colour, alpha=0.12, linewidth=0)
         beside = "" if method == "full" or math.isnan(time) else f"  (time {time:.2f})"
+        timed |= bool(beside)
         lines.append((names[method] + beside, values, colour))
         counts.add(len(own))
     one_line_each(panel, lines)
     panel.set_xlabel("Test accuracy after the last epoch (%)")
     base, (ratio,) = result["settings"]["base"], result["settings"]["ratios"]
     heading = f"Accuracy after {base['epochs']} epochs at r = {ratio:g} (marks: seeds; {counts_text(counts)})"
-    figure.suptitle(f"{heading}\n{title(result)}\ntime: over that of full data", fontsize=10)
+    figure.suptitle("\n".join([heading, title(result)] + ["time: over that of full data"] * timed), fontsize=10)
     return figure
 
 
