@@ -33,6 +33,7 @@ def train(model, body, x, y, batch_size, lr, epochs=EPOCHS):
     for _ in range(epochs):
         epoch = []
         for row in sadp.batches(batch_size):
+            assert row.is_contiguous()  # kernels read it
             epoch.append(row)
             loss = sadp.loss(nn.CrossEntropyLoss(), model(x[row].expand(T, -1, -1)).mean(0), y[row])
             optimizer.zero_grad()

@@ -99,6 +99,18 @@ def test_scores_of_a_batch(examples, layers, rows, weighted, kernel_device):
     torch.testing.assert_close(slots, expected, rtol=1e-5, atol=0, equal_nan=True)
 
 
+def test_scores_of_a_rank_of_several(kernel_device):
+    """Whose indices and weights may be every other one of all ranks'."""
+    from sadp_fast.ops.score import update_scores
+
+    energies, layer_rows, multiplicity, weights, indices = batch(12, 3, 5, kernel_device)
+    gradient, slots = torch.ones((), device=kernel_device), torch.full((37,), NAN, device=kernel_device)
+    arguments = (layer_rows, multiplicity, gradient, 1.0, weights[1::2], indices[1::2])
+    expected = reference(energies[:, :6], *arguments, slots)
+    update_scores(energies[:, :6], *arguments, slots)
+    torch.testing.assert_close(slots, expected, rtol=1e-5, atol=0, equal_nan=True)
+
+
 def test_what_is_no_score_leaves_the_old_one(kernel_device):
     """Padding (weight 0), NaN, infinity; an example that occurs twice keeps the larger score, whatever the order."""
     from sadp_fast.ops.score import update_scores

@@ -180,7 +180,7 @@ def update_scores(
             _scatter_kernel, energies.device, programs, (examples,), {"BLOCK": block, **options}
         )
     scores = torch.empty_like(energies[0])
-    weights = energies if weights is None else weights
+    indices, weights = indices.contiguous(), energies if weights is None else weights.contiguous()
     # Read before any slot is emptied: of an example that occurs twice, each of its rows needs the old score.
     old = slots.index_select(0, indices) if momentum > 0 else scores
     score(energies, layer_rows, multiplicity, loss_gradient, weights, indices, slots, scores, old)
