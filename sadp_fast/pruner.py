@@ -277,8 +277,9 @@ class SADP:
         everything, self._next_carried = pack(
             shuffled(drawn, seed=self.seed, epoch=self.epoch), self._carried, batch_size * world, pad=pad or last
         )
-        own = (t[:, rank::world].contiguous() for t in (everything.indices, everything.weights))  # for kernels to read
-        return EpochBatches(*own, everything.padding)
+        # Kernels read the rows.
+        indices, weights = (t[:, rank::world].contiguous() for t in (everything.indices, everything.weights))
+        return EpochBatches(indices, weights, everything.padding)
 
     def _look_at_scores(self) -> None:
         """Warn, once the data has been trained through, if there are hardly any scores to prune by."""
