@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sadp_fast import LIFNode, reset
 from sadp_fast.ops import launch
 from sadp_fast.ops.launch import Launch
 
@@ -228,3 +229,25 @@ def test_alignment_streams_threads_and_graphs():
     y.zero_()
     graph.replay()
     assert torch.equal(y, x * 0.5 + 1)
+
+
+@pytest.mark.gpu
+def test_kernels_run_where_their_tensors_are():
+    """A neuron on another GPU than the current one, several times: through Triton first, then by native launches."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    input = torch.randn(4, 6, 50, generator=torch.Generator().manual_seed(0)) + 0.5
+    results = []
+    for index in (0, 1, 0, 1):
+        x = input.to(f"cuda:{index}").requires_grad_()
+        node = LIFNode(step_mode="m")
+        node.collect_statistics = True
+        for _ in range(2):
+            reset(node)
+            spikes = node(x)
+            (gradient,) = torch.autograd.grad(spikes, x, spikes.detach() + 1)
+        assert torch.cuda.current_device() == 0 and gradient.device.index == index
+        results.append([t.cpu() for t in (spikes.detach(), gradient, node.spike_count, node.grad_norm_sq)])
+    assert results[0][0].any()
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
