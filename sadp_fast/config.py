@@ -151,13 +151,20 @@ class TrainConfig:
         method, changes = read_variant(variant)
         return replace(self, method=method, **{**METHODS[method], **changes})
 
+    def settled(self) -> TrainConfig:
+        """The same run, with what `SADP` takes for weights, warm-up and tail written out where they are None."""
+        weights, warmup, tail = pruner.settle(
+            self.policy, self.epochs, self.weights, self.warmup_epochs, self.tail_epochs
+        )
+        return replace(self, weights=weights, warmup_epochs=warmup, tail_epochs=tail)
+
     def conditions(self) -> dict[str, Any]:
-        """What decides the result: not the device, nor what the method does not use.
+        """What decides the result: not the device, nor what the method does not use, nor how a default is written.
 
         So a full-data run is one and the same run beside all settings of pruning.
         """
         unused = {"device"} | (PRUNING if self.prune_ratio == 0 else SCORING if self.score in _UNIFORM else set())
-        return {key: value for key, value in asdict(self).items() if key not in unused}
+        return {key: value for key, value in asdict(self.settled()).items() if key not in unused}
 
 
 def read_variant(text: str) -> tuple[str, dict[str, Any]]:

@@ -39,6 +39,17 @@ _POLICY_TAIL = {"infobatch": 0.125}
 _WARMUP_FRACTION = 0.05  # of the epochs, on full data [ours]: scores need a first pass over the data
 
 
+def settle(
+    policy: str, epochs: int, weights: str | None, warmup_epochs: int | None, tail_epochs: int | None
+) -> tuple[str, int, int]:
+    """Weights, warm-up and tail, with what SADP takes where they are None."""
+    return (
+        _POLICY_WEIGHTS.get(policy, "none") if weights is None else weights,
+        max(1, round(_WARMUP_FRACTION * epochs)) if warmup_epochs is None else warmup_epochs,
+        round(_POLICY_TAIL.get(policy, 0.0) * epochs) if tail_epochs is None else tail_epochs,
+    )
+
+
 @dataclass
 class _Batch:
     """What is known of the batch that the user is training on."""
@@ -138,9 +149,7 @@ class SADP:
                 raise TypeError(f"{name} must be an integer, got {_name_of(count)}: pass {remedy}")
         if score not in SCORES:
             raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
-        if weights is None:
-            weights = _POLICY_WEIGHTS.get(policy, "none")
-        if weights not in WEIGHTS:
+        if weights not in (None, *WEIGHTS):
             raise ValueError(f"weights must be one of {', '.join(WEIGHTS)} or None, got {weights!r}")
         if not 0 <= score_momentum < 1:
             raise ValueError(f"score_momentum must be in [0, 1), got {score_momentum}: 0 keeps the newest score alone")
@@ -151,10 +160,7 @@ class SADP:
                 f"score={score!r} reads the model's autograd graph, which torch.compile hides: pass and train the "
                 "uncompiled model (its neurons are fused all the same), or use score='loss'"
             )
-        if warmup_epochs is None:
-            warmup_epochs = max(1, round(_WARMUP_FRACTION * epochs))
-        if tail_epochs is None:
-            tail_epochs = round(_POLICY_TAIL.get(policy, 0.0) * epochs)
+        weights, warmup_epochs, tail_epochs = settle(policy, epochs, weights, warmup_epochs, tail_epochs)
         self.ratios = prune_ratios(
             prune_ratio, epochs, schedule=schedule, warmup_epochs=warmup_epochs, tail_epochs=tail_epochs
         )

@@ -213,6 +213,12 @@ def test_conditions_are_what_decides_a_result():
         assert changed.conditions() != base.of(changed.method).conditions()
     assert base.of("random").conditions() != replace(base, prune_ratio=0.3).of("random").conditions()
     assert base.of("full:epochs=9").conditions() == replace(base, epochs=9).of("full").conditions()
+    written = base.of("sadp:weights=none:tail_epochs=0:warmup_epochs=2")  # as the defaults are for 30 epochs
+    assert written.conditions() == base.of("sadp").conditions()
+    assert written.conditions() != replace(base, epochs=100).of("sadp").conditions() | {"epochs": 30}
+    assert (
+        base.of("infobatch").conditions()["weights"] == "sum" and base.of("infobatch").conditions()["tail_epochs"] == 4
+    )
 
 
 def test_runs_older_than_a_setting_are_found():
@@ -223,9 +229,22 @@ def test_runs_older_than_a_setting_are_found():
     store = Store(Path("here"))
     store.produce("name", {"kind": "training", "config": older}, "cpu", lambda folder: {"history": [1]})
     assert store.read("name", training_identity(config), ("history",))["history"] == [1]
+    assert store.read("another", training_identity(config), ("history",))["history"] == [1]  # names are for people
     for change in ({"score_momentum": 0.5}, {"weight_decay": 0.0}, {"cutout": 4}, {"lr": 0.1}):
         other = replace(config, **change)
         assert store.read("name", training_identity(other), ("history",)) is None
+
+
+def test_runs_with_open_settings_are_found():
+    """None counts as the default that it stands for, however the run is asked for."""
+    config = TrainConfig(epochs=40).of("sadp")
+    store, open_ones = Store(Path("here")), {"weights": None, "warmup_epochs": None, "tail_epochs": None}
+    identity = training_identity(config)
+    identity["config"] |= open_ones
+    store.produce("name", identity, "cpu", lambda folder: {"history": [1]})
+    for asked in (config, replace(config, weights="none"), replace(config, warmup_epochs=2, tail_epochs=0)):
+        assert store.read("name", training_identity(asked), ("history",))["history"] == [1]
+    assert store.read("name", training_identity(replace(config, weights="unbiased")), ("history",)) is None
 
 
 def test_a_run_is_found_again_and_damage_is_reported():

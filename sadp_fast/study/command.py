@@ -23,7 +23,7 @@ from .plan import DEFAULT_METHODS, QUICK, Plan, Size
 from .progress import Display
 from .registry import STUDIES
 from .runs import Runs
-from .store import Store, StudyError, same, training_identity, write_json
+from .store import Store, StudyError, conditions_of, same, training_identity, write_json
 from .study import NothingFinished, Study
 
 RATIO = config.number(float, lambda value: 0 < value < 1, "above 0 and below 1")
@@ -259,12 +259,12 @@ def _with_finished(known: dict[str, Any], base: TrainConfig, folder: Path) -> di
 
 def _run_of(identity: dict[str, Any], base: TrainConfig) -> tuple[str, float, int] | None:
     """The variant, ratio and seed by which a run differs from the conditions of a study; None for another study's."""
-    found = identity.get("config", {})
+    found = conditions_of(identity.get("config", {}))
     if identity.get("kind") != "training" or found.get("method") not in METHODS:
         return None
     method, ratio, seed = found["method"], found["prune_ratio"], found["seed"]
     base = replace(base, prune_ratio=ratio, seed=seed)
-    plain = asdict(base.of(method))
+    plain = asdict(base.of(method).settled())
     changes = {
         key: found[key]
         for key in config.SETTINGS

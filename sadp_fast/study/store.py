@@ -73,9 +73,9 @@ class Store:
         content: keys that such a file holds, beside identity, device and versions.
         """
         path = self.path(name, identity)
-        if not path.exists():
-            older = sorted(path.parent.glob(f"{name}-*.json"))
-            path = next((p for p in older if same(read_file(p)["identity"], identity)), path)
+        if not path.exists():  # an older file, or one of the same run under another of its names
+            others = sorted(path.parent.glob("*.json"))
+            path = next((p for p in others if same(read_file(p)["identity"], identity)), path)
         if not path.exists():
             return None
         value = read_file(path)
@@ -143,11 +143,16 @@ class Store:
 
 
 def same(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """Whether a file's identity is the one wanted; settings newer than the file count as their defaults."""
+    """Whether a file's identity is the one wanted."""
     wanted = json.loads(json.dumps(wanted))
-    defaults = asdict(TrainConfig())
-    config = {key: defaults[key] for key in wanted.get("config", {}) if key in defaults} | found.get("config", {})
-    return {**found, "config": config} == {"config": {}, **wanted}
+    return {**found, "config": conditions_of(found.get("config", {}))} == {"config": {}, **wanted}
+
+
+def conditions_of(found: dict[str, Any]) -> dict[str, Any]:
+    """A file's configuration as it is written today: settings newer than the file, and those left open, as defaults."""
+    if not found.keys() <= asdict(TrainConfig()).keys():
+        return found
+    return json.loads(json.dumps(TrainConfig(**found).conditions()))
 
 
 def short(value: float) -> float | None:
