@@ -17,7 +17,8 @@ import torch
 
 KERNELS = "_lif_forward_kernel|_lif_backward_kernel|^_backward_kernel|^_forward_kernel"
 SMALL, LARGE = (16, 128, 512), (8, 32, 128, 28, 28)
-LIF = ((SMALL, torch.float32), (SMALL, torch.bfloat16), (LARGE, torch.bfloat16), (LARGE, torch.float32))
+LONG, LONGEST = (64, 128, 2048), (1024, 128, 128)  # as in test_long_sequences.py
+LIF = tuple((shape, dtype) for shape in (SMALL, LARGE, LONG, LONGEST) for dtype in (torch.float32, torch.bfloat16))
 BATCH_NORM_LIF = ((4, 128, 64, 32, 32), (4, 128, 512, 4, 4))
 METRICS = {
     "time": "gpu__time_duration.sum",
