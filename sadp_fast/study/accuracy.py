@@ -130,6 +130,7 @@ def _by_ratio(result: dict[str, Any]) -> Figure:
     others = [m for m in result["settings"]["methods"] if any(r["method"] == m for r in rows) and m != "full"]
     counts = {len(full)} - {0}
     gaps = [b - a for a, b in pairwise(ratios)]
+    tops: dict[float, tuple[float, float]] = {}  # the highest bar of each ratio, which the ratio is written over
     step = 0.2 * min(gaps, default=0.2) / max(1, len(others) - 1)  # side by side, so that no bar hides another
     for i, method in enumerate(others):
         look, offset = looks[method], step * (i - (len(others) - 1) / 2)
@@ -146,9 +147,11 @@ def _by_ratio(result: dict[str, Any]) -> Figure:
                 points.append((x, mean(values)))
                 panel.plot([x, x], [min(values), max(values)], color=look["color"], linewidth=2.5, alpha=0.5)
                 if panel is by_time and ratio > 0:
-                    panel.annotate(f"{ratio:g}", points[-1], (4, 4), textcoords="offset points", fontsize=7)
+                    tops[ratio] = max(tops.get(ratio, (0.0, 0.0)), (max(values), x))
             if points:
                 panel.plot(*zip(*points, strict=True), **look, label=names[method])
+    for ratio, (top, x) in tops.items():
+        by_time.annotate(f"{ratio:g}", (x, top), (0, 3), textcoords="offset points", ha="center", fontsize=8)
     accuracy = "Test accuracy after the last epoch (%)"
     by_share.set(xlabel="Share of full training's examples left out (r, for as many epochs)", ylabel=accuracy)
     by_share.set_xticks(ratios)
