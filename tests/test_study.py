@@ -544,6 +544,20 @@ def test_copied_variants_are_found(varied, no_training, tmp_path):
     assert sorted(found["accuracies"], key=key) == sorted(whole["accuracies"], key=key)
 
 
+@pytest.mark.parametrize(
+    "variant",
+    [
+        *("full", "full:epochs=30", "sadp", "sadp:epochs=30", "sadp:policy=infobatch", "sadp:weights=unbiased"),
+        *("infobatch:epochs=40", "random:epochs=30:tail_epochs=2", "sadp:epochs=30:warmup_epochs=3"),
+    ],
+)
+def test_a_run_is_named_as_it_was_asked_for(variant):
+    """What follows from other settings, as the warm-up from the epochs, is no setting of its own."""
+    base = TrainConfig(epochs=60)
+    ratio = 0.0 if variant.startswith("full") else 0.5
+    assert command._run_of(training_identity(base.of(variant)), base) == (variant, ratio, 0)
+
+
 class Clock:
     """Time that passes only when told so."""
 

@@ -264,7 +264,10 @@ def _run_of(identity: dict[str, Any], base: TrainConfig) -> tuple[str, float, in
         return None
     method, ratio, seed = found["method"], found["prune_ratio"], found["seed"]
     base = replace(base, prune_ratio=ratio, seed=seed)
-    plain = asdict(base.of(method).settled())
+    asked = base.of(method)
+    # What the study leaves open follows from the run's own epochs and policy.
+    own = asdict(replace(asked, **{key: found[key] for key in ("epochs", "policy") if key in found}).settled())
+    plain = {key: own[key] if value is None else value for key, value in asdict(asked).items()}
     changes = {
         key: found[key]
         for key in config.SETTINGS
