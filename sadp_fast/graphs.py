@@ -48,7 +48,7 @@ class GraphedStep:
     it waits for the host (no ``.item()``, no GradScaler, which skips steps); whatever changes from step to step is a
     tensor on the device that is updated in place, learning rates too (``lr=torch.tensor(...)``, and ``capturable=True``
     where the optimizer has it); parameters and optimizer state are not replaced by other tensors once it is recorded.
-    DistributedDataParallel in a graph has conditions of its own (PyTorch's notes on CUDA graphs); it was not tried here.
+    DistributedDataParallel in a graph has conditions of its own (see PyTorch's notes on CUDA graphs) and was not tried.
 
     Args:
         step: one training step on the examples ``index`` (int64 [B], CUDA): ``zero_grad(set_to_none=True)``, forward,
