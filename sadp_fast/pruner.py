@@ -283,7 +283,7 @@ class SADP:
         everything, self._next_carried = pack(
             shuffled(drawn, seed=self.seed, epoch=self.epoch), self._carried, batch_size * world, pad=pad or last
         )
-        # Kernels read the rows.
+        # In one block each, since kernels read a row at every step.
         indices, weights = (t[:, rank::world].contiguous() for t in (everything.indices, everything.weights))
         return EpochBatches(indices, weights, everything.padding)
 

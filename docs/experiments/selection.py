@@ -25,7 +25,7 @@ from sadp_fast.config import TrainConfig
 from sadp_fast.neuron import reset
 from sadp_fast.ops import score as ops
 from sadp_fast.score import el2n_score
-from sadp_fast.study.figures import one_line_each, panels, save, spread
+from sadp_fast.study.figures import one_line_each, save, spread
 from sadp_fast.study.store import environment
 from sadp_fast.train import EVALUATION_BATCH, Trainer, train_epoch
 
@@ -148,14 +148,13 @@ def show(out: Path) -> None:
     runs = [json.loads(path.read_text()) for path in sorted(out.glob("*-s*.json"))]
     names = [name for name in ways(runs[0]["config"]["epochs"]) if any(run["name"] == name for run in runs)]
     report.write_json({"runs": runs}, out / "selection.json", indent=1)
-    figure, (panel,) = panels(1, 1, 9, 1.6 + 0.34 * len(names))
     lines = []
     for name in names:
         own = [run for run in runs if run["name"] == name]
         lines.append((name, [100 * run["test_accuracy"] for run in own], "#0072B2"))
         seconds = spread((run["seconds"] for run in own), 1)
         print(f"{name:36} {len(own)} seeds  {spread(lines[-1][1], 2)} %  {seconds} s")
-    one_line_each(panel, lines)
+    figure, panel = one_line_each(lines)
     panel.set_xlabel("Test accuracy after the last epoch (%)")
     config, device = runs[0]["config"], runs[0]["device"]
     panel.set_title(

@@ -96,19 +96,19 @@ def _one_ratio(result: dict[str, Any]) -> Figure:
     """Every method in a line of its own: each seed, their mean and range."""
     rows, names = result["accuracies"], labels(result)
     methods = [m for m in result["settings"]["methods"] if any(r["method"] == m for r in rows)]
-    figure, (panel,) = panels(1, 1, 9, 1.6 + 0.34 * len(methods))
     looks, counts, lines, timed = report.styles(result["settings"]["methods"]), set(), [], False
     for method in methods:
         own = [r for r in rows if r["method"] == method]
         values, colour = [100 * r["test_accuracy"] for r in own], looks[method]["color"]
         time = mean(r["time_ratio"] for r in own)
-        if method == "full":
-            panel.axvspan(min(values), max(values), color=colour, alpha=0.12, linewidth=0)
         beside = "" if method == "full" or math.isnan(time) else f"  (time {time:.2f})"
         timed |= bool(beside)
         lines.append((names[method] + beside, values, colour))
         counts.add(len(own))
-    one_line_each(panel, lines)
+    figure, panel = one_line_each(lines)
+    full = [100 * r["test_accuracy"] for r in rows if r["method"] == "full"]
+    if full:
+        panel.axvspan(min(full), max(full), color=report.COLOURS["full"], alpha=0.12, linewidth=0)
     panel.set_xlabel("Test accuracy after the last epoch (%)")
     base, (ratio,) = result["settings"]["base"], result["settings"]["ratios"]
     heading = f"Accuracy after {base['epochs']} epochs at r = {ratio:g} (marks: seeds; {counts_text(counts)})"

@@ -120,14 +120,16 @@ def band(axes: Axes, x: Sequence[float], by_seed: Sequence[Sequence[float | None
         axes.fill_between(at, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
-def one_line_each(axes: Axes, lines: Sequence[tuple[str, Sequence[float], str]]) -> None:
-    """A line for each label, from the top: every value as a mark, their range and mean, in a colour."""
+def one_line_each(lines: Sequence[tuple[str, Sequence[float], str]]) -> tuple[Figure, Axes]:
+    """A figure with a line for each label, from the top: every value as a mark, their range and mean, in a colour."""
+    figure, (axes,) = panels(1, 1, 9, 1.6 + 0.34 * len(lines))
     for place, (_, values, colour) in enumerate(lines):
         axes.plot([min(values), max(values)], [place, place], color=colour, linewidth=2.5, alpha=0.5)
         axes.plot(values, [place] * len(values), "|", color=colour, markersize=8)
         axes.plot(mean(values), place, "o", color=colour)
     axes.set_yticks(range(len(lines)), [label for label, _, _ in lines])
     axes.invert_yaxis()
+    return figure, axes
 
 
 def legend_below(figure: Figure, axes: Axes, title: str = "") -> None:

@@ -144,15 +144,14 @@ class Store:
 
 def same(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
     """Whether a file's identity is the one wanted."""
-    wanted = json.loads(json.dumps(wanted))
-    return {**found, "config": conditions_of(found.get("config", {}))} == {"config": {}, **wanted}
+    return {**found, "config": conditions_of(found.get("config", {}))} == json.loads(json.dumps(wanted))
 
 
 def conditions_of(found: dict[str, Any]) -> dict[str, Any]:
     """A file's configuration as it is written today: settings newer than the file, and those left open, as defaults."""
     if not found.keys() <= asdict(TrainConfig()).keys():
         return found
-    return json.loads(json.dumps(TrainConfig(**found).conditions()))
+    return TrainConfig(**found).conditions()
 
 
 def short(value: float) -> float | None:
