@@ -72,10 +72,10 @@ class Tuning(NamedTuple):
     call_ahead: int = 0
 
 
-# By direction and bytes of an element: (T up to, launch), ... of one chunk; the last is for more. Chosen on an H100. One
-# chunk: the forward kernel wants wide accesses and few reductions; the backward kernel, which holds a float32 for each
-# element and step, wants registers for many warps before 16-byte accesses. More: two elements share the instructions
-# of a step (at T = 64 8 % less time in float32, 22 % in bfloat16); four leave too few warps.
+# By direction and bytes of an element: (T up to, launch), ... of one chunk; the last is for more. Chosen on an H100.
+# One chunk: the forward kernel wants wide accesses and few reductions; the backward kernel, which holds a float32 for
+# each element and step, wants registers for many warps before 16-byte accesses. More: two elements share a step's
+# instructions (at T = 64 8 % less time in float32, 22 % in bfloat16); four leave too few warps.
 TUNING: dict[tuple[str, int], tuple[tuple[float, Tuning], ...]] = {
     ("forward", 4): ((8, Tuning(8)), (16, Tuning(4)), (math.inf, Tuning(2, tile=True, call_ahead=3))),
     ("forward", 2): ((8, Tuning(8)), (32, Tuning(4)), (math.inf, Tuning(2, tile=True, call_ahead=3))),
