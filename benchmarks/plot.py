@@ -23,8 +23,19 @@ Row = dict[str, Any]
 OURS = "#c1272d"
 OURS_WITH_STATISTICS = ("#f28e2b", "D")
 OURS_OTHERWISE = (("#e377c2", "P"), ("#9467bd", "H"))  # beside the first of a measure
-PEERS = ("#1f4e79", "#4f8fc0", "#6b8e23", "#808080", "#17a2a2", "#9c7a3c", "#000000")
-MARKERS = "sv^<>pX"
+PEERS = (  # colour and marker of the first, the second, ...
+    ("#1f4e79", "s"),
+    ("#4f8fc0", "v"),
+    ("#6b8e23", "^"),
+    ("#808080", "<"),
+    ("#17a2a2", ">"),
+    ("#9c7a3c", "p"),
+    ("#000000", "X"),
+    ("#6a3d9a", "*"),
+    ("#5b8c5a", "d"),
+    ("#c46a9a", "h"),
+    ("#3d5a80", "8"),
+)
 STEP = "SEW-ResNet18 training step"
 STEP_MEMORY = "its peak memory"
 NORM = "its BatchNorm + LIF work"  # caches help it within the step, so that a share of copy speed says little
@@ -73,7 +84,7 @@ def style(row: Row, rows: list[Row]) -> tuple[str, str, str]:
         number = sorted({r["suite"] for r in rows}).index(row["suite"])
         return f"sadp_fast: {row['implementation']}", *OURS_OTHERWISE[number % len(OURS_OTHERWISE)]
     number = list(dict.fromkeys(r["implementation"] for r in rows if r["role"] == "peer")).index(row["implementation"])
-    return row["implementation"], PEERS[number % len(PEERS)], MARKERS[number % len(MARKERS)]
+    return row["implementation"], *PEERS[number % len(PEERS)]
 
 
 def figure(report: dict[str, Any]) -> Figure:
@@ -133,7 +144,7 @@ def named(measure: str) -> str:
 def draw_bars(ax: Axes, rows: list[Row], scale: float, label: str, floor: Row | None) -> None:
     names = [textwrap.fill(row["implementation"], 34) for row in rows]
     values = [row["value"] * scale for row in rows]
-    colour = {"ours": OURS, "peer": PEERS[0]}
+    colour = {"ours": OURS, "peer": PEERS[0][0]}
     drawn = ax.barh(range(len(rows)), values, color=[colour[row["role"]] for row in rows], zorder=2)
     ax.set_yticks(range(len(rows)), names)
     texts = [f"{value:,.1f}" if value < 100 else f"{value:,.0f}" for value in values]
