@@ -6,7 +6,7 @@ import math
 import re
 import shutil
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +22,7 @@ from sadp_fast.study.measure import EXACT, SCORES, measure, pearson, sparsity, s
 from sadp_fast.study.progress import Display
 from sadp_fast.study.registry import STUDIES
 from sadp_fast.study.store import Store, StudyError, training_identity
+from sadp_fast.study.study import title
 
 for package in ("sklearn", "scipy", "rich", "matplotlib"):
     pytest.importorskip(package)
@@ -202,6 +203,18 @@ def test_parts_of_epochs_of_one_batch():
 
 
 # --------------------------------------------------------------------------------------------------- finished runs
+
+
+def test_a_figures_head_names_what_is_no_default():
+    result = {
+        "settings": {"base": asdict(TrainConfig(cutout=8, weight_decay=0.0))},
+        "data_set": {"name": "digits"},
+        "environments": [{"device": "A"}, {"device": "B"}, {"device": "A"}],
+    }
+    assert title(result) == "digits, conv, T = 4, weight decay 0, cutout 8 pixels (A, B)"
+    del result["settings"]["base"]["cutout"]  # of before there was cutout
+    result["settings"]["base"]["weight_decay"] = None
+    assert title(result) == "digits, conv, T = 4 (A, B)"
 
 
 def test_conditions_are_what_decides_a_result():

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..config import TrainConfig
 from .figures import Table
 from .plan import Plan
 from .runs import Runs
@@ -80,8 +81,21 @@ class Study:
         raise NotImplementedError
 
 
+# How a figure's head names a regularisation of all its runs; one that is the default goes without saying.
+REGULARISATION = {
+    "weight_decay": "weight decay {:g}",
+    "label_smoothing": "label smoothing {:g}",
+    "cutout": "cutout {:g} pixels",
+}
+
+
 def title(result: dict[str, Any]) -> str:
-    """Data set, network, T and device, for a figure's head."""
+    """Data set, network, T, regularisation and device, for a figure's head."""
     base = result["settings"]["base"]
+    plain = asdict(TrainConfig())
+    said = [
+        text.format(base[name]) for name, text in REGULARISATION.items() if base.get(name, plain[name]) != plain[name]
+    ]
     devices = sorted({entry["device"] for entry in result["environments"]})
-    return f"{result['data_set']['name']}, {base['model']}, T = {base['time_steps']} ({', '.join(devices)})"
+    what = [result["data_set"]["name"], base["model"], f"T = {base['time_steps']}", *said]
+    return f"{', '.join(what)} ({', '.join(devices)})"
