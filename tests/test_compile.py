@@ -7,6 +7,7 @@ other tests use on a machine without a GPU, cannot be switched off once triton i
 
 import functools
 import inspect
+import itertools
 import json
 import os
 import re
@@ -26,12 +27,23 @@ CHUNK = LONGEST_CHUNK[4]  # of float32, in which most of these tests run
 
 ARCHITECTURES = {80: (16,), 90: (1, 4, 16, 40, 96), 100: (16,)}  # compute capability: the T that are compiled
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STATISTICS = ("without", "with")
+GRIDS = {"": 0, ", few warps": 10**6}  # a GPU of so many multiprocessors; with few, threads hold fewer elements
 VARIANT_STEPS = 2
 WALKS = ("recursion", "tile")  # the two ways through a chunk
 DYNAMICS = [(None, False, 0.0), (2.0, True, 0.0), (3.0, True, -0.5), (2.0, False, None), (3.0, False, 0.25)]
 
 
 # ------------------------------------------------------------------------------- the script: compile without a GPU
+
+
+def several_chunks(steps: int, dtype: str) -> bool:
+    return steps > LONGEST_CHUNK[DTYPES[dtype].itemsize]
+
+
+def grids(steps: int, dtype: str) -> list[str]:
+    """Those that the launch depends on in more than its number of elements."""
+    return list(GRIDS) if several_chunks(steps, dtype) else [""]
 
 
 class Recorder:
@@ -132,11 +144,14 @@ def compile_for(architecture: int) -> dict:
     report = {}
     for steps in ARCHITECTURES[architecture]:
         for name, dtype in DTYPES.items():
-            for statistics in (False, True):
-                x = torch.empty(steps, 2, 64, 32, 32, dtype=dtype)
-                launch(x, 2.0, True, 0.0, 0, statistics=statistics)
+            x = torch.empty(steps, 2, 64, 32, 32, dtype=dtype)
+            for statistics, grid in itertools.product(STATISTICS, grids(steps, name)):
+                ops._multiprocessors = lambda x, grid=grid: GRIDS[grid]
+                ops._forward_plans.clear()
+                ops._backward_plans.clear()
+                launch(x, 2.0, True, 0.0, 0, statistics=statistics == "with")
                 for direction, recorder in (("forward", forward), ("backward", backward)):
-                    key = f"{direction} T={steps} {name} {'with' if statistics else 'without'} statistics"
+                    key = f"{direction} T={steps} {name} {statistics} statistics{grid}"
                     report[key] = describe(compile_recorded(recorder, architecture), recorder)
     if architecture == 90:
         # The interpreter does not check types: every branch of the kernels has to get through the compiler too.
@@ -145,6 +160,7 @@ def compile_for(architecture: int) -> dict:
         x = torch.empty(VARIANT_STEPS, 2, 8, 4, 4, dtype=torch.float16)
         for walk in WALKS:
             ops.TUNING = {key: ((VARIANT_STEPS, ops.Tuning(4, tile=walk == "tile")),) for key in ops.TUNING}
+            ops._multiprocessors = lambda x: GRIDS[""]
             for variant in variants:
                 launch(x, *variant, statistics=True, everything=True)
                 for direction, recorder in (("forward", forward), ("backward", backward)):
@@ -176,21 +192,23 @@ def compiled_for(architecture: int) -> dict:
 
 def cases():
     return [
-        pytest.param(architecture, f"{direction} T={steps} {dtype} {statistics} statistics", steps, dtype)
+        pytest.param(architecture, f"{direction} T={steps} {dtype} {statistics} statistics{grid}", steps, dtype)
         for architecture, all_steps in ARCHITECTURES.items()
         for steps in all_steps
         for dtype in DTYPES
-        for statistics in ("without", "with")
+        for statistics in STATISTICS
+        for grid in grids(steps, dtype)
         for direction in ("forward", "backward")
     ]
 
 
 @pytest.mark.parametrize("architecture, key, steps, dtype", cases())
 def test_no_register_spills(architecture, key, steps, dtype):
+    """But for a word of each of the two elements that a thread has in the longest chunks."""
     local = compiled_for(architecture)[key]["local"]
     if local is None:
         pytest.skip("this Triton ships no cuobjdump")
-    assert local == 0
+    assert local <= (8 if several_chunks(steps, dtype) else 0)
 
 
 @pytest.mark.parametrize("architecture, key, steps, dtype", cases())
@@ -219,7 +237,7 @@ def test_tiles_stay_in_registers_and_are_accessed_as_a_whole(architecture, key, 
     report = compiled_for(architecture)[key]
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 5):  # those before move forward tiles through it
         assert "without" not in key or report["shared"] == 0
-    if steps > LONGEST_CHUNK[DTYPES[dtype].itemsize]:
+    if several_chunks(steps, dtype):
         assert report["operations"] < 10
 
 
