@@ -85,7 +85,7 @@ def processors(monkeypatch, small_launches):
     """Sets how many multiprocessors the work is cut for."""
 
     def set_to(number):
-        monkeypatch.setattr(ops, "_processors", lambda device: number)
+        monkeypatch.setattr(ops, "multiprocessors", lambda device: number)
         forget_launches()
 
     yield set_to

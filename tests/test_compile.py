@@ -29,6 +29,7 @@ ARCHITECTURES = {80: (16,), 90: (1, 4, 16, 40, 96), 100: (16,)}  # compute capab
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STATISTICS = ("without", "with")
 GRIDS = {"": 0, ", few warps": 10**6}  # a GPU of so many multiprocessors; with few, threads hold fewer elements
+SPILLED = {"backward T=96 bfloat16 with statistics": 8}  # bytes of a thread
 VARIANT_STEPS = 2
 WALKS = ("recursion", "tile")  # the two ways through a chunk
 DYNAMICS = [(None, False, 0.0), (2.0, True, 0.0), (3.0, True, -0.5), (2.0, False, None), (3.0, False, 0.25)]
@@ -146,7 +147,7 @@ def compile_for(architecture: int) -> dict:
         for name, dtype in DTYPES.items():
             x = torch.empty(steps, 2, 64, 32, 32, dtype=dtype)
             for statistics, grid in itertools.product(STATISTICS, grids(steps, name)):
-                ops._multiprocessors = lambda x, grid=grid: GRIDS[grid]
+                ops.multiprocessors = lambda device, grid=grid: GRIDS[grid]
                 ops._forward_plans.clear()
                 ops._backward_plans.clear()
                 launch(x, 2.0, True, 0.0, 0, statistics=statistics == "with")
@@ -160,7 +161,7 @@ def compile_for(architecture: int) -> dict:
         x = torch.empty(VARIANT_STEPS, 2, 8, 4, 4, dtype=torch.float16)
         for walk in WALKS:
             ops.TUNING = {key: ((VARIANT_STEPS, ops.Tuning(4, tile=walk == "tile")),) for key in ops.TUNING}
-            ops._multiprocessors = lambda x: GRIDS[""]
+            ops.multiprocessors = lambda device: GRIDS[""]
             for variant in variants:
                 launch(x, *variant, statistics=True, everything=True)
                 for direction, recorder in (("forward", forward), ("backward", backward)):
@@ -204,11 +205,11 @@ def cases():
 
 @pytest.mark.parametrize("architecture, key, steps, dtype", cases())
 def test_no_register_spills(architecture, key, steps, dtype):
-    """But for a word of each of the two elements that a thread has in the longest chunks."""
+    """But for a word of each of a thread's two elements in one case."""
     local = compiled_for(architecture)[key]["local"]
     if local is None:
         pytest.skip("this Triton ships no cuobjdump")
-    assert local <= (8 if several_chunks(steps, dtype) else 0)
+    assert local <= SPILLED.get(key, 0)
 
 
 @pytest.mark.parametrize("architecture, key, steps, dtype", cases())

@@ -77,7 +77,7 @@ class Compiler:
         from sadp_fast.ops import batch_norm_lif as ops
 
         self.architecture, self.ops, self.found, self.key = architecture, ops, {}, ""
-        ops._processors = lambda device: PROCESSORS
+        ops.multiprocessors = lambda device: PROCESSORS
         compiler = self
 
         class Recorded(ops.Launch):

@@ -53,7 +53,7 @@ def real_chunks():
 @pytest.fixture(params=["recursion", "tile"])
 def walk(request, monkeypatch):
     """Both ways to walk a chunk, whichever is chosen for the case, on a GPU too large for it."""
-    monkeypatch.setattr(ops, "_multiprocessors", lambda x: 10**6)
+    monkeypatch.setattr(ops, "multiprocessors", lambda device: 10**6)
     tuned = ops.Tuning(elements=1, warps=1, tile=request.param == "tile", call_ahead=1)
     monkeypatch.setattr(ops, "TUNING", {key: ((math.inf, tuned),) for key in ops.TUNING})
     return request.param

@@ -25,7 +25,7 @@ from .batch_norm_lif_kernels import (
     _finish_backward_kernel,
     _forward_kernel,
 )
-from .launch import Launch
+from .launch import Launch, multiprocessors
 from .layout import sequence_like, with_inner_order_of
 
 # Steps of a tile are held in registers; longer sequences take the separate operators.
@@ -128,11 +128,6 @@ def _teams(examples: int, tiles: int, programs: int) -> tuple[int, int]:
     return triton.cdiv(tiles, tiles_each), triton.cdiv(examples, examples_each)
 
 
-@lru_cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 @dataclass(frozen=True)
 class Normalisation:
     """What a batch normalisation is made of, beside its weight and bias.
@@ -196,7 +191,8 @@ class _Shape(NamedTuple):
         return cls(steps, examples, channels, pixels, x.stride(0), x.stride(1), channels_last, x.dtype, x.device)
 
     def cut(self, config: Configuration) -> _Cut:
-        return _cut(self.examples, self.channels, self.pixels, self.channels_last, config, _processors(self.device))
+        processors = max(1, multiprocessors(self.device))
+        return _cut(self.examples, self.channels, self.pixels, self.channels_last, config, processors)
 
     def cut_numbers(self, cut: _Cut, other_strides: tuple[int, ...] = ()) -> tuple[int, ...]:
         """The numbers that every kernel over tiles begins with; the strides are those of its second tensor."""

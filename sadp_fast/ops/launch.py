@@ -8,6 +8,7 @@ before CUDA 12.4, a Triton that lays parameters out in another way) every call g
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,6 +37,12 @@ def await_previous_kernel():
     tl.inline_asm_elementwise(
         "griddepcontrol.wait; griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 0 of another device, where kernels are interpreted and any grid is large enough."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 def early_launch(device: torch.device) -> dict[str, bool]:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ..dynamics import Dynamics
 from .equations import INTERPRETED, LEAK, LEAK_WITH_INPUT_DECAY, NO_LEAK, charge, reset, surrogate_gradient
-from .launch import Launch, await_previous_kernel, early_launch
+from .launch import Launch, await_previous_kernel, early_launch, multiprocessors
 from .layout import (
     has_strides,
     inner_is_dense,
@@ -936,11 +936,6 @@ class Stores(NamedTuple):
     counts: bool = False
 
 
-def _multiprocessors(x: Tensor) -> int:
-    """Of x's GPU; none in the interpreter, where any grid is large enough."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 0
-
-
 class _Grid:
     """How one tensor [T, N, *] with dense inner dimensions is cut into programs."""
 
@@ -952,7 +947,7 @@ class _Grid:
         launches = TUNING[direction, x.element_size()]
         self.tuning = launches[-1][1] if several else next(how for most, how in launches if self.steps <= most)
         elements, lanes = self.tuning.elements, 32 * self.tuning.warps
-        needed = 32 * self.tuning.warps_per_multiprocessor * _multiprocessors(x)
+        needed = 32 * self.tuning.warps_per_multiprocessor * multiprocessors(x.device)
         few = self.examples * self.size < elements * needed
         self.call_ahead = self.tuning.call_ahead if several and few else 0
         while elements > 1 and self.examples * self.size < elements * needed:
