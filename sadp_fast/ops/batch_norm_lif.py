@@ -88,8 +88,14 @@ FORWARD = Configuration(elements=8, warps=4, programs=5)
 SUMS = Configuration(elements=4, warps=1, programs=24)
 GRADIENT = Configuration(elements=4, warps=1, programs=28)
 # Of the kernels that add partial sums.
-_FINISH = {"SLOTS": 1024, "CHANNELS": GROUP.value, "num_warps": 8}
+_FINISH_CHANNELS = GROUP.value  # of a program
 _FINISH_EXAMPLES = {"EXAMPLES": 32, "PARTS": 16}
+
+
+def _finish(slots: int) -> dict[str, int]:
+    """Launch of a kernel that adds so many partial sums of each channel: all of them at once, where registers allow."""
+    at_once = min(max(512, triton.next_power_of_2(slots)), 2048)
+    return {"SLOTS": at_once, "CHANNELS": _FINISH_CHANNELS, "num_warps": at_once // 128}
 
 
 @lru_cache(maxsize=256)
@@ -118,13 +124,13 @@ def _cut(
 def _teams(examples: int, tiles: int, programs: int) -> tuple[int, int]:
     """Size and number of teams of at most ``programs`` in all: the slowest program should not have much to do.
 
-    Within a fifteenth of the least, small teams: a sum per example then takes few partial sums.
+    Of those with the least, the smallest: a sum per example then takes few partial sums.
     """
     each = {}  # tiles of an example and examples that a program of a team of this size has at most
     for size in range(1, min(tiles, programs) + 1):
         each[size] = triton.cdiv(tiles, size), triton.cdiv(examples, min(examples, programs // size))
     least = min(math.prod(pair) for pair in each.values())
-    tiles_each, examples_each = next(pair for pair in each.values() if 15 * math.prod(pair) <= 16 * least)
+    tiles_each, examples_each = next(pair for pair in each.values() if math.prod(pair) == least)
     return triton.cdiv(tiles, tiles_each), triton.cdiv(examples, examples_each)
 
 
@@ -250,14 +256,14 @@ def _constants_launch(
     slots = shape.cut(STATISTICS).slots
     numbers = (shape.channels, slots, momentum, eps, neuron.keep, neuron.gain, neuron.v_threshold, neuron.v_rest)
     constants = {
-        **_FINISH,
+        **_finish(slots),
         "USE_BATCH": use_batch,
         "UPDATE_RUNNING": update,
         "CUMULATIVE": cumulative,
         "AFFINE": affine,
         "enable_fp_fusion": False,
     }
-    programs = triton.cdiv(shape.channels, _FINISH["CHANNELS"])
+    programs = triton.cdiv(shape.channels, _FINISH_CHANNELS)
     return Launch(_constants_kernel, shape.device, programs, numbers, constants)
 
 
@@ -337,13 +343,13 @@ def _finish_backward_launch(
     elements = shape.steps * shape.examples * shape.pixels
     numbers = (shape.channels, slots, elements, shape.examples, energy_parts, norm_parts, gain)
     constants = {
-        **_FINISH,
+        **_finish(slots),
         **_FINISH_EXAMPLES,
         "AFFINE": affine,
         "NORM": norm,
         "enable_fp_fusion": False,
     }
-    programs = triton.cdiv(shape.channels, _FINISH["CHANNELS"])
+    programs = triton.cdiv(shape.channels, _FINISH_CHANNELS)
     if norm:
         programs += triton.cdiv(shape.examples, _FINISH_EXAMPLES["EXAMPLES"])
     return Launch(_finish_backward_kernel, shape.device, programs, numbers, constants)

@@ -72,19 +72,22 @@ class Tuning(NamedTuple):
     call_ahead: int = 0
 
 
+# Several chunks: two elements share a step's instructions (at T = 64 8 % less time in float32, 22 % in bfloat16), which
+# is worth more than warps until there are only four a multiprocessor (at T = 256 7 and 10 % less).
+_SEVERAL = Tuning(2, warps_per_multiprocessor=4, tile=True)
+
 # By direction and bytes of an element: (T up to, launch), ... of one chunk; the last is for more. Chosen on an H100.
 # One chunk: the forward kernel wants wide accesses and few reductions; the backward kernel, which holds a float32 for
-# each element and step, wants registers for many warps before 16-byte accesses. More: two elements share a step's
-# instructions (at T = 64 8 % less time in float32, 22 % in bfloat16); four leave too few warps.
+# each element and step, wants registers for many warps before 16-byte accesses.
 TUNING: dict[tuple[str, int], tuple[tuple[float, Tuning], ...]] = {
-    ("forward", 4): ((8, Tuning(8)), (16, Tuning(4)), (math.inf, Tuning(2, tile=True, call_ahead=3))),
-    ("forward", 2): ((8, Tuning(8)), (32, Tuning(4)), (math.inf, Tuning(2, tile=True, call_ahead=3))),
-    ("backward", 4): ((4, Tuning(4)), (16, Tuning(2)), (math.inf, Tuning(2, tile=True, call_ahead=2))),
+    ("forward", 4): ((8, Tuning(8)), (16, Tuning(4)), (math.inf, _SEVERAL._replace(call_ahead=3))),
+    ("forward", 2): ((8, Tuning(8)), (32, Tuning(4)), (math.inf, _SEVERAL._replace(call_ahead=3))),
+    ("backward", 4): ((4, Tuning(4)), (16, Tuning(2)), (math.inf, _SEVERAL._replace(call_ahead=2))),
     ("backward", 2): (
         (4, Tuning(8)),
         (8, Tuning(4)),
         (32, Tuning(2)),
-        (math.inf, Tuning(2, tile=True, call_ahead=2)),
+        (math.inf, _SEVERAL._replace(call_ahead=2)),
     ),
 }
 
