@@ -73,7 +73,7 @@ class Tuning(NamedTuple):
 
 
 # Several chunks: two elements share a step's instructions (at T = 64 8 % less time in float32, 22 % in bfloat16), which
-# is worth more than warps until there are only four a multiprocessor (at T = 256 7 and 10 % less).
+# is worth more than warps until there are only four a multiprocessor (at T = 256 8 and 10 % less).
 _SEVERAL = Tuning(2, warps_per_multiprocessor=4, tile=True)
 
 # By direction and bytes of an element: (T up to, launch), ... of one chunk; the last is for more. Chosen on an H100.
