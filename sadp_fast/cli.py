@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": {"model": "conv", "epochs": 30, "batch_size": 32},
     "mnist": {"model": "conv", "epochs": 10, "batch_size": 128},
-    "cifar10": {"model": "sew_resnet18", "epochs": 60, "batch_size": 128},
-    "cifar100": {"model": "sew_resnet18", "epochs": 60, "batch_size": 128},
+    "cifar10": {"model": "sew_resnet18", "epochs": 60, "batch_size": 128, "cutout": 8},
+    "cifar100": {"model": "sew_resnet18", "epochs": 60, "batch_size": 128, "cutout": 8},
     "nmnist": {"model": "conv", "epochs": 30, "batch_size": 32},
     "dvs": {"model": "sew_resnet18", "epochs": 60, "batch_size": 16},
     "npz": {"model": "conv", "epochs": 30, "batch_size": 32},
@@ -231,7 +231,7 @@ def add_settings(command: argparse.ArgumentParser) -> dict[str, Any]:
         "--cutout",
         type=NATURAL,
         metavar="PIXELS",
-        help="side of a square hidden at random in every training image, of colour images only (default: 0, none)",
+        help="side of a square hidden at random in every training image of three colours (default: cifar 8; else none)",
     )
     option("--amp", choices=tuple(AMP), help="mixed precision (default: bf16 on a GPU, off on the CPU)")
     option("--low-memory", action="store_true", help="keep spikes as bits for the backward pass: a third less memory")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sadp_fast import cli, data, models, report
-from sadp_fast.config import METHODS, SCORES, SettingError
+from sadp_fast.config import METHODS, SCORES, SettingError, TrainConfig
 from sadp_fast.selection import POLICIES
 
 for package in ("sklearn", "rich", "matplotlib", "PIL"):
@@ -272,6 +272,14 @@ def test_a_run_begun_before_weight_decay_and_cutout_were_settings_goes_on(capsys
     assert cli.main(["train", "--resume", "here", "--quiet"]) == 0
     assert cli.main(["train", "--resume", "here", "--quiet", "--weight-decay", "0.01"]) == 2
     assert "--weight-decay is 0.01, but the run in here began with None" in capsys.readouterr().err
+
+
+def test_cifar_is_trained_with_cutout_unless_told_otherwise():
+    for dataset, pixels in (("cifar10", 8), ("cifar100", 8), ("imagefolder", 0), ("digits", 0)):
+        given = {"dataset": dataset}
+        data_dir = None if dataset == "digits" else "data"
+        assert TrainConfig(**cli.with_defaults(given, data_dir)).cutout == pixels
+        assert TrainConfig(**cli.with_defaults({**given, "cutout": 3}, data_dir)).cutout == 3
 
 
 def test_every_method_has_a_label_and_a_colour():
