@@ -8,14 +8,19 @@ import pytest
 
 from sadp_fast import pruner
 
-SCRIPT = Path(__file__).parents[1] / "docs" / "experiments" / "selection.py"
+SCRIPTS = Path(__file__).parents[1] / "docs" / "experiments"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"{name}_experiment", SCRIPTS / f"{name}.py")
+    experiment = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(experiment)
+    return experiment
 
 
 def test_every_way_to_select_trains_and_is_shown(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn", reason="the digits data set is scikit-learn's")
-    spec = importlib.util.spec_from_file_location("selection_experiment", SCRIPT)
-    experiment = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(experiment)
+    experiment = load("selection")
     monkeypatch.setattr(experiment.torch.cuda, "is_available", lambda: False)
     score = pruner.spike_aware_score
     arguments = ["--dataset", "digits", "--model", "mlp", "--epochs", "4", "--seeds", "0", "--out", str(tmp_path)]
@@ -31,3 +36,18 @@ def test_every_way_to_select_trains_and_is_shown(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     experiment.main()  # everything is there
     assert "seed 0:" not in capsys.readouterr().out
+
+
+def test_the_network_without_spikes_trains(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn", reason="the digits data set is scikit-learn's")
+    experiment = load("analogue")
+    monkeypatch.setattr(experiment.torch.cuda, "is_available", lambda: False)
+    neuron = experiment.plain.lif
+    arguments = ["--dataset", "digits", "--model", "conv", "--epochs", "3", "--seeds", "0,1", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["analogue.py", *arguments])
+    experiment.main()
+    assert experiment.plain.lif is neuron
+    run = json.loads((tmp_path / "analogue-s1.json").read_text())
+    assert run["config"]["time_steps"] == 1 and run["config"]["prune_ratio"] == 0
+    assert run["losses"][-1] < run["losses"][0] and run["test_accuracy"] > 0.9
+    assert "2 seeds: " in capsys.readouterr().out

@@ -1,0 +1,85 @@
+"""What the data and the training settings allow: the same network with ReLUs in the place of its spiking neurons.
+
+    python docs/experiments/analogue.py --data-dir DIR --out OUT              # CIFAR-10 on a GPU, 150 epochs
+    python docs/experiments/analogue.py --dataset digits --model conv --epochs 4 --out OUT   # to see it work
+
+One step in time, all data, every other setting that of `sadp-fast train`. Writes OUT/analogue-sSEED.json after each
+seed, skips what is there, and prints the mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sadp_fast import cli, data, report
+from sadp_fast.config import TrainConfig
+from sadp_fast.models import plain, sew_resnet, spiking_vgg
+from sadp_fast.study.figures import spread
+from sadp_fast.study.store import environment
+from sadp_fast.train import Trainer, train_epoch
+
+FAMILIES = {"conv": plain, "sew_resnet18": sew_resnet, "spiking_vgg": spiking_vgg}
+
+
+class NormReLU(nn.Module):
+    """Stands in for BatchNormLIF: normalisation, the residual as in ResNet, ReLU; [T, N, C, H, W]."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(features)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, repeat: int | None = None) -> Tensor:
+        if repeat is not None:
+            x = x.expand(repeat, *x.shape)
+        y = self.norm(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return torch.relu(y if residual is None else y + residual)
+
+
+def train(config: TrainConfig, dataset: data.Dataset) -> dict[str, object]:
+    """One run of the network without spikes; the package's own neurons are put back."""
+    family = FAMILIES[config.model]
+    neuron, family.lif = family.lif, NormReLU  # type: ignore[attr-defined]
+    try:
+        trainer = Trainer(config, dataset)
+    finally:
+        family.lif = neuron  # type: ignore[attr-defined]
+    start = trainer.clock()
+    losses = [train_epoch(trainer, ()).read() for _ in range(config.epochs)]
+    seconds = trainer.clock() - start
+    accuracy, loss = trainer.evaluate()
+    return {"test_accuracy": accuracy, "test_loss": loss, "losses": losses, "seconds": seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="cifar10")
+    parser.add_argument("--data-dir")
+    parser.add_argument("--model", default="sew_resnet18", choices=tuple(FAMILIES))
+    parser.add_argument("--epochs", type=int, default=150)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    asked = {"dataset": given.dataset, "model": given.model, "epochs": given.epochs, "device": device, "time_steps": 1}
+    base = TrainConfig(**cli.with_defaults(asked, given.data_dir))
+    dataset = data.load(given.dataset, given.data_dir)
+    given.out.mkdir(parents=True, exist_ok=True)
+    runs = []
+    for seed in map(int, given.seeds.split(",")):
+        path = given.out / f"analogue-s{seed}.json"
+        if not path.exists():
+            config = TrainConfig(**{**vars(base), "seed": seed}).of("full")
+            run = {"name": "analogue", "config": vars(config), **environment(device), **train(config, dataset)}
+            report.write_json(run, path, indent=1)
+        runs.append(json.loads(path.read_text()))
+    accuracies = [100 * run["test_accuracy"] for run in runs]
+    print(f"{len(runs)} seeds: {spread(accuracies, 2)} %, {spread((run['seconds'] for run in runs), 1)} s")
+
+
+if __name__ == "__main__":
+    main()
