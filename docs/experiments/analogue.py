@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from sadp_fast import cli, data, report
 from sadp_fast.config import TrainConfig
-from sadp_fast.models import plain, sew_resnet, spiking_vgg
+from sadp_fast.models import plain, sew_resnet
 from sadp_fast.study.figures import spread
 from sadp_fast.study.store import environment
 from sadp_fast.train import Trainer, train_epoch
 
-FAMILIES = {"conv": plain, "sew_resnet18": sew_resnet, "spiking_vgg": spiking_vgg}
+FAMILIES = {"conv": plain, "sew_resnet18": sew_resnet}  # whose neurons are made by their module's `lif`
 
 
 class NormReLU(nn.Module):
