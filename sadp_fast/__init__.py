@@ -5,6 +5,7 @@ from .batch_norm_lif import BatchNormIF, BatchNormLIF
 from .casting import cast_weights_at_once
 from .graphs import GraphedStep
 from .neuron import IFNode, LIFNode, reset
+from .ops.autotune import autotune
 from .pruner import SADP
 from .sampling import Sample, sample
 from .selection import inclusion_probabilities, prune_ratios
@@ -20,6 +21,7 @@ __all__ = [
     "IFNode",
     "LIFNode",
     "Sample",
+    "autotune",
     "cast_weights_at_once",
     "inclusion_probabilities",
     "packed_spikes",

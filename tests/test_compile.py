@@ -30,6 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STATISTICS = ("without", "with")
 GRIDS = {"": 0, ", few warps": 10**6}  # a GPU of so many multiprocessors; with few, threads hold fewer elements
 SPILLED = {"backward T=96 bfloat16 with statistics": 8}  # bytes of a thread
+CANDIDATES = ((4, "bfloat16"), (17, "float32"))  # T and dtype for which all that autotune measures is compiled
 VARIANT_STEPS = 2
 WALKS = ("recursion", "tile")  # the two ways through a chunk
 DYNAMICS = [(None, False, 0.0), (2.0, True, 0.0), (3.0, True, -0.5), (2.0, False, None), (3.0, False, 0.25)]
@@ -155,6 +156,22 @@ def compile_for(architecture: int) -> dict:
                     key = f"{direction} T={steps} {name} {statistics} statistics{grid}"
                     report[key] = describe(compile_recorded(recorder, architecture), recorder)
     if architecture == 90:
+        candidates = ops._candidates
+        ops.multiprocessors = lambda device: GRIDS[""]
+        for steps, name in CANDIDATES:
+            x = torch.empty(steps, 2, 64, 32, 32, dtype=DTYPES[name])
+            of = {direction: candidates(x, direction) for direction in ("forward", "backward")}
+            for number in range(1, max(map(len, of.values()))):
+                ops._candidates = lambda x, direction, number=number, of=of: [
+                    of[direction][number % len(of[direction])]
+                ]
+                ops._forward_plans.clear()
+                ops._backward_plans.clear()
+                launch(x, 2.0, True, 0.0, 0, statistics=True)
+                for direction, recorder in (("forward", forward), ("backward", backward)):
+                    key = f"{direction} T={steps} {name} candidate {number}"
+                    report[key] = describe(compile_recorded(recorder, architecture), recorder)
+        ops._candidates = candidates
         # The interpreter does not check types: every branch of the kernels has to get through the compiler too.
         variants = [(*DYNAMICS[1], surrogate) for surrogate in range(len(FUSED))]
         variants += [(*dynamics, 0) for dynamics in DYNAMICS]
@@ -189,6 +206,16 @@ def compiled_for(architecture: int) -> dict:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def test_every_configuration_that_autotune_measures_compiles():
+    report = compiled_for(90)
+    for steps, name in CANDIDATES:
+        for direction in ("forward", "backward"):
+            found = [
+                value for key, value in report.items() if key.startswith(f"{direction} T={steps} {name} candidate")
+            ]
+            assert len(found) >= 4 and len({value["elements"] for value in found}) >= 2
 
 
 def cases():

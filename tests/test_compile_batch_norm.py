@@ -21,6 +21,7 @@ STEPS = (4, 8, 16)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAYOUTS = ("channels_last", "contiguous")
 PROCESSORS = 132
+CANDIDATES = 5  # what autotune measures beside the curated configuration of each kernel
 
 
 # ------------------------------------------------------------------------------- the script: compile without a GPU
@@ -156,6 +157,14 @@ def compile_for(architecture: int) -> dict:
                 shape = (2, 3, 30, 5, 3)
                 key = f"variant {number} {layout}"
                 compiler.step(key, shape, torch.float16, layout, d, index, residual=False, **options)
+        for number in range(CANDIDATES):
+            for kernel, others in compiler.ops._OTHERS.items():
+                setattr(compiler.ops, kernel.upper(), compiler.ops.Configuration(*others[number]))
+            for value in list(vars(compiler.ops).values()):
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
+            shape = (4, 16, 64, 32, 32)
+            compiler.step(f"candidate {number}", shape, torch.bfloat16, "channels_last", lif, 0, residual=True)
     return compiler.found
 
 
@@ -233,6 +242,16 @@ def test_the_small_kernels_spill_nothing(architecture):
     assert len(small) >= 2 * len(STEPS if architecture == 90 else STEPS[:1]) * len(DTYPES)
     for key, found in small.items():
         assert found["local"] in (0, None), key
+
+
+def test_every_configuration_that_autotune_measures_compiles_within_its_registers():
+    from sadp_fast.ops import batch_norm_lif as ops
+
+    assert all(len(others) == CANDIDATES for others in ops._OTHERS.values())
+    found = {key: found for key, found in compiled_for(90).items() if "candidate" in key and found["most registers"]}
+    assert len(found) == CANDIDATES * len(TILED)
+    for key, one in found.items():
+        assert one["local"] is None or (one["local"] <= 32 and one["registers"] <= one["most registers"]), key
 
 
 def test_every_variant_compiles():

@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from ..dynamics import Dynamics
+from .autotune import Choices
 from .batch_norm_lif_kernels import (
     GROUP,
     _backward_kernel,
@@ -87,6 +88,13 @@ STATISTICS = Configuration(elements=8, warps=1, programs=16)
 FORWARD = Configuration(elements=8, warps=4, programs=5)
 SUMS = Configuration(elements=4, warps=1, programs=24)
 GRADIENT = Configuration(elements=4, warps=1, programs=28)
+# What an ``autotune`` measures beside the curated one: elements, warps and programs.
+_OTHERS = {
+    "statistics": ((4, 1, 24), (8, 1, 8), (8, 2, 8), (8, 4, 4), (16, 1, 8)),
+    "forward": ((4, 1, 24), (4, 4, 8), (8, 1, 16), (8, 2, 10), (8, 4, 3)),
+    "sums": ((2, 1, 32), (4, 1, 16), (4, 2, 12), (4, 4, 6), (8, 1, 12)),
+    "gradient": ((2, 1, 32), (4, 1, 20), (4, 2, 14), (4, 4, 7), (8, 1, 14)),
+}
 # Of the kernels that add partial sums.
 _FINISH_CHANNELS = GROUP.value  # of a program
 _FINISH_EXAMPLES = {"EXAMPLES": 32, "PARTS": 16}
@@ -96,6 +104,9 @@ def _finish(slots: int) -> dict[str, int]:
     """Launch of a kernel that adds so many partial sums of each channel: all of them at once, where registers allow."""
     at_once = min(max(512, triton.next_power_of_2(slots)), 2048)
     return {"SLOTS": at_once, "CHANNELS": _FINISH_CHANNELS, "num_warps": at_once // 128}
+
+
+_CHOICES: dict[str, Choices[Configuration]] = {name: Choices(f"BatchNorm + LIF {name}") for name in _OTHERS}
 
 
 @lru_cache(maxsize=256)
@@ -234,8 +245,23 @@ def _known_layout(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=1024)
-def _statistics_launch(shape: _Shape) -> Launch:
-    config = STATISTICS
+def _candidates(kernel: str, steps: int, itemsize: int) -> tuple[Configuration, ...]:
+    """The curated configuration, and others that an ``autotune`` measures."""
+    if kernel == "statistics":  # whose tiles are of one step at a time
+        return STATISTICS, *(Configuration(*other) for other in _OTHERS[kernel])
+    curated = {"forward": FORWARD, "sums": SUMS, "gradient": GRADIENT}[kernel]
+    all_of_them = (curated, *(Configuration(*other) for other in _OTHERS[kernel]))
+    return tuple(dict.fromkeys(config.for_tiles_of(steps, itemsize) for config in all_of_them))
+
+
+def _configuration(
+    kernel: str, x: Tensor, steps: int, key: tuple, run: Callable[[Configuration], Any]
+) -> Configuration:
+    return _CHOICES[kernel](key, x, lambda: _candidates(kernel, steps, x.element_size()), run)
+
+
+@lru_cache(maxsize=1024)
+def _statistics_launch(shape: _Shape, config: Configuration) -> Launch:
     cut = shape.cut(config)
     numbers = shape.cut_numbers(cut)
     constants = {"T": shape.steps, **shape.cut_constants(cut, config)}
@@ -245,6 +271,7 @@ def _statistics_launch(shape: _Shape) -> Launch:
 @lru_cache(maxsize=1024)
 def _constants_launch(
     shape: _Shape,
+    slots: int,
     momentum: float,
     eps: float,
     neuron: Neuron,
@@ -253,7 +280,6 @@ def _constants_launch(
     cumulative: bool,
     affine: bool,
 ) -> Launch:
-    slots = shape.cut(STATISTICS).slots
     numbers = (shape.channels, slots, momentum, eps, neuron.keep, neuron.gain, neuron.v_threshold, neuron.v_rest)
     constants = {
         **_finish(slots),
@@ -270,6 +296,7 @@ def _constants_launch(
 @lru_cache(maxsize=1024)
 def _forward_launch(
     shape: _Shape,
+    config: Configuration,
     steps: int,
     neuron: Neuron,
     repeated: bool,
@@ -277,7 +304,6 @@ def _forward_launch(
     store_v: bool,
     energy: bool,
 ) -> Launch:
-    config = FORWARD.for_tiles_of(steps, shape.dtype.itemsize)
     cut = shape.cut(config)
     numbers = (
         *shape.cut_numbers(cut, (0, 0) if residual_strides is None else residual_strides[:2]),
@@ -300,6 +326,7 @@ def _forward_launch(
 @lru_cache(maxsize=1024)
 def _backward_launch(
     shape: _Shape,
+    config: Configuration,
     steps: int,
     neuron: Neuron,
     repeated: bool,
@@ -310,7 +337,6 @@ def _backward_launch(
     write: bool,
     batch_statistics: bool,
 ) -> Launch:
-    config = (SUMS if sums else GRADIENT).for_tiles_of(steps, shape.dtype.itemsize)
     cut = shape.cut(config)
     numbers = (
         *shape.cut_numbers(cut, grad_strides[:2]),
@@ -361,11 +387,19 @@ def _constants(
     """float32 [4, C] for the other kernels; updates the running statistics."""
     constants = x.new_empty((4, shape.channels), dtype=torch.float32)
     count = partial = constants
+    slots = 0
     if norm.use_batch:
-        slots = shape.cut(STATISTICS).slots
-        count = x.new_empty(slots, dtype=torch.float32)
-        partial = x.new_empty(_pairs(shape.channels, slots), dtype=torch.float32)
-        _statistics_launch(shape)(x, count, partial)
+
+        def run(config: Configuration) -> tuple[Tensor, Tensor]:
+            """Of each program: how many values of a channel it saw, [slots], and their statistics."""
+            slots = shape.cut(config).slots
+            count = x.new_empty(slots, dtype=torch.float32)
+            partial = x.new_empty(_pairs(shape.channels, slots), dtype=torch.float32)
+            _statistics_launch(shape, config)(x, count, partial)
+            return count, partial
+
+        count, partial = run(_configuration("statistics", x, shape.steps, shape, run))
+        slots = len(count)
     update = norm.use_batch and norm.update and norm.running_mean is not None
     cumulative = update and norm.momentum is None
     if cumulative and norm.batches is not None:
@@ -373,6 +407,7 @@ def _constants(
     absent = constants
     _constants_launch(
         shape,
+        slots,
         0.0 if norm.momentum is None else norm.momentum,
         norm.eps,
         neuron,
@@ -406,17 +441,22 @@ def _normalise_and_fire(
     """Output [T, N, C, *], final potential [N, C, *] and partial energies [N, parts] (both empty if not wanted)."""
     steps = shape.steps if repeat is None else repeat
     whole = x.expand(steps, *x.shape[1:])
-    out = sequence_like(whole, x.dtype)
     strides = None
     if residual is not None:
         residual = with_inner_order_of(whole, residual)
         strides = residual.stride()[:2]
-    v = x.new_empty_strided(x.shape[1:], out.stride()[1:], dtype=torch.float32) if want_v else x.new_empty(0)
-    parts = shape.cut(FORWARD.for_tiles_of(steps, shape.dtype.itemsize)).parts
-    energy = x.new_empty((shape.examples, parts) if want_energy else (0, 0), dtype=torch.float32)
-    launch = _forward_launch(shape, steps, neuron, repeat is not None, strides, want_v, want_energy)
-    launch(x, out if residual is None else residual, out, constants if not want_v else v, constants, energy)
-    return out, v, energy
+    wanted = (steps, neuron, repeat is not None, strides, want_v, want_energy)
+
+    def run(config: Configuration) -> tuple[Tensor, Tensor, Tensor]:
+        out = sequence_like(whole, x.dtype)
+        v = x.new_empty_strided(x.shape[1:], out.stride()[1:], dtype=torch.float32) if want_v else x.new_empty(0)
+        parts = shape.cut(config).parts
+        energy = x.new_empty((shape.examples, parts) if want_energy else (0, 0), dtype=torch.float32)
+        launch = _forward_launch(shape, config, *wanted)
+        launch(x, out if residual is None else residual, out, constants if not want_v else v, constants, energy)
+        return out, v, energy
+
+    return run(_configuration("forward", x, steps, (shape, *wanted), run))
 
 
 class _BatchNormLIF(torch.autograd.Function):
@@ -459,27 +499,35 @@ class _BatchNormLIF(torch.autograd.Function):
         shape, neuron, energies, repeated = ctx.shape, ctx.neuron, ctx.energies, ctx.repeat is not None
         steps = grad_out.shape[0]
         grad = with_inner_order_of(x.expand(steps, *x.shape[1:]), grad_out)
-        cut = shape.cut(SUMS.for_tiles_of(steps, shape.dtype.itemsize))
-        sums = x.new_empty(_pairs(shape.channels, cut.slots), dtype=torch.float32)
-        norm = x.new_empty((shape.examples, cut.parts) if energies is not None else (0, 0), dtype=torch.float32)
         finished = x.new_empty((4, shape.channels), dtype=torch.float32)
         grad_weight, grad_bias, coefficients = finished[0], finished[1], finished[2:]
         grad_x = sequence_like(x, x.dtype)
         scored = energies is not None
-
-        def launch(*passes: bool) -> None:
-            _backward_launch(shape, steps, neuron, repeated, grad.stride()[:2], grad.dtype, *passes, ctx.use_batch)(
-                x, grad, grad_x, constants, coefficients, sums, norm
-            )
+        flow = (steps, neuron, repeated, grad.stride()[:2], grad.dtype)
 
         # Statistics that are constants need no sums before the gradient can be written.
-        launch(True, scored, not ctx.use_batch)
+        first = (*flow, True, scored, not ctx.use_batch, ctx.use_batch)
+        second = (*flow, False, False, True, ctx.use_batch)
+
+        def run_first(config: Configuration) -> tuple[Tensor, Tensor]:
+            """The programs' sums of each channel and squared norms of each example, [N, parts]."""
+            cut = shape.cut(config)
+            sums = x.new_empty(_pairs(shape.channels, cut.slots), dtype=torch.float32)
+            norm = x.new_empty((shape.examples, cut.parts) if scored else (0, 0), dtype=torch.float32)
+            _backward_launch(shape, config, *first)(x, grad, grad_x, constants, coefficients, sums, norm)
+            return sums, norm
+
+        def run_second(config: Configuration) -> None:
+            _backward_launch(shape, config, *second)(x, grad, grad_x, constants, coefficients, finished, finished)
+
+        sums, norm = run_first(_configuration("sums", x, steps, (shape, *first), run_first))
         energy_out, norm_out = energies if energies is not None else (finished, finished)
-        _finish_backward_launch(shape, cut.slots, energy.shape[1], cut.parts, neuron.gain, ctx.affine, scored)(
+        slots, parts = sums.shape[1], norm.shape[1]
+        _finish_backward_launch(shape, slots, energy.shape[1], parts, neuron.gain, ctx.affine, scored)(
             sums, constants, grad_weight, grad_bias, coefficients, energy, norm, energy_out, norm_out
         )
         if ctx.use_batch:
-            launch(False, False, True)
+            run_second(_configuration("gradient", x, steps, (shape, *second), run_second))
         return (
             grad_x[0] if repeated else grad_x,
             grad if ctx.needs_input_grad[1] else None,

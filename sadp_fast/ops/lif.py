@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dynamics import Dynamics
+from .autotune import Choices, at_the_start
 from .equations import INTERPRETED, LEAK, LEAK_WITH_INPUT_DECAY, NO_LEAK, charge, reset, surrogate_gradient
 from .launch import Launch, await_previous_kernel, early_launch, multiprocessors
 from .layout import (
@@ -55,7 +56,7 @@ LONGEST_CHUNK = {4: 16, 2: 32}
 
 
 class Tuning(NamedTuple):
-    """How a kernel is launched.
+    """How a kernel is launched, as a rule for grids of any size.
 
     elements: of a step that a thread holds; fewer where there would be less than ``warps_per_multiprocessor``, the
     warps of the whole grid for each of the GPU's multiprocessors. warps: of a program; with one, its reductions are
@@ -90,6 +91,15 @@ TUNING: dict[tuple[str, int], tuple[tuple[float, Tuning], ...]] = {
         (math.inf, _SEVERAL._replace(call_ahead=2)),
     ),
 }
+
+
+class Configuration(NamedTuple):
+    """How a kernel is launched for one shape: a ``Tuning`` applied to it, or another."""
+
+    elements: int
+    warps: int
+    tile: bool
+    call_ahead: int
 
 
 def chunk_steps(steps: int, element_size: int) -> int:
@@ -939,23 +949,40 @@ class Stores(NamedTuple):
     counts: bool = False
 
 
+def _curated(x: Tensor, direction: str) -> Configuration:
+    """What TUNING says of x [T, N, *]."""
+    steps, neurons = x.shape[0], math.prod(x.shape[1:])
+    several = steps > chunk_steps(steps, x.element_size())
+    launches = TUNING[direction, x.element_size()]
+    tuning = launches[-1][1] if several else next(how for most, how in launches if steps <= most)
+    elements, needed = tuning.elements, 32 * tuning.warps_per_multiprocessor * multiprocessors(x.device)
+    few = neurons < elements * needed
+    while elements > 1 and neurons < elements * needed:
+        elements //= 2
+    return Configuration(elements, tuning.warps, tuning.tile, tuning.call_ahead if several and few else 0)
+
+
+def _candidates(x: Tensor, direction: str) -> list[Configuration]:
+    """The curated configuration, and others that an ``autotune`` measures."""
+    curated = _curated(x, direction)
+    if x.shape[0] > chunk_steps(x.shape[0], x.element_size()):
+        ahead = TUNING[direction, x.element_size()][-1][1].call_ahead
+        others = [curated._replace(elements=e, call_ahead=a) for e in (1, 2, 4) for a in (0, ahead)]
+    else:
+        others = [curated._replace(elements=e, warps=w) for e in (2, 4, 8) for w in (1, 4)]
+    return list(dict.fromkeys([curated, *others]))
+
+
 class _Grid:
     """How one tensor [T, N, *] with dense inner dimensions is cut into programs."""
 
-    def __init__(self, x: Tensor, direction: str) -> None:
+    def __init__(self, x: Tensor, configuration: Configuration) -> None:
+        self.configuration = configuration
         self.steps, self.examples = x.shape[:2]
         self.size = math.prod(x.shape[2:])
         self.chunk = chunk_steps(self.steps, x.element_size())
-        several = self.steps > self.chunk
-        launches = TUNING[direction, x.element_size()]
-        self.tuning = launches[-1][1] if several else next(how for most, how in launches if self.steps <= most)
-        elements, lanes = self.tuning.elements, 32 * self.tuning.warps
-        needed = 32 * self.tuning.warps_per_multiprocessor * multiprocessors(x.device)
-        few = self.examples * self.size < elements * needed
-        self.call_ahead = self.tuning.call_ahead if several and few else 0
-        while elements > 1 and self.examples * self.size < elements * needed:
-            elements //= 2
-        self.block = max(lanes, min(lanes * elements, triton.next_power_of_2(self.size)))
+        lanes = 32 * configuration.warps
+        self.block = max(lanes, min(lanes * configuration.elements, triton.next_power_of_2(self.size)))
         self.blocks = triton.cdiv(self.size, self.block)
         self.programs = self.examples * self.blocks
         self.partials = (self.examples, self.blocks, self.steps)
@@ -969,17 +996,17 @@ class _Grid:
         return {
             "T": self.steps,
             "CHUNK": self.chunk,
-            "LANES": triton.next_power_of_2(max(self.chunk, 2 if self.tuning.tile else 1)),
+            "LANES": triton.next_power_of_2(max(self.chunk, 2 if self.configuration.tile else 1)),
             "BLOCK": self.block,
-            "ELEMENTS": self.block // (32 * self.tuning.warps),
+            "ELEMENTS": self.block // (32 * self.configuration.warps),
             "DYNAMICS": dynamics,
             "EXACT_RECIPROCAL": math.frexp(neuron.tau)[0] == 0.5,
             "SOFT_RESET": neuron.soft_reset,
             "REST_AT_ZERO": neuron.v_rest == 0.0,
             "EVEN": self.size % self.block == 0,  # no thread is beyond an example's end
-            "TILE": self.tuning.tile,
-            "CALL_AHEAD": self.call_ahead,
-            "num_warps": self.tuning.warps,
+            "TILE": self.configuration.tile,
+            "CALL_AHEAD": self.configuration.call_ahead,
+            "num_warps": self.configuration.warps,
             "enable_fp_fusion": False,
             **self.early,
         }
@@ -1001,8 +1028,10 @@ class _Sequence:
 class _ForwardPlan:
     """A forward pass prepared for one shape, layout, dtype and neuron."""
 
-    def __init__(self, x: Tensor, neuron: Constants, has_v_init: bool, stores: Stores) -> None:
-        grid = _Grid(x, "forward")
+    def __init__(
+        self, configuration: Configuration, x: Tensor, neuron: Constants, has_v_init: bool, stores: Stores
+    ) -> None:
+        grid = _Grid(x, configuration)
         self.stores, self.sequence, self.v_strides = stores, _Sequence(x), v_strides(x)
         self.checkpoints = (triton.cdiv(grid.steps, grid.chunk) - 1, *x.shape[1:]) if stores.checkpoints else None
         self.partials = grid.partials
@@ -1040,6 +1069,7 @@ class _BackwardPlan:
 
     def __init__(
         self,
+        configuration: Configuration,
         x: Tensor,
         grad_spikes: Tensor,
         neuron: Constants,
@@ -1048,7 +1078,7 @@ class _BackwardPlan:
         want_grad_v_init: bool,
         want_norms: bool,
     ) -> None:
-        grid = _Grid(x, "backward")
+        grid = _Grid(x, configuration)
         detach_reset, surrogate, alpha = options
         has_v_init, has_grad_v, has_grad_v_seq, has_channel_scale = has
         self.sequence, self.v_strides = _Sequence(x), v_strides(x)
@@ -1092,10 +1122,20 @@ class _BackwardPlan:
         return grad_x, grad_v_init, norms
 
 
-# By what they are prepared for; None where the input has to be rearranged first. Emptied when there are very many.
+# By what they are prepared for; None where the input has to be rearranged first. Emptied when there are very many, and
+# when an ``autotune`` begins.
 _forward_plans: dict[tuple, _ForwardPlan | None] = {}
 _backward_plans: dict[tuple, _BackwardPlan | None] = {}
 _MOST_PLANS = 4096
+
+_forward_choices: Choices[Configuration] = Choices("LIF forward")
+_backward_choices: Choices[Configuration] = Choices("LIF backward")
+
+
+@at_the_start
+def _forget_plans() -> None:
+    _forward_plans.clear()
+    _backward_plans.clear()
 
 
 def _keep(plans: dict, key: tuple, plan: Any) -> Any:
@@ -1105,13 +1145,35 @@ def _keep(plans: dict, key: tuple, plan: Any) -> Any:
     return plan
 
 
+def _planned(
+    choices: Choices[Configuration],
+    key: tuple,
+    x: Tensor,
+    direction: str,
+    make: Callable[[Configuration], Any],
+    tensors: tuple[Tensor | None, ...],
+) -> Any:
+    """The plan of the configuration that is curated, or fastest with these tensors."""
+    plan = functools.cache(make)
+    return plan(choices(key, x, lambda: _candidates(x, direction), lambda c: plan(c).run(*tensors)))
+
+
 def _forward(x: Tensor, v_init: Tensor | None, neuron: Constants, stores: Stores) -> tuple[Tensor | None, ...]:
     """spikes, final v, v_seq, checkpoints and partial spike counts [N, blocks, T]; None for what is not stored."""
     key = (x.shape, x.stride(), x.dtype, x.get_device(), neuron, v_init is None, stores)
     try:
         plan = _forward_plans[key]
     except KeyError:
-        plan = _ForwardPlan(x, neuron, v_init is not None, stores) if inner_is_dense(x) else None
+        plan = None
+        if inner_is_dense(x):
+            plan = _planned(
+                _forward_choices,
+                key,
+                x,
+                "forward",
+                lambda configuration: _ForwardPlan(configuration, x, neuron, v_init is not None, stores),
+                (x, v_init),
+            )
         _keep(_forward_plans, key, plan)
     if plan is None:
         return _forward(x.contiguous(), v_init, neuron, stores)
@@ -1140,8 +1202,17 @@ def _backward(
     try:
         plan = _backward_plans[key]
     except KeyError:
-        fits = inner_is_dense(x) and has_strides(grad_spikes, x.stride(), 2)
-        plan = _BackwardPlan(x, grad_spikes, neuron, options, has, want_grad_v_init, want_norms) if fits else None
+        plan = None
+        if inner_is_dense(x) and has_strides(grad_spikes, x.stride(), 2):
+            made_for = (x, grad_spikes, neuron, options, has, want_grad_v_init, want_norms)
+            plan = _planned(
+                _backward_choices,
+                key,
+                x,
+                "backward",
+                lambda configuration: _BackwardPlan(configuration, *made_for),
+                (x, v_init, checkpoints, grad_spikes, grad_v, grad_v_seq, channel_scale),
+            )
         _keep(_backward_plans, key, plan)
     if plan is None:
         x = with_dense_inner(x)
