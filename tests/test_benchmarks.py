@@ -334,3 +334,30 @@ def test_what_ncu_prints_is_read_with_its_units():
     assert rows[3]["time [ns]"] == 1003 and rows[0]["DRAM throughput [%]"] == 0
     with pytest.raises(SystemExit, match="counted 21 launches, but 22"):
         ncu.read("\n".join(lines[:-1]))
+
+
+def test_layers_to_tune_run_and_choices_are_shown(monkeypatch):
+    import tune
+
+    from sadp_fast.ops.autotune import Choice
+
+    monkeypatch.setattr(tune.lif, "CASES", [tune.lif.Case((4, 2, 8), torch.float32)])
+    monkeypatch.setattr(tune.long, "ELEMENTS", 2**9)
+    layers = tune.layers()
+    kinds = len(tune.norm.KINDS)
+    assert len(layers) == 2 * (2 * (1 + len(tune.long.STEPS)) + kinds)
+    for number in (0, len(layers) - kinds - 1, len(layers) - 1):
+        assert tune.tuned(number) == []  # nothing is measured on a CPU
+    choice = Choice("LIF forward", (4, 2, 8), torch.bfloat16, "some", 2e-6, 3e-6)
+    text = " ".join(tune.line(tune.row(choice)).split())
+    assert text == "LIF forward 4x2x8 bfloat16 curated 3.0 us, 1.50 times that of some"
+    assert tune.line(tune.row(choice._replace(seconds=3e-6))).endswith("3.0 us")
+
+
+def test_tuning_wants_a_gpu(monkeypatch):
+    import tune
+
+    monkeypatch.setattr(tune.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["tune.py", "FILE.json"])
+    with pytest.raises(SystemExit, match="there is no CUDA GPU"):
+        tune.main()
