@@ -1,7 +1,8 @@
 """SEW-ResNet18 (width 64, ADD, 3x3 stem) of SpikingJelly's modules: the peer of sadp_fast.models' network.
 
-The same layers with the same constants. Like ours, it computes the stem's convolution and normalisation once, not at
-each of the equal time steps (its tutorials repeat the image in front of it, which would cost it more).
+The same layers; neurons as its tutorials have them (the input divided by tau, ATan). Like ours, it computes the stem's
+convolution and normalisation once, not at each of the equal time steps (its tutorials repeat the image in front of it,
+which would cost it more).
 """
 
 from __future__ import annotations
