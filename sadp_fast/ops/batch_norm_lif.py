@@ -95,16 +95,9 @@ _OTHERS = {
     "sums": ((2, 1, 32), (4, 1, 16), (4, 2, 12), (4, 4, 6), (8, 1, 12)),
     "gradient": ((2, 1, 32), (4, 1, 20), (4, 2, 14), (4, 4, 7), (8, 1, 14)),
 }
-# Of the kernels that add partial sums.
-_FINISH_CHANNELS = GROUP.value  # of a program
+# Of the kernels that add partial sums; more or all of them at once, or fewer, take as long.
+_FINISH = {"SLOTS": 1024, "CHANNELS": GROUP.value, "num_warps": 8}
 _FINISH_EXAMPLES = {"EXAMPLES": 32, "PARTS": 16}
-
-
-def _finish(slots: int) -> dict[str, int]:
-    """Launch of a kernel that adds so many partial sums of each channel: all of them at once, where registers allow."""
-    at_once = min(max(512, triton.next_power_of_2(slots)), 2048)
-    return {"SLOTS": at_once, "CHANNELS": _FINISH_CHANNELS, "num_warps": at_once // 128}
-
 
 _CHOICES: dict[str, Choices[Configuration]] = {name: Choices(f"BatchNorm + LIF {name}") for name in _OTHERS}
 
@@ -282,14 +275,14 @@ def _constants_launch(
 ) -> Launch:
     numbers = (shape.channels, slots, momentum, eps, neuron.keep, neuron.gain, neuron.v_threshold, neuron.v_rest)
     constants = {
-        **_finish(slots),
+        **_FINISH,
         "USE_BATCH": use_batch,
         "UPDATE_RUNNING": update,
         "CUMULATIVE": cumulative,
         "AFFINE": affine,
         "enable_fp_fusion": False,
     }
-    programs = triton.cdiv(shape.channels, _FINISH_CHANNELS)
+    programs = triton.cdiv(shape.channels, _FINISH["CHANNELS"])
     return Launch(_constants_kernel, shape.device, programs, numbers, constants)
 
 
@@ -369,13 +362,13 @@ def _finish_backward_launch(
     elements = shape.steps * shape.examples * shape.pixels
     numbers = (shape.channels, slots, elements, shape.examples, energy_parts, norm_parts, gain)
     constants = {
-        **_finish(slots),
+        **_FINISH,
         **_FINISH_EXAMPLES,
         "AFFINE": affine,
         "NORM": norm,
         "enable_fp_fusion": False,
     }
-    programs = triton.cdiv(shape.channels, _FINISH_CHANNELS)
+    programs = triton.cdiv(shape.channels, _FINISH["CHANNELS"])
     if norm:
         programs += triton.cdiv(shape.examples, _FINISH_EXAMPLES["EXAMPLES"])
     return Launch(_finish_backward_kernel, shape.device, programs, numbers, constants)
