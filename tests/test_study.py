@@ -7,6 +7,7 @@ import re
 import shutil
 import threading
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -723,10 +724,13 @@ def test_progress_names_every_run(capsys):
 
 
 def test_bars_in_a_terminal(monkeypatch):
+    """Every epoch is shown, also between two refreshes of the bars."""
     import io
 
     from rich.console import Console
+    from rich.progress import Progress
 
+    monkeypatch.setattr("rich.progress.Progress", partial(Progress, refresh_per_second=0.01))
     screen = io.StringIO()
     monkeypatch.setattr("rich.console.Console", lambda **_: Console(file=screen, force_terminal=True, width=140))
     assert cli.main(["study", "accuracy", *FAST[:-1], "--seeds", "3", "--ratios", "0.3", "--methods", "random"]) == 0

@@ -73,7 +73,7 @@ class _Viewer(train.Progress):
 
     def epoch(self, entry: dict[str, Any]) -> None:
         self.loss, self.accuracy = entry["loss"], entry["test_accuracy"]
-        self._show(entry["epoch"])
+        self._show(entry["epoch"], refresh=True)  # however short the epoch was
         if not self.bars and self.display.console:
             self.display.console.print(
                 f"{self.name}: epoch {entry['epoch']}/{self.epochs}, loss {self.loss:.3f}, accuracy "
@@ -81,10 +81,10 @@ class _Viewer(train.Progress):
                 soft_wrap=True,
             )
 
-    def _show(self, done: float) -> None:
+    def _show(self, done: float, refresh: bool = False) -> None:
         if self.bars:
             status = f"loss {self.loss:6.3f} accuracy {self.accuracy:6.1%}".replace("nan", "  -")
-            self.bars.update(self.task, completed=round(done, 2), status=status)
+            self.bars.update(self.task, completed=round(done, 2), status=status, refresh=refresh)
 
     def summary(self) -> str:
         """A line that stays."""
