@@ -7,7 +7,6 @@ import re
 import shutil
 import threading
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -730,7 +729,11 @@ def test_bars_in_a_terminal(monkeypatch):
     from rich.console import Console
     from rich.progress import Progress
 
-    monkeypatch.setattr("rich.progress.Progress", partial(Progress, refresh_per_second=0.01))
+    class Seldom(Progress):
+        def __init__(self, *columns, **options):
+            super().__init__(*columns, refresh_per_second=0.01, **options)
+
+    monkeypatch.setattr("rich.progress.Progress", Seldom)
     screen = io.StringIO()
     monkeypatch.setattr("rich.console.Console", lambda **_: Console(file=screen, force_terminal=True, width=140))
     assert cli.main(["study", "accuracy", *FAST[:-1], "--seeds", "3", "--ratios", "0.3", "--methods", "random"]) == 0
