@@ -100,8 +100,7 @@ def jobs() -> dict[str, Job]:
         )
     for length in long.STEPS:
         for dtype in long.DTYPES:
-            shape = (length, long.EXAMPLES, long.ELEMENTS // length // long.EXAMPLES)
-            found[f"long: {length} {dtype}"] = partial(lif_once, from_rest(our_node()), shape, dtype)
+            found[f"long: {length} {dtype}"] = partial(lif_once, from_rest(our_node()), long.shape_of(length), dtype)
     for peer in peers(host.DTYPE):
         found[f"host: {peer.name}"] = partial(build_and_run, peer.build, host.SHAPE, host.DTYPE)
     for name, build, *_ in (*norm.OURS, *norm.PEERS):

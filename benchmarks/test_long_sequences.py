@@ -28,9 +28,14 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 SUITE = "Long sequences"
 
 
+def shape_of(steps: int) -> tuple[int, int, int]:
+    """Of the input [T, N, features] at T steps."""
+    return steps, EXAMPLES, ELEMENTS // steps // EXAMPLES
+
+
 @lru_cache(maxsize=1)
 def inputs(device, steps: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    shape = (steps, EXAMPLES, ELEMENTS // steps // EXAMPLES)
+    shape = shape_of(steps)
     generator = device.generator(2)
     count = device.buffers(2 * ELEMENTS * dtype.itemsize)
     normal = [torch.randn(shape, device=device.type, dtype=dtype, generator=generator) for _ in range(2 * count)]

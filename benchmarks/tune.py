@@ -30,22 +30,19 @@ from lif_layers import from_rest, our_node
 import sadp_fast
 from sadp_fast.ops.autotune import Choice
 
+DTYPES = (torch.float32, torch.bfloat16)  # float16 is launched as bfloat16 is
+
 
 def layers() -> list[Callable[[], None]]:
     """Each runs the forward and the backward pass of a layer once."""
     shapes = [case.shape for case in lif.CASES if case.dtype == torch.float32]
-    shapes += [(steps, long.EXAMPLES, long.ELEMENTS // steps // long.EXAMPLES) for steps in long.STEPS]
+    shapes += [long.shape_of(steps) for steps in long.STEPS]
     found: list[Callable[[], None]] = []
-    for statistics in (False, True):
-        found += [
-            partial(run_lif, shape, dtype, statistics) for shape in shapes for dtype in (torch.float32, torch.bfloat16)
-        ]
-        found += [partial(norm.run_once, partial(norm.fused, statistics=statistics), kind) for kind in norm.KINDS]
+    for statistics, build in ((False, norm.fused), (True, norm.fused_with_statistics)):
+        layer = from_rest(our_node(statistics))
+        found += [partial(lif_once, layer, shape, dtype) for shape in shapes for dtype in DTYPES]
+        found += [partial(norm.run_once, build, kind) for kind in norm.KINDS]
     return found
-
-
-def run_lif(shape: tuple[int, ...], dtype: torch.dtype, statistics: bool) -> None:
-    lif_once(from_rest(our_node(statistics)), shape, dtype)
 
 
 def tuned(number: int) -> list[Choice]:
@@ -91,13 +88,12 @@ def main() -> None:
             for _ in pool.imap_unordered(tuned, range(count), chunksize=1):
                 pass
         print(f"compiled in {time.perf_counter() - start:.0f} s")
-    start, rows = time.perf_counter(), []
+    about, start, rows = environment(Device()), time.perf_counter(), []
     for number in range(count):
         for choice in tuned(number):
             rows.append(row(choice))
             print(line(rows[-1]), flush=True)
-        report = {"environment": environment(Device()), "seconds": time.perf_counter() - start, "choices": rows}
-        write_json(report, options.file)
+        write_json({"environment": about, "seconds": time.perf_counter() - start, "choices": rows}, options.file)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def nothing_known(monkeypatch):
     """Each test starts as a process does, and leaves no choice behind."""
     monkeypatch.setattr(lif_ops, "_forward_plans", {})
     monkeypatch.setattr(lif_ops, "_backward_plans", {})
-    for choices in (lif_ops._forward_choices, lif_ops._backward_choices, *norm_ops._CHOICES.values()):
+    for choices in (*lif_ops._CHOICES.values(), *norm_ops._CHOICES.values()):
         monkeypatch.setattr(choices, "_measured", {})
 
 

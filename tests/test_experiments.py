@@ -40,6 +40,7 @@ def test_every_way_to_select_trains_and_is_shown(tmp_path, monkeypatch, capsys):
 
 def test_the_network_without_spikes_trains(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn", reason="the digits data set is scikit-learn's")
+    monkeypatch.syspath_prepend(SCRIPTS)
     experiment = load("analogue")
     monkeypatch.setattr(experiment.torch.cuda, "is_available", lambda: False)
     neuron = experiment.plain.lif

@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from selection import trained  # beside this file
 from torch import Tensor, nn
 
 from sadp_fast import cli, data, report
@@ -21,7 +23,7 @@ from sadp_fast.config import TrainConfig
 from sadp_fast.models import plain, sew_resnet
 from sadp_fast.study.figures import spread
 from sadp_fast.study.store import environment
-from sadp_fast.train import Trainer, train_epoch
+from sadp_fast.train import Trainer
 
 FAMILIES = {"conv": plain, "sew_resnet18": sew_resnet}  # whose neurons are made by their module's `lif`
 
@@ -40,7 +42,7 @@ class NormReLU(nn.Module):
         return torch.relu(y if residual is None else y + residual)
 
 
-def train(config: TrainConfig, dataset: data.Dataset) -> dict[str, object]:
+def train(config: TrainConfig, dataset: data.Dataset) -> dict[str, Any]:
     """One run of the network without spikes; the package's own neurons are put back."""
     family = FAMILIES[config.model]
     neuron, family.lif = family.lif, NormReLU  # type: ignore[attr-defined]
@@ -48,11 +50,7 @@ def train(config: TrainConfig, dataset: data.Dataset) -> dict[str, object]:
         trainer = Trainer(config, dataset)
     finally:
         family.lif = neuron  # type: ignore[attr-defined]
-    start = trainer.clock()
-    losses = [train_epoch(trainer, ()).read() for _ in range(config.epochs)]
-    seconds = trainer.clock() - start
-    accuracy, loss = trainer.evaluate()
-    return {"test_accuracy": accuracy, "test_loss": loss, "losses": losses, "seconds": seconds}
+    return trained(trainer)
 
 
 def main() -> None:

@@ -134,11 +134,16 @@ def train(config: TrainConfig, dataset: data.Dataset, patch: Callable[[Trainer],
     try:
         trainer = Trainer(config, dataset)
         patch(trainer)
-        start = trainer.clock()
-        losses = [train_epoch(trainer, ()).read() for _ in range(config.epochs)]
-        seconds = trainer.clock() - start
+        return trained(trainer)
     finally:
         pruner.spike_aware_score, pruner.sample, ops.update_scores = kept
+
+
+def trained(trainer: Trainer) -> dict[str, Any]:
+    """What comes of all epochs."""
+    start = trainer.clock()
+    losses = [train_epoch(trainer, ()).read() for _ in range(trainer.config.epochs)]
+    seconds = trainer.clock() - start
     accuracy, loss = trainer.evaluate()
     return {"test_accuracy": accuracy, "test_loss": loss, "losses": losses, "seconds": seconds}
 

@@ -247,10 +247,9 @@ def _candidates(kernel: str, steps: int, itemsize: int) -> tuple[Configuration, 
     return tuple(dict.fromkeys(config.for_tiles_of(steps, itemsize) for config in all_of_them))
 
 
-def _configuration(
-    kernel: str, x: Tensor, steps: int, key: tuple, run: Callable[[Configuration], Any]
-) -> Configuration:
-    return _CHOICES[kernel](key, x, lambda: _candidates(kernel, steps, x.element_size()), run)
+def _run(kernel: str, x: Tensor, steps: int, key: tuple, run: Callable[[Configuration], Any]) -> Any:
+    """What ``run`` returns in the configuration that is curated, or fastest with its tensors."""
+    return run(_CHOICES[kernel](key, x, lambda: _candidates(kernel, steps, x.element_size()), run))
 
 
 @lru_cache(maxsize=1024)
@@ -391,7 +390,7 @@ def _constants(
             _statistics_launch(shape, config)(x, count, partial)
             return count, partial
 
-        count, partial = run(_configuration("statistics", x, shape.steps, shape, run))
+        count, partial = _run("statistics", x, shape.steps, shape, run)
         slots = len(count)
     update = norm.use_batch and norm.update and norm.running_mean is not None
     cumulative = update and norm.momentum is None
@@ -449,7 +448,7 @@ def _normalise_and_fire(
         launch(x, out if residual is None else residual, out, constants if not want_v else v, constants, energy)
         return out, v, energy
 
-    return run(_configuration("forward", x, steps, (shape, *wanted), run))
+    return _run("forward", x, steps, (shape, *wanted), run)
 
 
 class _BatchNormLIF(torch.autograd.Function):
@@ -513,14 +512,14 @@ class _BatchNormLIF(torch.autograd.Function):
         def run_second(config: Configuration) -> None:
             _backward_launch(shape, config, *second)(x, grad, grad_x, constants, coefficients, finished, finished)
 
-        sums, norm = run_first(_configuration("sums", x, steps, (shape, *first), run_first))
+        sums, norm = _run("sums", x, steps, (shape, *first), run_first)
         energy_out, norm_out = energies if energies is not None else (finished, finished)
         slots, parts = sums.shape[1], norm.shape[1]
         _finish_backward_launch(shape, slots, energy.shape[1], parts, neuron.gain, ctx.affine, scored)(
             sums, constants, grad_weight, grad_bias, coefficients, energy, norm, energy_out, norm_out
         )
         if ctx.use_batch:
-            run_second(_configuration("gradient", x, steps, (shape, *second), run_second))
+            _run("gradient", x, steps, (shape, *second), run_second)
         return (
             grad_x[0] if repeated else grad_x,
             grad if ctx.needs_input_grad[1] else None,

@@ -949,8 +949,8 @@ class Stores(NamedTuple):
     counts: bool = False
 
 
-def _curated(x: Tensor, direction: str) -> Configuration:
-    """What TUNING says of x [T, N, *]."""
+def _candidates(x: Tensor, direction: str) -> list[Configuration]:
+    """What TUNING says of x [T, N, *], and other configurations that an ``autotune`` measures."""
     steps, neurons = x.shape[0], math.prod(x.shape[1:])
     several = steps > chunk_steps(steps, x.element_size())
     launches = TUNING[direction, x.element_size()]
@@ -959,15 +959,9 @@ def _curated(x: Tensor, direction: str) -> Configuration:
     few = neurons < elements * needed
     while elements > 1 and neurons < elements * needed:
         elements //= 2
-    return Configuration(elements, tuning.warps, tuning.tile, tuning.call_ahead if several and few else 0)
-
-
-def _candidates(x: Tensor, direction: str) -> list[Configuration]:
-    """The curated configuration, and others that an ``autotune`` measures."""
-    curated = _curated(x, direction)
-    if x.shape[0] > chunk_steps(x.shape[0], x.element_size()):
-        ahead = TUNING[direction, x.element_size()][-1][1].call_ahead
-        others = [curated._replace(elements=e, call_ahead=a) for e in (1, 2, 4) for a in (0, ahead)]
+    curated = Configuration(elements, tuning.warps, tuning.tile, tuning.call_ahead if several and few else 0)
+    if several:
+        others = [curated._replace(elements=e, call_ahead=a) for e in (1, 2, 4) for a in (0, tuning.call_ahead)]
     else:
         others = [curated._replace(elements=e, warps=w) for e in (2, 4, 8) for w in (1, 4)]
     return list(dict.fromkeys([curated, *others]))
@@ -1128,8 +1122,7 @@ _forward_plans: dict[tuple, _ForwardPlan | None] = {}
 _backward_plans: dict[tuple, _BackwardPlan | None] = {}
 _MOST_PLANS = 4096
 
-_forward_choices: Choices[Configuration] = Choices("LIF forward")
-_backward_choices: Choices[Configuration] = Choices("LIF backward")
+_CHOICES: dict[str, Choices[Configuration]] = {name: Choices(f"LIF {name}") for name in ("forward", "backward")}
 
 
 @at_the_start
@@ -1146,16 +1139,15 @@ def _keep(plans: dict, key: tuple, plan: Any) -> Any:
 
 
 def _planned(
-    choices: Choices[Configuration],
+    direction: str,
     key: tuple,
     x: Tensor,
-    direction: str,
     make: Callable[[Configuration], Any],
     tensors: tuple[Tensor | None, ...],
 ) -> Any:
     """The plan of the configuration that is curated, or fastest with these tensors."""
     plan = functools.cache(make)
-    return plan(choices(key, x, lambda: _candidates(x, direction), lambda c: plan(c).run(*tensors)))
+    return plan(_CHOICES[direction](key, x, lambda: _candidates(x, direction), lambda c: plan(c).run(*tensors)))
 
 
 def _forward(x: Tensor, v_init: Tensor | None, neuron: Constants, stores: Stores) -> tuple[Tensor | None, ...]:
@@ -1167,10 +1159,9 @@ def _forward(x: Tensor, v_init: Tensor | None, neuron: Constants, stores: Stores
         plan = None
         if inner_is_dense(x):
             plan = _planned(
-                _forward_choices,
+                "forward",
                 key,
                 x,
-                "forward",
                 lambda configuration: _ForwardPlan(configuration, x, neuron, v_init is not None, stores),
                 (x, v_init),
             )
@@ -1206,10 +1197,9 @@ def _backward(
         if inner_is_dense(x) and has_strides(grad_spikes, x.stride(), 2):
             made_for = (x, grad_spikes, neuron, options, has, want_grad_v_init, want_norms)
             plan = _planned(
-                _backward_choices,
+                "backward",
                 key,
                 x,
-                "backward",
                 lambda configuration: _BackwardPlan(configuration, *made_for),
                 (x, v_init, checkpoints, grad_spikes, grad_v, grad_v_seq, channel_scale),
             )
