@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .neuron import BaseNode, IFNode, LIFNode
+from .neuron import BaseNode, IFNode, LIFNode, ParametricLIFNode
 from .reference.lif import squared_norm_per_example
 from .spike_storage import mark, max_count
 
@@ -151,6 +151,7 @@ class _BatchNormNode(BaseNode):
                 update=self.training,
             ),
             Neuron.of(self.dynamics, surrogate, self.surrogate_function.alpha),  # type: ignore[union-attr]
+            reciprocal_tau=self._reciprocal_tau(x),
             repeat=repeat,
             want_v=want_v,
             energies=energies,
@@ -346,4 +347,40 @@ class BatchNormIF(_BatchNormNode, IFNode):
         backend: str | None = None,
     ) -> None:
         IFNode.__init__(self, v_threshold, v_reset, surrogate_function, detach_reset, step_mode, store_v_seq, backend)
+        self._init_batch_norm(num_features, eps, momentum, affine, track_running_stats)
+
+
+class BatchNormParametricLIF(_BatchNormNode, ParametricLIFNode):
+    """``BatchNormLIF`` whose time constant is learned: ``nn.BatchNorm2d`` and a ``ParametricLIFNode`` behind it."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        init_tau: float = 2.0,
+        decay_input: bool = True,
+        v_threshold: float = 1.0,
+        v_reset: float | None = 0.0,
+        surrogate_function: Callable[[Tensor], Tensor] | None = None,
+        detach_reset: bool = False,
+        step_mode: str = "m",
+        store_v_seq: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        ParametricLIFNode.__init__(
+            self,
+            init_tau,
+            decay_input,
+            v_threshold,
+            v_reset,
+            surrogate_function,
+            detach_reset,
+            step_mode,
+            store_v_seq,
+            backend,
+        )
         self._init_batch_norm(num_features, eps, momentum, affine, track_running_stats)

@@ -10,11 +10,13 @@ class Dynamics:
     """Constants of a leaky (or, with ``tau=None``, perfect) integrate-and-fire neuron.
 
     Attributes:
-        tau: membrane time constant in time steps (> 1); ``None`` for an IF neuron, which does not leak.
+        tau: membrane time constant in time steps (> 1); ``None`` for an IF neuron, which does not leak. Where it is
+            learned, its initial value: the present 1 / tau is a tensor, which goes beside these constants.
         decay_input: whether the input current is divided by ``tau`` too.
         v_threshold: membrane potential at and above which the neuron fires.
         v_reset: potential after a spike (hard reset); ``None`` subtracts ``v_threshold`` instead (soft reset).
         detach_reset: whether the reset is left out of the backward pass.
+        learned_tau: whether tau is a parameter (PLIF).
     """
 
     tau: float | None
@@ -22,6 +24,7 @@ class Dynamics:
     v_threshold: float
     v_reset: float | None
     detach_reset: bool
+    learned_tau: bool = False
 
     @property
     def v_rest(self) -> float:

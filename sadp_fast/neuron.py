@@ -6,6 +6,7 @@ Thin modules: the state and the choice of path live here, the mathematics in ``o
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -22,6 +23,11 @@ from .spike_storage import mark
 
 BACKENDS = (None, "triton", "torch", "cupy")
 STEP_MODES = ("s", "m")
+
+
+def _check_tau(name: str, tau: float) -> None:
+    if not isinstance(tau, float) or not tau > 1.0:
+        raise ValueError(f"{name} must be a float > 1.0, got {tau!r}; an IFNode has no leak")
 
 
 def _constant(name: str) -> Any:
@@ -120,6 +126,7 @@ class BaseNode(nn.Module):
         step_mode: str,
         store_v_seq: bool,
         backend: str | None,
+        learned_tau: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(v_threshold, float):
@@ -136,7 +143,7 @@ class BaseNode(nn.Module):
                 f"surrogate_function must be a callable such as sadp_fast.surrogate.ATan(), got "
                 f"{surrogate_function!r}: pass an instance, not a name or a class"
             )
-        self.dynamics = Dynamics(tau, decay_input, v_threshold, v_reset, detach_reset)
+        self.dynamics = Dynamics(tau, decay_input, v_threshold, v_reset, detach_reset, learned_tau)
         self.surrogate_function = surrogates.Sigmoid() if surrogate_function is None else surrogate_function
         self._state = _State(self.dynamics.v_rest)
         self.step_mode = step_mode
@@ -342,6 +349,10 @@ class BaseNode(nn.Module):
             state.v_seq = torch.cat((earlier, v_seq)) if grows else v_seq  # type: ignore[arg-type]
         return mark(spikes, 1) if binary else spikes
 
+    def _reciprocal_tau(self, x: Tensor) -> Tensor | None:
+        """1 / tau for input x where it is learned: 0-dim, in the dtype of the state."""
+        return None
+
     def _run_reference(self, x_seq: Tensor, v: Tensor | float) -> tuple[Tensor, Tensor | None, CallStatistics | None]:
         """Spikes, v_seq and statistics by plain torch; sets the potential."""
         if not isinstance(v, Tensor):
@@ -350,7 +361,7 @@ class BaseNode(nn.Module):
         if norms is not None:
             x_seq = reference.GradientNormTap.apply(x_seq, norms, self.channel_scale)
         spikes, self._state.v, v_seq = reference.multi_step(
-            x_seq, v, self.dynamics, self.surrogate_function, self._store_v_seq
+            x_seq, v, self.dynamics, self.surrogate_function, self._store_v_seq, self._reciprocal_tau(x_seq)
         )
         if not self.collect_statistics:
             return spikes, v_seq, None
@@ -370,7 +381,7 @@ class BaseNode(nn.Module):
         from .ops import lif as ops  # Triton is imported where it is used, so that CPU users need no Triton
 
         alpha = self.surrogate_function.alpha  # type: ignore[union-attr]
-        counts = self.collect_statistics
+        counts, reciprocal_tau = self.collect_statistics, self._reciprocal_tau(x_seq)
         if not ops.runs_directly():
             norms = self._gradient_buffer(x_seq)
             spikes, self._state.v, v_seq, count = ops.lif(
@@ -379,13 +390,14 @@ class BaseNode(nn.Module):
                 self.dynamics,
                 surrogate,
                 alpha,
+                reciprocal_tau=reciprocal_tau,
                 store_v_seq=self._store_v_seq,
                 count_spikes=counts,
                 grad_norm_sq=norms,
                 channel_scale=self.channel_scale,
             )
             return spikes, v_seq, None if count is None else self._statistics(count, norms)
-        ops.check(x_seq, v, self.channel_scale)
+        ops.check(x_seq, v, self.channel_scale, reciprocal_tau)
         statistics = record_norms = None
         if counts:
             statistics = CallStatistics(torch.is_grad_enabled())
@@ -396,6 +408,7 @@ class BaseNode(nn.Module):
         spikes, self._state.v, v_seq, count = ops.multi_step(
             x_seq,
             v,
+            reciprocal_tau,
             self.dynamics,
             surrogate,
             alpha,
@@ -463,8 +476,7 @@ class LIFNode(BaseNode):
         store_v_seq: bool = False,
         backend: str | None = None,
     ) -> None:
-        if not isinstance(tau, float) or not tau > 1.0:
-            raise ValueError(f"tau must be a float > 1.0, got {tau!r}; an IFNode has no leak")
+        _check_tau("tau", tau)
         super().__init__(
             tau, decay_input, v_threshold, v_reset, surrogate_function, detach_reset, step_mode, store_v_seq, backend
         )
@@ -495,6 +507,60 @@ class IFNode(BaseNode):
         super().__init__(
             None, False, v_threshold, v_reset, surrogate_function, detach_reset, step_mode, store_v_seq, backend
         )
+
+
+class ParametricLIFNode(BaseNode):
+    """``LIFNode`` whose time constant is learned, a drop-in for SpikingJelly's ``ParametricLIFNode`` (PLIF).
+
+    1 / tau = sigmoid(w), with one parameter w for the layer (Fang et al., arXiv 2007.05785); the equations are those of
+    ``LIFNode`` with a product by 1 / tau in the place of the quotient.
+
+    Args:
+        init_tau: initial membrane time constant in steps, a float > 1; w = -log(init_tau - 1).
+        decay_input, ... backend: as of ``LIFNode``.
+
+    Attributes:
+        w: float32 parameter, 0-dim, the only entry of the state_dict.
+
+    Raises:
+        TypeError, ValueError: an argument is not of the kind above.
+    """
+
+    def __init__(
+        self,
+        init_tau: float = 2.0,
+        decay_input: bool = True,
+        v_threshold: float = 1.0,
+        v_reset: float | None = 0.0,
+        surrogate_function: Callable[[Tensor], Tensor] | None = None,
+        detach_reset: bool = False,
+        step_mode: str = "s",
+        store_v_seq: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        _check_tau("init_tau", init_tau)
+        super().__init__(
+            init_tau,
+            decay_input,
+            v_threshold,
+            v_reset,
+            surrogate_function,
+            detach_reset,
+            step_mode,
+            store_v_seq,
+            backend,
+            learned_tau=True,
+        )
+        self.w = nn.Parameter(torch.tensor(-math.log(init_tau - 1.0)))
+
+    decay_input = _constant("decay_input")
+
+    def _reciprocal_tau(self, x: Tensor) -> Tensor:
+        return self.w.to(reference.state_dtype(x.dtype)).sigmoid()
+
+    def extra_repr(self) -> str:
+        tau = 1.0 / self.w.double().sigmoid().item()
+        return f"{super().extra_repr()}, tau={tau:.4g} (learned), decay_input={self.decay_input}"
 
 
 def reset(module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""BatchNormLIF and BatchNormIF against a float64 oracle and against the layers that they fuse.
+"""BatchNormLIF, BatchNormIF and BatchNormParametricLIF against a float64 oracle and against the layers that they fuse.
 
 The oracle is nn.functional.batch_norm in float64 in front of the oracle neuron of test_lif_kernel. Criterion: the error
 of the fused pass against the oracle may not exceed the error of plain torch (the module's own unfused path on the CPU)
@@ -23,12 +23,25 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from test_lif_kernel import ATAN, DTYPES, LIF, MARGIN, NEURONS, ON_GPU, RECT, SIGMOID, oracle_backward, oracle_forward
+from test_lif_kernel import (
+    ATAN,
+    DTYPES,
+    LIF,
+    MARGIN,
+    NEURONS,
+    ON_GPU,
+    PLIF,
+    RECT,
+    SIGMOID,
+    oracle_backward,
+    oracle_forward,
+    tau_products,
+)
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from unfused import Unfused
 
-from sadp_fast import BatchNormIF, BatchNormLIF
+from sadp_fast import BatchNormIF, BatchNormLIF, BatchNormParametricLIF
 from sadp_fast.dynamics import Dynamics
 from sadp_fast.ops import batch_norm_lif as ops
 from sadp_fast.spike_storage import mark, max_count, packed_spikes
@@ -96,7 +109,7 @@ def processors(monkeypatch, small_launches):
 # -------------------------------------------------------------------------------------------------------- one check
 
 
-def make(channels, d=LIF, index=SIGMOID, alpha=4.0, **options) -> BatchNormLIF | BatchNormIF:
+def make(channels, d=LIF, index=SIGMOID, alpha=4.0, **options) -> BatchNormLIF | BatchNormIF | BatchNormParametricLIF:
     """A layer on the CPU with random weights, some of them negative, and random running statistics."""
     options = {
         "v_threshold": d.v_threshold,
@@ -107,8 +120,10 @@ def make(channels, d=LIF, index=SIGMOID, alpha=4.0, **options) -> BatchNormLIF |
         **options,
     }
     if d.tau is not None:
-        options |= {"tau": d.tau, "decay_input": d.decay_input}
-    layer = (BatchNormIF if d.tau is None else BatchNormLIF)(channels, **options)
+        options |= {"init_tau" if d.learned_tau else "tau": d.tau, "decay_input": d.decay_input}
+    layer = (BatchNormIF if d.tau is None else BatchNormParametricLIF if d.learned_tau else BatchNormLIF)(
+        channels, **options
+    )
     generator = torch.Generator().manual_seed(channels)
     with torch.no_grad():
         for name, low, high in (
@@ -149,7 +164,7 @@ class Truth(NamedTuple):
     clear: Tensor  # [N, C, *], neurons that never come within MARGIN of a discontinuity
     upstream: Tensor  # the gradient of the output, in x's dtype
     grad_x: Tensor
-    grads: dict[str, Tensor]  # of weight and bias
+    grads: dict[str, Tensor]  # of the parameters
     delta: Tensor
     sizes: dict[str, float]  # what the rounding errors of a gradient are relative to
     running: dict[str, Tensor]
@@ -199,6 +214,11 @@ def oracle(layer, x, residual, repeat, index, alpha, seed, margin=MARGIN, upstre
     }
     out = fired.spikes if residual is None else fired.spikes + residual.double()
     grads = {} if weight is None else {"weight": weight.grad, "bias": bias.grad}
+    if d.learned_tau:
+        slope = (1 - 1 / d.tau) / d.tau  # of 1 / tau with respect to w
+        rest = torch.full(y_seq.shape[1:], d.v_rest)
+        products = slope * tau_products(fired, d, y_seq.detach(), rest, grad_y_seq)
+        grads["w"], sizes["w"] = products.sum(), products.abs().sum().item()
     running = {} if mean is None else {"running_mean": mean, "running_var": var}
     return Truth(out, fired.v_seq[-1], clear, upstream, x.grad, grads, delta, sizes, running)
 
@@ -384,6 +404,27 @@ def test_the_launch_configurations_that_users_get(shape, dtype, layout, kernel_d
 @pytest.mark.parametrize("dynamics", NEURONS, ids=str)
 def test_dynamics(dynamics, kernel_device):
     check((4, 3, 6, 9), torch.float32, dynamics, ATAN, 2.0, device=kernel_device)
+
+
+@pytest.mark.parametrize("layout", [CONTIGUOUS, CHANNELS_LAST])
+@pytest.mark.parametrize("decay_input", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_learned_tau(training, affine, decay_input, layout, kernel_device):
+    """Its gradient from both ways that a pass may end, several steps, and one input for all of them."""
+    d = replace(PLIF, decay_input=decay_input)
+    options = {"d": d, "training": training, "affine": affine, "layout": layout, "device": kernel_device}
+    check((5, 4, 6, 7), torch.float32, residual=True, **options)
+    check((4, 6, 7), torch.float32, repeat=3, **options)
+    check((16, 2, 6, 5), torch.bfloat16, **options)
+
+
+def test_a_frozen_tau_gets_no_gradient(kernel_device):
+    layer = make(6, PLIF).to(kernel_device)
+    layer.w.requires_grad_(False)
+    x = input_current((3, 4, 6, 5)).to(kernel_device).requires_grad_()
+    layer(x).sum().backward()
+    assert layer.w.grad is None and x.grad.abs().sum() > 0 and layer.weight.grad is not None
 
 
 @pytest.mark.parametrize("alpha", [0.7, 2.0])

@@ -30,10 +30,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STATISTICS = ("without", "with")
 GRIDS = {"": 0, ", few warps": 10**6}  # a GPU of so many multiprocessors; with few, threads hold fewer elements
 SPILLED = {"backward T=96 bfloat16 with statistics": 8}  # bytes of a thread
+SPILLED_LEARNED = {
+    "backward T=40 float32 with statistics, learned": 8,
+    "backward T=40 bfloat16 with statistics, learned": 24,
+}
 CANDIDATES = ((4, "bfloat16"), (17, "float32"))  # T and dtype for which all that autotune measures is compiled
 VARIANT_STEPS = 2
 WALKS = ("recursion", "tile")  # the two ways through a chunk
+LEARNED = "learned"  # in the place of tau
 DYNAMICS = [(None, False, 0.0), (2.0, True, 0.0), (3.0, True, -0.5), (2.0, False, None), (3.0, False, 0.25)]
+DYNAMICS += [(LEARNED, True, 0.25), (LEARNED, False, None)]
 
 
 # ------------------------------------------------------------------------------- the script: compile without a GPU
@@ -133,15 +139,21 @@ def compile_for(architecture: int) -> dict:
     ops._lif_forward_kernel, ops._lif_backward_kernel = forward, backward
 
     def launch(x, tau, decay_input, v_reset, surrogate, *, statistics, everything=False):
-        leak, soft_reset = tau is not None, v_reset is None
-        constants = (0.0, tau or 1.0, leak, decay_input, 1.0, v_reset or 0.0, soft_reset)
+        ops._forward_plans.clear()  # made for another tuning
+        ops._backward_plans.clear()
+        leak, soft_reset, learned = tau is not None, v_reset is None, tau == LEARNED
+        constants = (0.0, 1.0 if tau is None or learned else tau, leak, decay_input, 1.0, v_reset or 0.0, soft_reset)
         v_init = torch.empty(x.shape[1:]) if everything else None
+        reciprocal_tau = torch.empty(()) if learned else None
         chunks = len(x) > ops.LONGEST_CHUNK[x.element_size()]
-        _, v, _, checkpoints, _ = ops._launch_forward(x, v_init, *constants, everything, chunks, statistics)
+        _, v, _, checkpoints, _ = ops._launch_forward(
+            x, v_init, reciprocal_tau, *constants, everything, chunks, statistics
+        )
         grad_v_seq = torch.empty(x.shape) if everything else None
         scale = torch.empty(x.shape[2]) if everything else None
         grads = (x, v if everything else None, grad_v_seq, scale)
-        ops._launch_backward(x, v_init, checkpoints, *grads, *constants, False, surrogate, 2.0, everything, statistics)
+        options = (False, surrogate, 2.0, everything, statistics, learned)
+        ops._launch_backward(x, v_init, reciprocal_tau, checkpoints, *grads, *constants, *options)
 
     report = {}
     for steps in ARCHITECTURES[architecture]:
@@ -149,12 +161,11 @@ def compile_for(architecture: int) -> dict:
             x = torch.empty(steps, 2, 64, 32, 32, dtype=dtype)
             for statistics, grid in itertools.product(STATISTICS, grids(steps, name)):
                 ops.multiprocessors = lambda device, grid=grid: GRIDS[grid]
-                ops._forward_plans.clear()
-                ops._backward_plans.clear()
-                launch(x, 2.0, True, 0.0, 0, statistics=statistics == "with")
-                for direction, recorder in (("forward", forward), ("backward", backward)):
-                    key = f"{direction} T={steps} {name} {statistics} statistics{grid}"
-                    report[key] = describe(compile_recorded(recorder, architecture), recorder)
+                for tau in (2.0, LEARNED) if architecture == 90 and statistics == "with" else (2.0,):
+                    launch(x, tau, True, 0.0, 0, statistics=statistics == "with")
+                    for direction, recorder in (("forward", forward), ("backward", backward)):
+                        key = f"{direction} T={steps} {name} {statistics} statistics{grid}" + f", {tau}" * (tau != 2.0)
+                        report[key] = describe(compile_recorded(recorder, architecture), recorder)
     if architecture == 90:
         candidates = ops._candidates
         ops.multiprocessors = lambda device: GRIDS[""]
@@ -165,8 +176,6 @@ def compile_for(architecture: int) -> dict:
                 ops._candidates = lambda x, direction, number=number, of=of: [
                     of[direction][number % len(of[direction])]
                 ]
-                ops._forward_plans.clear()
-                ops._backward_plans.clear()
                 launch(x, 2.0, True, 0.0, 0, statistics=True)
                 for direction, recorder in (("forward", forward), ("backward", backward)):
                     key = f"{direction} T={steps} {name} candidate {number}"
@@ -239,6 +248,13 @@ def test_no_register_spills(architecture, key, steps, dtype):
     assert local <= SPILLED.get(key, 0)
 
 
+def test_a_learned_tau_spills_little():
+    """Its gradient needs a register more for every element and step."""
+    spilled = {key: found["local"] for key, found in compiled_for(90).items() if key.endswith(LEARNED)}
+    assert len(spilled) == 2 * sum(len(grids(steps, dtype)) for steps in ARCHITECTURES[90] for dtype in DTYPES)
+    assert all(local is None or local <= SPILLED_LEARNED.get(key, 0) for key, local in spilled.items()), spilled
+
+
 @pytest.mark.parametrize("architecture, key, steps, dtype", cases())
 def test_memory_is_read_and_written_16_bytes_at_a_time(architecture, key, steps, dtype):
     """Or all elements of a thread at a time, where long chunks leave registers for fewer.
@@ -275,10 +291,12 @@ def test_tiles_stay_in_registers_and_are_accessed_as_a_whole(architecture, key, 
 def test_no_contraction(walk, direction, dynamics):
     """A fused multiply-add in the potential could flip a spike at the threshold; where 1 / tau is exact it cannot.
 
-    The backward kernel has those that are written there, two an element and step, in the gradient.
+    The backward kernel has those that are written there, in the gradients.
     """
     report = compiled_for(90)[f"{direction} {walk} {(*dynamics, 0)}"]
-    assert report["fma"] == (0 if direction == "forward" else 2 * VARIANT_STEPS * report["elements"])
+    tau, _, v_reset = dynamics
+    written = 2 if walk == "tile" else (1 if v_reset is None else 2) + (tau == LEARNED)  # an element and step
+    assert report["fma"] == (0 if direction == "forward" else written * VARIANT_STEPS * report["elements"])
 
 
 def test_no_kernel_calls_itself_by_name():
@@ -292,10 +310,12 @@ def test_no_kernel_calls_itself_by_name():
 
 
 def test_every_variant_compiles():
+    from sadp_fast.surrogate import FUSED
+
     report = compiled_for(90)
     variants = [key for key in report if "T=" not in key]
-    # 8 surrogates and 5 dynamics, one of them counted among the surrogates
-    assert len(variants) == len(WALKS) * 2 * 12
+    # one of the dynamics is counted among the surrogates
+    assert len(variants) == len(WALKS) * 2 * (len(FUSED) + len(DYNAMICS) - 1)
     for key in variants:
         assert report[key]["local"] in (0, None), key
 
@@ -331,20 +351,22 @@ INPUT_KINDS = list(operator_inputs("cpu"))
 @pytest.mark.parametrize("kind", INPUT_KINDS)
 def test_opcheck_forward(kind, flags, kernel_device):
     x, v_init = operator_inputs(kernel_device)[kind]
-    torch.library.opcheck(torch.ops.sadp_fast.lif_forward.default, (x, v_init, *CONSTANTS, *flags))
+    reciprocal_tau = torch.tensor(0.3, device=kernel_device) if all(flags) else None
+    torch.library.opcheck(torch.ops.sadp_fast.lif_forward.default, (x, v_init, reciprocal_tau, *CONSTANTS, *flags))
 
 
 @pytest.mark.parametrize("extras", [False, True], ids=["no extras", "all extras"])
 @pytest.mark.parametrize("kind", INPUT_KINDS)
 def test_opcheck_backward(kind, extras, kernel_device):
     x, v_init = operator_inputs(kernel_device)[kind]
-    _, v, v_seq, checkpoints, _ = torch.ops.sadp_fast.lif_forward(x, v_init, *CONSTANTS, True, True, False)
+    inputs = (x, v_init, torch.tensor(0.3, device=kernel_device) if extras else None)
+    _, v, v_seq, checkpoints, _ = torch.ops.sadp_fast.lif_forward(*inputs, *CONSTANTS, True, True, False)
     scale = torch.ones(x.shape[2], device=kernel_device) if extras and x.ndim > 2 else None
     grad_spikes = None if extras else torch.ones_like(x)
     grads = (grad_spikes, v if extras else None, v_seq if extras else None, scale)
-    options = (False, 0, 4.0, extras, extras)
+    options = (False, 0, 4.0, extras, extras, extras)
     torch.library.opcheck(
-        torch.ops.sadp_fast.lif_backward.default, (x, v_init, checkpoints, *grads, *CONSTANTS, *options)
+        torch.ops.sadp_fast.lif_backward.default, (*inputs, checkpoints, *grads, *CONSTANTS, *options)
     )
 
 
@@ -369,13 +391,15 @@ def compiled(module, device):
 
 
 def network(backend, **options):
-    from sadp_fast.neuron import IFNode, LIFNode
+    from sadp_fast.neuron import IFNode, LIFNode, ParametricLIFNode
 
     torch.manual_seed(3)
     return nn.Sequential(
         nn.Linear(6, 10),
         LIFNode(tau=3.0, step_mode="m", backend=backend, **options),
-        nn.Linear(10, 5),
+        nn.Linear(10, 8),
+        ParametricLIFNode(v_threshold=0.3, step_mode="m", backend=backend),
+        nn.Linear(8, 5),
         IFNode(v_threshold=0.3, v_reset=None, step_mode="m", backend=backend),
     )
 
@@ -529,13 +553,13 @@ def test_autocast(use_compile, dtype, path):
     hooks = (
         []
         if use_compile
-        else [model[i].register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach())) for i in (1, 3)]
+        else [model[i].register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach())) for i in (1, 5)]
     )
     with torch.autocast(device, dtype):
         output = run(data(device))
         loss = loss_of(output.float())
     assert output.dtype == dtype
-    assert model[1].v.dtype == model[3].v.dtype == torch.float32
+    assert model[1].v.dtype == model[3].v.dtype == model[5].v.dtype == torch.float32
     loss.backward()
     for hook in hooks:
         hook.remove()
@@ -544,10 +568,10 @@ def test_autocast(use_compile, dtype, path):
         assert torch.isfinite(parameter.grad).all() and parameter.grad.abs().max() > 1e-4
     if not use_compile:
         assert [x.dtype for x in inputs] == [dtype, dtype]
-        potential = model[3].v
-        model[3].reset()
-        assert torch.equal(model[3](inputs[1]), output.detach())
-        assert torch.equal(model[3].v, potential)
+        potential = model[5].v
+        model[5].reset()
+        assert torch.equal(model[5](inputs[1]), output.detach())
+        assert torch.equal(model[5].v, potential)
     assert 0 < output.float().mean() < 1
 
 

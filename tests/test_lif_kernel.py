@@ -13,6 +13,7 @@ on a GPU larger ones are added.
 
 import itertools
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -133,6 +134,24 @@ def oracle_backward(
     return grad_x, carry
 
 
+def tau_products(truth: Truth, d: Dynamics, x: Tensor, v: Tensor, grad_x: Tensor) -> Tensor:
+    """What the gradient with respect to 1 / tau is the sum of, [T, N, *]: dL/dh dh/d(1/tau)."""
+    grad_h = grad_x * d.tau if d.decay_input else grad_x
+    v_before = torch.cat([v.double().unsqueeze(0), truth.v_seq[:-1]])
+    return grad_h * ((x.double() if d.decay_input else 0.0) - (v_before - d.v_rest))
+
+
+def reciprocal_tau(d: Dynamics, device: str) -> Tensor | None:
+    return torch.tensor(1 / d.tau, device=device, requires_grad=True) if d.learned_tau else None
+
+
+def assert_sum_no_less_exact(fused: Tensor, plain: Tensor, products: Tensor, what: str) -> None:
+    """The criterion for one number, the sum of ``products``; its rounding errors are relative to their size."""
+    truth, tolerance = products.sum(), 2e-6 * products.abs().sum() + 1e-9
+    assert (fused.double() - truth).abs() <= (plain.double() - truth).abs() + tolerance, what
+    assert (plain.double() - truth).abs() <= 10 * tolerance, what
+
+
 def assert_norms_close(fused: Tensor, truth: Tensor) -> None:
     # The kernel sums the squares of gradients before they are rounded to the tensor's dtype, so one bound serves all.
     torch.testing.assert_close(fused.double(), truth, rtol=2e-5, atol=1e-6 * truth.max().item())
@@ -169,6 +188,7 @@ class Result(NamedTuple):
     v_seq: Tensor
     grad_x: Tensor
     grad_v_init: Tensor | None
+    grad_reciprocal_tau: Tensor | None
     spike_count: Tensor
     grad_norm_sq: Tensor
 
@@ -177,12 +197,14 @@ def run_fused(x, v, d, index, alpha, grads, device, channel_scale=None) -> Resul
     x = leaf(x, device) if x.is_leaf else x
     v = leaf(v, device) if isinstance(v, Tensor) else v
     grad_norm_sq = torch.full(x.shape[:2], torch.nan, device=device)
+    tau = reciprocal_tau(d, device)
     spikes, v_final, v_seq, spike_count = lif(
         x,
         v,
         d,
         index,
         alpha,
+        reciprocal_tau=tau,
         store_v_seq=True,
         count_spikes=True,
         grad_norm_sq=grad_norm_sq,
@@ -190,8 +212,9 @@ def run_fused(x, v, d, index, alpha, grads, device, channel_scale=None) -> Resul
     )
     torch.autograd.backward((spikes, v_final, v_seq), [g.to(device) for g in grads])
     grad_v = v.grad.cpu() if isinstance(v, Tensor) else None
-    outputs = (spikes, v_final, v_seq)
-    return Result(*(t.detach().cpu() for t in outputs), x.grad.cpu(), grad_v, spike_count.cpu(), grad_norm_sq.cpu())
+    grad_tau = None if tau is None else tau.grad.cpu()
+    outputs = [t.detach().cpu() for t in (spikes, v_final, v_seq)]
+    return Result(*outputs, x.grad.cpu(), grad_v, grad_tau, spike_count.cpu(), grad_norm_sq.cpu())
 
 
 def run_reference(x, v, d, index, alpha, grads) -> Result:
@@ -199,10 +222,11 @@ def run_reference(x, v, d, index, alpha, grads) -> Result:
     x = leaf(x, "cpu")
     v_init = leaf(v, "cpu") if isinstance(v, Tensor) else torch.full(x.shape[1:], v, dtype=torch.float32)
     tapped = reference.GradientNormTap.apply(x, buffer := torch.full(x.shape[:2], torch.nan), None)
-    spikes, v_final, v_seq = reference.multi_step(tapped, v_init, d, FUSED[index](alpha), store_v_seq=True)
+    tau = reciprocal_tau(d, "cpu")
+    spikes, v_final, v_seq = reference.multi_step(tapped, v_init, d, FUSED[index](alpha), True, tau)
     torch.autograd.backward((spikes, v_final, v_seq), list(grads))
-    outputs = (spikes, v_final, v_seq)
-    return Result(*(t.detach() for t in outputs), x.grad, v_init.grad, reference.spike_count(spikes), buffer)
+    outputs, grad_tau = [t.detach() for t in (spikes, v_final, v_seq)], None if tau is None else tau.grad
+    return Result(*outputs, x.grad, v_init.grad, grad_tau, reference.spike_count(spikes), buffer)
 
 
 def assert_no_less_exact(fused: Tensor, plain: Tensor, truth: Tensor, what: str, device: str) -> None:
@@ -268,6 +292,9 @@ def check(
     assert_no_less_exact(fused.grad_x, plain.grad_x, grad_x, "grad_x", device)
     if isinstance(v, Tensor):
         assert_no_less_exact(fused.grad_v_init, plain.grad_v_init, grad_v_init, "grad_v_init", device)
+    if d.learned_tau:
+        products = tau_products(truth, d, x, v_tensor, grad_x)
+        assert_sum_no_less_exact(fused.grad_reciprocal_tau, plain.grad_reciprocal_tau, products, "grad_reciprocal_tau")
     assert_norms_close(fused.grad_norm_sq, norm_sq_per_example(grad_x))
     return fused, truth
 
@@ -284,12 +311,14 @@ def test_steps_and_dtypes(steps, dtype, walk, kernel_device):
     check(shape, dtype, v=v, device=kernel_device)
 
 
+LEAKS = [(None, False), (2.0, True), (2.0, False), (3.0, True), (3.0, False), (1.7, True, True), (1.7, False, True)]
 NEURONS = [
-    Dynamics(tau, decay_input, 0.8, v_reset, detach_reset)
-    for (tau, decay_input), v_reset, detach_reset in itertools.product(
-        [(None, False), (2.0, True), (2.0, False), (3.0, True), (3.0, False)], [0.0, -0.3, 0.2, None], [False, True]
+    Dynamics(tau, decay_input, 0.8, v_reset, detach_reset, *learned)
+    for (tau, decay_input, *learned), v_reset, detach_reset in itertools.product(
+        LEAKS, [0.0, -0.3, 0.2, None], [False, True]
     )
 ]
+PLIF = replace(LIF, tau=1.7, learned_tau=True)
 
 
 @pytest.mark.parametrize("dynamics", NEURONS, ids=str)
@@ -301,6 +330,57 @@ def test_dynamics(dynamics, walk, kernel_device):
 @pytest.mark.parametrize("dynamics", [d for d in NEURONS if d.tau != 2.0 and not d.detach_reset], ids=str)
 def test_dynamics_over_several_chunks_in_bfloat16(dynamics, kernel_device):
     check((2 * CHUNK + 1, 1, 33), torch.bfloat16, dynamics, ATAN, 2.0, v=dynamics.v_rest, device=kernel_device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("steps", [1, CHUNK + 1])
+@pytest.mark.parametrize("decay_input", [True, False])
+def test_learned_tau(decay_input, steps, dtype, walk, kernel_device):
+    """Its gradient from whole and ragged chunks, several programs, an initial potential, and every output."""
+    shape = (steps, 2, 150) if not ON_GPU else (steps, 16, 64, 15, 15)
+    v = torch.randn(shape[1:], generator=torch.Generator().manual_seed(9)) * 0.4
+    check(shape, dtype, replace(PLIF, decay_input=decay_input), v=v, device=kernel_device)
+
+
+def test_the_gradient_of_tau_alone(kernel_device):
+    """x and v want none; and where tau wants none, none is computed."""
+    x, d = current((3, 2, 40), torch.float32), PLIF
+    products = []
+    for wants in (True, False):
+        tau = torch.tensor(1 / d.tau, device=kernel_device, requires_grad=wants)
+        x_in = leaf(x, kernel_device).requires_grad_(not wants)
+        spikes, _, _, _ = lif(x_in, 0.0, d, SIGMOID, 4.0, reciprocal_tau=tau)
+        spikes.sum().backward()
+        products.append(tau.grad)
+    truth = oracle_forward(x, torch.zeros(x.shape[1:]), d, SIGMOID, 4.0)
+    ones, zeros = torch.ones_like(x), torch.zeros_like(x)
+    grad_x, _ = oracle_backward(truth, d, SIGMOID, 4.0, ones, zeros[0], zeros)
+    torch.testing.assert_close(
+        products[0].cpu().double(), tau_products(truth, d, x, zeros[0], grad_x).sum(), rtol=1e-5, atol=0
+    )
+    assert products[1] is None
+
+
+@pytest.mark.parametrize("decay_input", [True, False])
+def test_spikes_with_a_learned_tau_do_not_flip_near_the_threshold(decay_input, kernel_device):
+    """The product with 1 / tau is rounded before the sum, as the reference and SpikingJelly do."""
+    tau = torch.tensor(0.3)
+    scale = 1 / 0.3 if decay_input else 1.0
+    nearby = 1 + torch.arange(-256, 256) * 2.0**-24
+    x = scale * torch.stack([torch.full((512,), 0.3), nearby - 0.3 * 0.7, nearby]).reshape(3, 1, 512)
+    d = replace(PLIF, decay_input=decay_input)
+    expected = reference.multi_step(x, torch.zeros(1, 512), d, FUSED[SIGMOID](), True, tau)
+    on_device = (x.to(kernel_device), 0.0, d, SIGMOID, 4.0)
+    found = lif(*on_device, reciprocal_tau=tau.to(kernel_device), store_v_seq=True)
+    assert 0.1 < expected[0][1:].mean() < 0.9
+    for name, want, got in zip(("spikes", "v", "v_seq"), expected, found, strict=False):
+        assert torch.equal(got.cpu(), want), name
+
+
+@pytest.mark.parametrize("tau", [torch.ones(1), torch.tensor(0.5, dtype=torch.float64)], ids=["shape", "dtype"])
+def test_a_reciprocal_tau_of_another_kind_is_refused(tau, kernel_device):
+    with pytest.raises(ValueError, match="reciprocal_tau must be one float32 number"):
+        lif(torch.zeros(1, 1, 1, device=kernel_device), 0.0, PLIF, SIGMOID, 4.0, reciprocal_tau=tau.to(kernel_device))
 
 
 @pytest.mark.parametrize("alpha", [None, 0.6, 2.5])

@@ -1,4 +1,4 @@
-"""The drop-in contract: LIFNode and IFNode against SpikingJelly's neurons, option by option and rule by rule.
+"""The drop-in contract: the neurons against SpikingJelly's of the same names, option by option and rule by rule.
 
 SpikingJelly always runs on the CPU here; ours runs on each of its paths: the plain torch reference on the CPU, and the
 fused kernels (on the GPU, or in Triton's interpreter). Spikes and potentials have to agree to the bit.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import sadp_fast.surrogate as surrogates
-from sadp_fast.neuron import IFNode, LIFNode, neurons, reset
+from sadp_fast.neuron import IFNode, LIFNode, ParametricLIFNode, neurons, reset
 
 
 @pytest.fixture
@@ -40,15 +40,19 @@ def path(request, kernel_device) -> Path:
     return Path("cpu", "torch") if request.param == "reference" else Path(kernel_device, "triton")
 
 
-OURS = {"LIF": LIFNode, "IF": IFNode}
+OURS = {"LIF": LIFNode, "IF": IFNode, "PLIF": ParametricLIFNode}
+
+
+def spikingjellys(sj) -> dict[str, type]:
+    return {"LIF": sj.neuron.LIFNode, "IF": sj.neuron.IFNode, "PLIF": sj.neuron.ParametricLIFNode}
 
 
 def pair(sj, path, kind="LIF", **options):
     """SpikingJelly's neuron and ours with the same options."""
-    theirs = {"LIF": sj.neuron.LIFNode, "IF": sj.neuron.IFNode}[kind](**options)
+    theirs = spikingjellys(sj)[kind](**options)
     if "surrogate_function" in options:
         options["surrogate_function"] = copy.deepcopy(options["surrogate_function"])
-    return theirs, OURS[kind](**options, backend=path.backend)
+    return theirs, OURS[kind](**options, backend=path.backend).to(path.device)
 
 
 def current(*shape, seed=0) -> Tensor:
@@ -100,13 +104,20 @@ OPTIONS = [
     ("IF", {"v_reset": 0.4, "detach_reset": True}),
     ("IF", {"v_reset": None, "detach_reset": True}),
     ("IF", {"v_reset": -0.1}),
+    ("PLIF", {}),
+    ("PLIF", {"init_tau": 1.7}),
+    ("PLIF", {"init_tau": 3.0, "decay_input": False}),
+    ("PLIF", {"init_tau": 1.3, "v_reset": 0.2, "v_threshold": 0.7}),
+    ("PLIF", {"init_tau": 5.0, "v_reset": None}),
+    ("PLIF", {"init_tau": 3.0, "decay_input": False, "v_reset": None, "detach_reset": True}),
+    ("PLIF", {"init_tau": 1.7, "v_reset": -0.3, "detach_reset": True}),
 ]
 
 
 @pytest.mark.parametrize("step_mode", ["s", "m"])
 @pytest.mark.parametrize("kind, options", OPTIONS, ids=str)
 def test_every_option(kind, options, step_mode, path, sj):
-    """Spikes, v and v_seq to the bit; the gradient through all three."""
+    """Spikes, v and v_seq to the bit; the gradient through all three, that of a learned time constant too."""
     theirs, ours = pair(sj, path, kind, **options, step_mode=step_mode, store_v_seq=True)
     x = current(4, 2, 15)
     gradients = []
@@ -120,13 +131,16 @@ def test_every_option(kind, options, step_mode, path, sj):
     assert torch.equal(our_spikes.cpu(), their_spikes)
     assert_same_state(ours, theirs)
     assert_gradients_close(our_grad, their_grad)
+    assert set(dict(ours.named_parameters())) == set(dict(theirs.named_parameters()))
+    for name, parameter in theirs.named_parameters():
+        assert_gradients_close(ours.get_parameter(name).grad, parameter.grad)
 
 
-@pytest.mark.parametrize("kind, options", [OPTIONS[1], OPTIONS[5], OPTIONS[11]], ids=str)
+@pytest.mark.parametrize("kind, options", [OPTIONS[1], OPTIONS[5], OPTIONS[11], OPTIONS[17]], ids=str)
 def test_single_steps_are_the_multi_step(kind, options, path):
     x = current(5, 2, 12).to(path.device)
-    single = OURS[kind](**options, backend=path.backend)
-    multi = OURS[kind](**options, backend=path.backend, step_mode="m")
+    single = OURS[kind](**options, backend=path.backend).to(path.device)
+    multi = OURS[kind](**options, backend=path.backend, step_mode="m").to(path.device)
     assert torch.equal(run(single, x), run(multi, x))
     assert torch.equal(single.v, multi.v)
 
@@ -144,8 +158,9 @@ def test_defaults_are_spikingjellys(sj):
     for kind, names in {
         "LIF": ("tau", "decay_input", "v_threshold", "v_reset", "detach_reset", "step_mode", "store_v_seq", "v"),
         "IF": ("v_threshold", "v_reset", "detach_reset", "step_mode", "store_v_seq", "v"),
+        "PLIF": ("decay_input", "v_threshold", "v_reset", "detach_reset", "step_mode", "store_v_seq", "v", "w"),
     }.items():
-        theirs, ours = {"LIF": sj.neuron.LIFNode, "IF": sj.neuron.IFNode}[kind](), OURS[kind]()
+        theirs, ours = spikingjellys(sj)[kind](), OURS[kind]()
         for name in names:
             assert getattr(ours, name) == getattr(theirs, name), name
         assert type(ours.surrogate_function).__name__ == type(theirs.surrogate_function).__name__
@@ -158,6 +173,9 @@ def test_arguments_come_in_spikingjellys_order(sj):
     for name in ("tau", "decay_input", "v_threshold", "v_reset", "detach_reset", "step_mode", "store_v_seq"):
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.surrogate_function is values[4]
+    theirs, ours = sj.neuron.ParametricLIFNode(*values), ParametricLIFNode(*values)
+    for name in ("w", "decay_input", "v_threshold", "v_reset", "detach_reset", "step_mode", "store_v_seq"):
+        assert getattr(ours, name) == getattr(theirs, name), name
     theirs, ours = sj.neuron.IFNode(*values[2:]), IFNode(*values[2:])
     for name in ("v_threshold", "v_reset", "detach_reset", "step_mode", "store_v_seq"):
         assert getattr(ours, name) == getattr(theirs, name), name
@@ -182,6 +200,18 @@ def test_state_and_gradient_cross_calls(v_reset, step_mode, path, sj):
         gradients.append(x_in.grad)
     assert_same_state(ours, theirs)
     assert_gradients_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("step_mode", ["s", "m"])
+def test_gradients_of_a_learned_tau_cross_calls(step_mode, path, sj):
+    theirs, ours = pair(sj, path, "PLIF", init_tau=1.7, step_mode=step_mode)
+    x = current(5, 2, 15)
+    for node, where in ((theirs, "cpu"), (ours, path.device)):
+        spikes = [run(node, part.to(where)) for part in (x[:2], x[2:])]  # of data: only w wants a gradient
+        loss = sum((s * weights(s)).sum() for s in spikes) + node.v.square().sum()
+        loss.backward()
+    assert_same_state(ours, theirs)
+    assert_gradients_close(ours.w.grad, theirs.w.grad)
 
 
 @pytest.mark.parametrize("step_mode", ["s", "m"])

@@ -163,21 +163,30 @@ class Normalisation:
 class Neuron(NamedTuple):
     """The neuron behind the normalisation, as the kernels see it."""
 
-    keep: float  # share of v that a step keeps
-    gain: float  # what multiplies the input
+    keep: float  # share of v that a step keeps, if tau is not learned
+    gain: float  # what multiplies the input, if that is not 1 / tau, learned
     v_threshold: float
     v_rest: float
     soft_reset: bool
     detach_reset: bool
     surrogate: int
     alpha: float
+    learned_tau: bool
+    learned_gain: bool
 
     @classmethod
     def of(cls, d: Dynamics, surrogate: int, alpha: float) -> Neuron:
         """From the dynamics, and the surrogate's position in ``surrogate.FUSED`` with its steepness."""
-        keep = 1.0 if d.tau is None else 1.0 - 1.0 / d.tau
-        gain = 1.0 / d.tau if d.tau is not None and d.decay_input else 1.0
-        return cls(keep, gain, d.v_threshold, d.v_rest, d.v_reset is None, d.detach_reset, surrogate, alpha)
+        tau = None if d.learned_tau else d.tau
+        keep = 1.0 if tau is None else 1.0 - 1.0 / tau
+        gain = 1.0 / tau if tau is not None and d.decay_input else 1.0
+        learned = (d.learned_tau, d.learned_tau and d.decay_input)
+        return cls(keep, gain, d.v_threshold, d.v_rest, d.v_reset is None, d.detach_reset, surrogate, alpha, *learned)
+
+    @property
+    def learned(self) -> dict[str, bool]:
+        """Constants of the kernels that use keep and gain."""
+        return {"LEARNED_TAU": self.learned_tau, "LEARNED_GAIN": self.learned_gain}
 
 
 class _Shape(NamedTuple):
@@ -279,6 +288,7 @@ def _constants_launch(
         "UPDATE_RUNNING": update,
         "CUMULATIVE": cumulative,
         "AFFINE": affine,
+        **neuron.learned,
         "enable_fp_fusion": False,
     }
     programs = triton.cdiv(shape.channels, _FINISH["CHANNELS"])
@@ -310,6 +320,7 @@ def _forward_launch(
         "STORE_V": store_v,
         "ENERGY": energy,
         "SOFT_RESET": neuron.soft_reset,
+        "LEARNED_TAU": neuron.learned_tau,
         **shape.cut_constants(cut, config),
     }
     return Launch(_forward_kernel, shape.device, cut.programs, numbers, constants)
@@ -327,6 +338,7 @@ def _backward_launch(
     sums: bool,
     norm: bool,
     write: bool,
+    grad_tau: bool,
     batch_statistics: bool,
 ) -> Launch:
     cut = shape.cut(config)
@@ -349,6 +361,8 @@ def _backward_launch(
         "SOFT_RESET": neuron.soft_reset,
         "DETACH_RESET": neuron.detach_reset,
         "SURROGATE": neuron.surrogate,
+        "GRAD_TAU": grad_tau,
+        **neuron.learned,
         **shape.cut_constants(cut, config),
     }
     return Launch(_backward_kernel, shape.device, cut.programs, numbers, constants)
@@ -356,15 +370,16 @@ def _backward_launch(
 
 @lru_cache(maxsize=1024)
 def _finish_backward_launch(
-    shape: _Shape, slots: int, energy_parts: int, norm_parts: int, gain: float, affine: bool, norm: bool
+    shape: _Shape, slots: int, energy_parts: int, norm_parts: int, neuron: Neuron, affine: bool, norm: bool
 ) -> Launch:
     elements = shape.steps * shape.examples * shape.pixels
-    numbers = (shape.channels, slots, elements, shape.examples, energy_parts, norm_parts, gain)
+    numbers = (shape.channels, slots, elements, shape.examples, energy_parts, norm_parts, neuron.gain)
     constants = {
         **_FINISH,
         **_FINISH_EXAMPLES,
         "AFFINE": affine,
         "NORM": norm,
+        **neuron.learned,
         "enable_fp_fusion": False,
     }
     programs = triton.cdiv(shape.channels, _FINISH["CHANNELS"])
@@ -374,7 +389,13 @@ def _finish_backward_launch(
 
 
 def _constants(
-    x: Tensor, shape: _Shape, weight: Tensor | None, bias: Tensor | None, norm: Normalisation, neuron: Neuron
+    x: Tensor,
+    shape: _Shape,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    reciprocal_tau: Tensor | None,
+    norm: Normalisation,
+    neuron: Neuron,
 ) -> Tensor:
     """float32 [4, C] for the other kernels; updates the running statistics."""
     constants = x.new_empty((4, shape.channels), dtype=torch.float32)
@@ -415,6 +436,7 @@ def _constants(
         norm.batches if update and norm.batches is not None else absent,
         absent if weight is None else weight,
         absent if bias is None else bias,
+        absent if reciprocal_tau is None else reciprocal_tau,
         constants,
     )
     return constants
@@ -424,6 +446,7 @@ def _normalise_and_fire(
     x: Tensor,
     shape: _Shape,
     constants: Tensor,
+    reciprocal_tau: Tensor | None,
     residual: Tensor | None,
     neuron: Neuron,
     repeat: int | None,
@@ -445,7 +468,16 @@ def _normalise_and_fire(
         parts = shape.cut(config).parts
         energy = x.new_empty((shape.examples, parts) if want_energy else (0, 0), dtype=torch.float32)
         launch = _forward_launch(shape, config, *wanted)
-        launch(x, out if residual is None else residual, out, constants if not want_v else v, constants, energy)
+        absent = constants
+        launch(
+            x,
+            out if residual is None else residual,
+            out,
+            v if want_v else absent,
+            constants,
+            absent if reciprocal_tau is None else reciprocal_tau,
+            energy,
+        )
         return out, v, energy
 
     return _run("forward", x, steps, (shape, *wanted), run)
@@ -459,6 +491,7 @@ class _BatchNormLIF(torch.autograd.Function):
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
+        reciprocal_tau: Tensor | None,
         norm: Normalisation,
         neuron: Neuron,
         repeat: int | None,
@@ -467,11 +500,12 @@ class _BatchNormLIF(torch.autograd.Function):
     ):
         x = _known_layout(x if repeat is None else x.unsqueeze(0))
         shape = _Shape.of(x)
-        constants = _constants(x, shape, weight, bias, norm, neuron)
+        constants = _constants(x, shape, weight, bias, reciprocal_tau, norm, neuron)
         out, v, energy = _normalise_and_fire(
-            x, shape, constants, residual, neuron, repeat, want_v, energies is not None
+            x, shape, constants, reciprocal_tau, residual, neuron, repeat, want_v, energies is not None
         )
-        ctx.save_for_backward(x, constants, energy)
+        affine = (weight, bias) if neuron.learned_gain else (None, None)  # else the constants have all that is needed
+        ctx.save_for_backward(x, constants, energy, reciprocal_tau, *affine)
         ctx.shape, ctx.neuron, ctx.repeat, ctx.energies = shape, neuron, repeat, energies
         ctx.use_batch, ctx.affine = norm.use_batch, weight is not None
         ctx.mark_non_differentiable(v, constants)
@@ -486,9 +520,10 @@ class _BatchNormLIF(torch.autograd.Function):
                 "node's backend='torch'"
             )
         if grad_out is None:
-            return (None,) * 9
-        x, constants, energy = ctx.saved_tensors
+            return (None,) * 10
+        x, constants, energy, reciprocal_tau, weight, bias = ctx.saved_tensors
         shape, neuron, energies, repeated = ctx.shape, ctx.neuron, ctx.energies, ctx.repeat is not None
+        wants_grad_tau = ctx.needs_input_grad[4]
         steps = grad_out.shape[0]
         grad = with_inner_order_of(x.expand(steps, *x.shape[1:]), grad_out)
         finished = x.new_empty((4, shape.channels), dtype=torch.float32)
@@ -496,35 +531,48 @@ class _BatchNormLIF(torch.autograd.Function):
         grad_x = sequence_like(x, x.dtype)
         scored = energies is not None
         flow = (steps, neuron, repeated, grad.stride()[:2], grad.dtype)
+        absent = finished
+        tau = absent if reciprocal_tau is None else reciprocal_tau
 
         # Statistics that are constants need no sums before the gradient can be written.
-        first = (*flow, True, scored, not ctx.use_batch, ctx.use_batch)
-        second = (*flow, False, False, True, ctx.use_batch)
+        first = (*flow, True, scored, not ctx.use_batch, wants_grad_tau, ctx.use_batch)
+        second = (*flow, False, False, True, False, ctx.use_batch)
 
-        def run_first(config: Configuration) -> tuple[Tensor, Tensor]:
-            """The programs' sums of each channel and squared norms of each example, [N, parts]."""
+        def run_first(config: Configuration) -> tuple[Tensor, Tensor, Tensor]:
+            """The programs' sums of each channel, squared norms of each example [N, parts] and leaks [programs]."""
             cut = shape.cut(config)
             sums = x.new_empty(_pairs(shape.channels, cut.slots), dtype=torch.float32)
             norm = x.new_empty((shape.examples, cut.parts) if scored else (0, 0), dtype=torch.float32)
-            _backward_launch(shape, config, *first)(x, grad, grad_x, constants, coefficients, sums, norm)
-            return sums, norm
+            leak = x.new_empty(cut.programs, dtype=torch.float32) if wants_grad_tau else absent
+            launch = _backward_launch(shape, config, *first)
+            launch(x, grad, grad_x, constants, tau, coefficients, sums, norm, leak)
+            return sums, norm, leak
 
         def run_second(config: Configuration) -> None:
-            _backward_launch(shape, config, *second)(x, grad, grad_x, constants, coefficients, finished, finished)
+            launch = _backward_launch(shape, config, *second)
+            launch(x, grad, grad_x, constants, tau, coefficients, absent, absent, absent)
 
-        sums, norm = _run("sums", x, steps, (shape, *first), run_first)
-        energy_out, norm_out = energies if energies is not None else (finished, finished)
+        sums, norm, leak = _run("sums", x, steps, (shape, *first), run_first)
+        energy_out, norm_out = energies if energies is not None else (absent, absent)
         slots, parts = sums.shape[1], norm.shape[1]
-        _finish_backward_launch(shape, slots, energy.shape[1], parts, neuron.gain, ctx.affine, scored)(
-            sums, constants, grad_weight, grad_bias, coefficients, energy, norm, energy_out, norm_out
+        stored = ctx.affine or wants_grad_tau
+        _finish_backward_launch(shape, slots, energy.shape[1], parts, neuron, stored, scored)(
+            sums, constants, tau, grad_weight, grad_bias, coefficients, energy, norm, energy_out, norm_out
         )
         if ctx.use_batch:
             _run("gradient", x, steps, (shape, *second), run_second)
+        grad_tau = None
+        if wants_grad_tau:
+            grad_tau = leak.sum()
+            if neuron.learned_gain:  # the normalised input's part; its gradients have the factor 1 / tau already
+                driven = grad_weight.sum() if weight is None else grad_weight.dot(weight) + grad_bias.dot(bias)
+                grad_tau += driven / reciprocal_tau
         return (
             grad_x[0] if repeated else grad_x,
             grad if ctx.needs_input_grad[1] else None,
             grad_weight if ctx.affine else None,
             grad_bias if ctx.affine else None,
+            grad_tau,
             *([None] * 5),
         )
 
@@ -537,6 +585,7 @@ def batch_norm_lif(
     norm: Normalisation,
     neuron: Neuron,
     *,
+    reciprocal_tau: Tensor | None = None,
     repeat: int | None = None,
     want_v: bool = False,
     energies: tuple[Tensor, Tensor] | None = None,
@@ -547,6 +596,7 @@ def batch_norm_lif(
         x: [T, N, C, *], or [N, C, *] with ``repeat``; float32, float16 or bfloat16; at least one element.
         residual: added to the spikes, shape and dtype of the output, or None.
         weight, bias: float32 [C], both or neither.
+        reciprocal_tau: 1 / tau of a neuron with ``learned_tau``, float32, 0-dim.
         repeat: T, where every step has the same x (direct coding).
         want_v: whether to write the final membrane potential in the same pass.
         energies: two float32 [N], both written in the backward pass: the squared norm of each example's output, and
@@ -557,10 +607,12 @@ def batch_norm_lif(
         spikes (+ residual) [T, N, C, *] in x's dtype, and what gives the final potential, float32 [N, C, *], without a
         graph; where it was not wanted, it is computed when asked for, from x.
     """
-    out, v, constants = _BatchNormLIF.apply(x, residual, weight, bias, norm, neuron, repeat, want_v, energies)
+    tensors = (x, residual, weight, bias, reciprocal_tau)
+    out, v, constants = _BatchNormLIF.apply(*tensors, norm, neuron, repeat, want_v, energies)
     if want_v:
         return out, lambda: v
     x = x.detach()
+    tau = None if reciprocal_tau is None else reciprocal_tau.detach()
     version = None if x.is_inference() else x._version  # a tensor of inference mode counts no changes
 
     def potential() -> Tensor:
@@ -570,6 +622,6 @@ def batch_norm_lif(
                 "first, or do not change the input in place"
             )
         dense = _known_layout(x if repeat is None else x.unsqueeze(0))
-        return _normalise_and_fire(dense, _Shape.of(dense), constants, None, neuron, repeat, True, False)[1]
+        return _normalise_and_fire(dense, _Shape.of(dense), constants, tau, None, neuron, repeat, True, False)[1]
 
     return out, potential

@@ -110,6 +110,16 @@ def _tile_offsets(channel, pixel, channels, pixels, CHANNELS_LAST: tl.constexpr)
 
 
 @triton.jit
+def _keep_and_gain(reciprocal_tau_ptr, keep, gain, LEARNED_TAU: tl.constexpr, LEARNED_GAIN: tl.constexpr):
+    """keep and gain; of a learned time constant keep, and where the input is divided by it gain, as they are now."""
+    if LEARNED_TAU:
+        reciprocal_tau = tl.load(reciprocal_tau_ptr)
+        return 1.0 - reciprocal_tau, reciprocal_tau if LEARNED_GAIN else gain
+    else:
+        return keep, gain
+
+
+@triton.jit
 def _drive(deviation, scale, shift):
     return tl.fma(deviation, tl.broadcast_to(scale, deviation.shape), tl.broadcast_to(shift, deviation.shape))
 
@@ -248,6 +258,7 @@ def _constants_kernel(
     batches_ptr,
     weight_ptr,
     bias_ptr,
+    reciprocal_tau_ptr,
     constants_ptr,
     channels,
     slots,
@@ -263,8 +274,11 @@ def _constants_kernel(
     UPDATE_RUNNING: tl.constexpr,
     CUMULATIVE: tl.constexpr,
     AFFINE: tl.constexpr,
+    LEARNED_TAU: tl.constexpr,
+    LEARNED_GAIN: tl.constexpr,
 ):
     """The constants of CHANNELS channels, from the batch's partial statistics (Chan et al.) or the running ones."""
+    keep, gain = _keep_and_gain(reciprocal_tau_ptr, keep, gain, LEARNED_TAU, LEARNED_GAIN)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < channels
     if USE_BATCH:
@@ -404,6 +418,7 @@ def _forward_kernel(
     out_ptr,
     v_ptr,
     constants_ptr,
+    reciprocal_tau_ptr,
     energy_ptr,  # partial sums of the squares of the output, [N, channel_blocks, team]
     examples,
     channels,
@@ -429,7 +444,9 @@ def _forward_kernel(
     STORE_V: tl.constexpr,
     ENERGY: tl.constexpr,
     SOFT_RESET: tl.constexpr,
+    LEARNED_TAU: tl.constexpr,
 ):
+    keep, _gain = _keep_and_gain(reciprocal_tau_ptr, keep, 1.0, LEARNED_TAU, False)
     program = tl.program_id(0)
     block = program % channel_blocks
     slot = program // channel_blocks
@@ -519,6 +536,7 @@ def _backward_steps(
     SUM: tl.constexpr,
     NORM: tl.constexpr,
     WRITE: tl.constexpr,
+    GRAD_TAU: tl.constexpr,
     SOFT_RESET: tl.constexpr,
     DETACH_RESET: tl.constexpr,
     SURROGATE: tl.constexpr,
@@ -526,9 +544,10 @@ def _backward_steps(
 ):
     """Backward through the STEPS last steps, which start from potential v.
 
-    Returns dL/dv before the first of them, and three sums over these steps: of the gradient with respect to h, of that
-    times the deviation of x from the mean, and of its square. The recursion is over time and unrolled by the
-    compiler; RECURSE is this function (Triton before 3.5 cannot hash one that names itself).
+    Returns the gradient with respect to the first of their h, and sums over these steps: of that gradient, of its
+    product with the deviation of x from the mean, of its square, and, over all but the first step, of its product with
+    v_rest less the potential before, which is the leak's part of dL/d(1/tau). The recursion is over time and unrolled
+    by the compiler; RECURSE is this function (Triton before 3.5 cannot hash one that names itself).
     """
     if X_CONSTANT:
         deviation = x_constant
@@ -538,7 +557,8 @@ def _backward_steps(
     u = _charge(v, _drive(deviation, scale, shift), keep)
     fired = u >= 0
     if STEPS > 1:
-        carry, grad_sum, product_sum, norm = RECURSE(
+        v_after = _reset(u, fired, v_threshold, v_rest, SOFT_RESET)
+        grad_h, grad_sum, product_sum, norm, leak_sum = RECURSE(
             x_ptr + x_stride_t,
             grad_ptr + grad_stride_t,
             grad_x_ptr + grad_x_stride_t,
@@ -548,7 +568,7 @@ def _backward_steps(
             grad_stride_t,
             grad_x_stride_t,
             x_constant,
-            _reset(u, fired, v_threshold, v_rest, SOFT_RESET),
+            v_after,
             mean,
             scale,
             shift,
@@ -564,16 +584,21 @@ def _backward_steps(
             SUM,
             NORM,
             WRITE,
+            GRAD_TAU,
             SOFT_RESET,
             DETACH_RESET,
             SURROGATE,
             RECURSE,
         )
+        if GRAD_TAU:
+            leak_sum = tl.fma(grad_h, v_rest - v_after, leak_sum)
+        carry = grad_h * keep
     else:
         carry = tl.zeros_like(u)
         grad_sum = tl.zeros_like(u)
         product_sum = tl.zeros_like(u)
         norm = tl.zeros_like(u)
+        leak_sum = tl.zeros_like(u)
     surrogate = surrogate_gradient(u, alpha, SURROGATE)
     if SOFT_RESET:
         grad_h = carry
@@ -594,7 +619,7 @@ def _backward_steps(
             norm = tl.fma(grad_h, grad_h, norm)
         if WRITE:
             _store(grad_x_ptr + offsets, _gradient(grad_h, deviation, scale, slope, offset), inside, MASKED)
-    return grad_h * keep, grad_sum, product_sum, norm
+    return grad_h, grad_sum, product_sum, norm, leak_sum
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
@@ -603,9 +628,11 @@ def _backward_kernel(
     grad_ptr,
     grad_x_ptr,
     constants_ptr,
+    reciprocal_tau_ptr,
     coefficients_ptr,  # [2, C]: what multiplies the deviation of x, and what is added, in the gradient of x
     sums_ptr,  # partial sums of the gradient and of its product with the deviation, see _pair
     norm_ptr,  # partial squared norms, [N, channel_blocks, team]
+    leak_ptr,  # partial sums of the leak's part of the gradient of 1 / tau, [programs]
     examples,
     channels,
     pixels,
@@ -636,8 +663,12 @@ def _backward_kernel(
     SOFT_RESET: tl.constexpr,
     DETACH_RESET: tl.constexpr,
     SURROGATE: tl.constexpr,
+    LEARNED_TAU: tl.constexpr,
+    LEARNED_GAIN: tl.constexpr,
+    GRAD_TAU: tl.constexpr,
 ):
     """SUM: the first pass of training. WRITE: the second. Both in one pass where the statistics are constants."""
+    keep, gain = _keep_and_gain(reciprocal_tau_ptr, keep, gain, LEARNED_TAU, LEARNED_GAIN)
     program = tl.program_id(0)
     block = program % channel_blocks
     slot = program // channel_blocks
@@ -658,6 +689,7 @@ def _backward_kernel(
 
     grad_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     product_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    leak_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     step_n = teams
     step_tile = team
     first_n = slot // team
@@ -678,7 +710,7 @@ def _backward_kernel(
             deviation = tl.zeros((ROWS, COLUMNS), tl.float32)
             if X_CONSTANT:
                 deviation = _load(x_ptr + one * n * x_stride_n + offsets, inside, MASKED) - mean
-            _grad_v, tile_grad, tile_product, tile_norm = _backward_steps(
+            _grad_h, tile_grad, tile_product, tile_norm, tile_leak = _backward_steps(
                 x_ptr + one * n * x_stride_n,
                 grad_ptr + one * n * grad_stride_n,
                 grad_x_ptr + one * n * size,
@@ -704,6 +736,7 @@ def _backward_kernel(
                 SUM,
                 NORM,
                 WRITE,
+                GRAD_TAU,
                 SOFT_RESET,
                 DETACH_RESET,
                 SURROGATE,
@@ -720,6 +753,8 @@ def _backward_kernel(
                 product_sum += tile_product
             if NORM:
                 norm += tile_norm
+            if GRAD_TAU:  # no mask: beyond the end every gradient is zero
+                leak_sum += tile_leak
             tile += step_tile
         if NORM:
             total = tl.sum(tl.sum(norm * (scale * scale), axis=1), axis=0)
@@ -730,12 +765,15 @@ def _backward_kernel(
         where = _pair(channel_out, slot, team * teams)
         tl.store(sums_ptr + where, grads, mask=channel_out < channels)
         tl.store(sums_ptr + GROUP + where, products, mask=channel_out < channels)
+    if GRAD_TAU:
+        tl.store(leak_ptr + program, tl.sum(tl.sum(leak_sum, axis=1), axis=0))
 
 
 @triton.jit(do_not_specialize=("slots", "elements", "examples", "energy_parts", "norm_parts"))
 def _finish_backward_kernel(
     sums_ptr,
     constants_ptr,
+    reciprocal_tau_ptr,
     grad_weight_ptr,
     grad_bias_ptr,
     coefficients_ptr,
@@ -756,11 +794,14 @@ def _finish_backward_kernel(
     PARTS: tl.constexpr,
     AFFINE: tl.constexpr,
     NORM: tl.constexpr,
+    LEARNED_TAU: tl.constexpr,
+    LEARNED_GAIN: tl.constexpr,
 ):
     """The first programs finish CHANNELS channels each: gradients of weight and bias, coefficients of that of x.
 
     The others add the partial sums of EXAMPLES examples each.
     """
+    _keep, gain = _keep_and_gain(reciprocal_tau_ptr, 1.0, gain, LEARNED_TAU, LEARNED_GAIN)
     program = tl.program_id(0)
     channel_programs = tl.cdiv(channels, CHANNELS)
     if program < channel_programs:

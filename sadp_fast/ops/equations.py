@@ -16,6 +16,11 @@ NO_LEAK = tl.constexpr(0)
 LEAK = tl.constexpr(1)
 LEAK_WITH_INPUT_DECAY = tl.constexpr(2)
 
+# What a kernel's `tau` is: the time constant; the same where it is a power of two; its reciprocal, which is learned.
+TIME_CONSTANT = tl.constexpr(0)
+POWER_OF_TWO = tl.constexpr(1)
+LEARNED_RECIPROCAL = tl.constexpr(2)
+
 PI = tl.constexpr(math.pi)
 SQRT_PI = tl.constexpr(math.sqrt(math.pi))
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -72,25 +77,40 @@ def surrogate_gradient(x, alpha, SURROGATE: tl.constexpr):
 
 
 @triton.jit
-def divide(a, b, EXACT_RECIPROCAL: tl.constexpr):
-    """a / b, correctly rounded; for b a power of two the reciprocal is exact and a product does it."""
-    if EXACT_RECIPROCAL:
-        return a * (1.0 / b)
-    else:
-        return tl.div_rn(a, tl.zeros_like(a) + b)
+def reciprocal_tau(tau, TAU: tl.constexpr):
+    """1 / tau."""
+    return tau if TAU == LEARNED_RECIPROCAL else 1.0 / tau
 
 
 @triton.jit
-def charge(x, v, tau, v_rest, DYNAMICS: tl.constexpr, EXACT_RECIPROCAL: tl.constexpr):
+def decayed(a, tau, TAU: tl.constexpr):
+    """a / tau, correctly rounded; where the reciprocal is exact or all there is, as a product with it."""
+    if TAU == TIME_CONSTANT:
+        return tl.div_rn(a, tl.zeros_like(a) + tau)
+    else:
+        return a * reciprocal_tau(tau, TAU)
+
+
+@triton.jit
+def charge(x, v, tau, v_rest, DYNAMICS: tl.constexpr, TAU: tl.constexpr):
     if DYNAMICS == NO_LEAK:
         return v + x
     elif DYNAMICS == LEAK_WITH_INPUT_DECAY:
-        if EXACT_RECIPROCAL:  # the product is exact, so the sum is rounded as it would be without the fma
-            return tl.fma(x - (v - v_rest), tl.zeros_like(x) + 1.0 / tau, v)
+        if TAU == POWER_OF_TWO:  # the product is exact, so the sum is rounded as it would be without the fma
+            return tl.fma(x - (v - v_rest), tl.zeros_like(x) + reciprocal_tau(tau, TAU), v)
         else:
-            return v + divide(x - (v - v_rest), tau, EXACT_RECIPROCAL)
+            return v + decayed(x - (v - v_rest), tau, TAU)
     else:
-        return v - divide(v - v_rest, tau, EXACT_RECIPROCAL) + x
+        return v - decayed(v - v_rest, tau, TAU) + x
+
+
+@triton.jit
+def charge_slope(x, v, v_rest, DYNAMICS: tl.constexpr):
+    """Derivative of the charge with respect to 1 / tau."""
+    if DYNAMICS == LEAK_WITH_INPUT_DECAY:
+        return x - (v - v_rest)
+    else:
+        return v_rest - v
 
 
 @triton.jit

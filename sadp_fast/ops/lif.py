@@ -33,7 +33,20 @@ from torch import Tensor
 
 from ..dynamics import Dynamics
 from .autotune import Choices, at_the_start
-from .equations import INTERPRETED, LEAK, LEAK_WITH_INPUT_DECAY, NO_LEAK, charge, reset, surrogate_gradient
+from .equations import (
+    INTERPRETED,
+    LEAK,
+    LEAK_WITH_INPUT_DECAY,
+    LEARNED_RECIPROCAL,
+    NO_LEAK,
+    POWER_OF_TWO,
+    TIME_CONSTANT,
+    charge,
+    charge_slope,
+    reciprocal_tau,
+    reset,
+    surrogate_gradient,
+)
 from .launch import Launch, await_previous_kernel, early_launch, multiprocessors
 from .layout import (
     has_strides,
@@ -134,7 +147,7 @@ def _forward_steps(
     STEPS: tl.constexpr,
     RAGGED: tl.constexpr,
     DYNAMICS: tl.constexpr,
-    EXACT_RECIPROCAL: tl.constexpr,
+    TAU: tl.constexpr,
     SOFT_RESET: tl.constexpr,
     STORE_SPIKES: tl.constexpr,
     STORE_V_SEQ: tl.constexpr,
@@ -148,7 +161,7 @@ def _forward_steps(
     if RAGGED:
         mask = tl.where(first + STEP < T, mask, False)
     x = tl.load(x_ptr + STEP * x_stride_t + offsets, mask=mask, other=0.0).to(tl.float32)
-    h = charge(x, v, tau, v_rest, DYNAMICS, EXACT_RECIPROCAL)
+    h = charge(x, v, tau, v_rest, DYNAMICS, TAU)
     fired = h >= v_threshold
     spikes = tl.where(fired & mask if COUNT_SPIKES else fired, 1.0, 0.0)
     v_after = reset(h, fired, v_threshold, v_rest, SOFT_RESET)
@@ -176,7 +189,7 @@ def _forward_steps(
             STEPS,
             RAGGED,
             DYNAMICS,
-            EXACT_RECIPROCAL,
+            TAU,
             SOFT_RESET,
             STORE_SPIKES,
             STORE_V_SEQ,
@@ -288,7 +301,7 @@ def _forward_tile(
     STEPS: tl.constexpr,
     RAGGED: tl.constexpr,
     DYNAMICS: tl.constexpr,
-    EXACT_RECIPROCAL: tl.constexpr,
+    TAU: tl.constexpr,
     SOFT_RESET: tl.constexpr,
     RECURSE: tl.constexpr,
 ):
@@ -311,7 +324,7 @@ def _forward_tile(
             STEPS,
             RAGGED,
             DYNAMICS,
-            EXACT_RECIPROCAL,
+            TAU,
             SOFT_RESET,
             RECURSE,
         )
@@ -327,7 +340,7 @@ def _forward_tile(
             STEPS,
             RAGGED,
             DYNAMICS,
-            EXACT_RECIPROCAL,
+            TAU,
             SOFT_RESET,
             RECURSE,
         )
@@ -335,7 +348,7 @@ def _forward_tile(
     elif STEP >= STEPS:
         return v, tl.zeros(x.shape, tl.int1), tl.zeros(x.shape, tl.float32)
     else:
-        h = charge(x.to(tl.float32), v, tau, v_rest, DYNAMICS, EXACT_RECIPROCAL)
+        h = charge(x.to(tl.float32), v, tau, v_rest, DYNAMICS, TAU)
         fired = h >= v_threshold
         v_after = reset(h, fired, v_threshold, v_rest, SOFT_RESET)
         if RAGGED:
@@ -352,16 +365,16 @@ def _derivatives(
     v_rest,
     alpha,
     DYNAMICS: tl.constexpr,
-    EXACT_RECIPROCAL: tl.constexpr,
+    TAU: tl.constexpr,
     SOFT_RESET: tl.constexpr,
     DETACH_RESET: tl.constexpr,
     SURROGATE: tl.constexpr,
     RECURSE: tl.constexpr,
 ):
-    """The way in of a chunk: for the tile x of inputs those of dv/dh and ds/dh, and the last potential."""
+    """The way in of a chunk: for the tile x of inputs those of dv/dh, ds/dh and dh/d(1/tau), and the last potential."""
     if len(x.shape) > 1:
         lower, upper = _halves(x)
-        lower_dv, lower_ds, v = RECURSE(
+        lower_dv, lower_ds, lower_slope, v = RECURSE(
             lower,
             v,
             tau,
@@ -369,13 +382,13 @@ def _derivatives(
             v_rest,
             alpha,
             DYNAMICS,
-            EXACT_RECIPROCAL,
+            TAU,
             SOFT_RESET,
             DETACH_RESET,
             SURROGATE,
             RECURSE,
         )
-        upper_dv, upper_ds, v = RECURSE(
+        upper_dv, upper_ds, upper_slope, v = RECURSE(
             upper,
             v,
             tau,
@@ -383,21 +396,22 @@ def _derivatives(
             v_rest,
             alpha,
             DYNAMICS,
-            EXACT_RECIPROCAL,
+            TAU,
             SOFT_RESET,
             DETACH_RESET,
             SURROGATE,
             RECURSE,
         )
-        return _whole(lower_dv, upper_dv), _whole(lower_ds, upper_ds), v
+        return _whole(lower_dv, upper_dv), _whole(lower_ds, upper_ds), _whole(lower_slope, upper_slope), v
     else:
-        h = charge(x.to(tl.float32), v, tau, v_rest, DYNAMICS, EXACT_RECIPROCAL)
+        x = x.to(tl.float32)
+        h = charge(x, v, tau, v_rest, DYNAMICS, TAU)
         fired = h >= v_threshold
         ds_dh = surrogate_gradient(h - v_threshold, alpha, SURROGATE)
         dv_dh = tl.full(h.shape, 1.0, tl.float32) if SOFT_RESET else tl.where(fired, 0.0, 1.0)
         if not DETACH_RESET:
             dv_dh = tl.fma(ds_dh, tl.zeros_like(h) - v_threshold if SOFT_RESET else v_rest - h, dv_dh)
-        return dv_dh, ds_dh, reset(h, fired, v_threshold, v_rest, SOFT_RESET)
+        return dv_dh, ds_dh, charge_slope(x, v, v_rest, DYNAMICS), reset(h, fired, v_threshold, v_rest, SOFT_RESET)
 
 
 @triton.jit
@@ -413,6 +427,7 @@ def _backward_tile(
     STEPS: tl.constexpr,
     RAGGED: tl.constexpr,
     DYNAMICS: tl.constexpr,
+    TAU: tl.constexpr,
     HAS_GRAD_V_SEQ: tl.constexpr,
     RECURSE: tl.constexpr,
 ):
@@ -437,6 +452,7 @@ def _backward_tile(
             STEPS,
             RAGGED,
             DYNAMICS,
+            TAU,
             HAS_GRAD_V_SEQ,
             RECURSE,
         )
@@ -452,6 +468,7 @@ def _backward_tile(
             STEPS,
             RAGGED,
             DYNAMICS,
+            TAU,
             HAS_GRAD_V_SEQ,
             RECURSE,
         )
@@ -461,7 +478,7 @@ def _backward_tile(
     else:
         grad_v = carry + grad_v_seq if HAS_GRAD_V_SEQ else carry
         grad_h = tl.fma(dv_dh, grad_v, grad_fired)
-        grad_v_before = grad_h if DYNAMICS == NO_LEAK else grad_h * (1.0 - 1.0 / tau)
+        grad_v_before = grad_h if DYNAMICS == NO_LEAK else grad_h * (1.0 - reciprocal_tau(tau, TAU))
         return tl.where(first + STEP < T, grad_v_before, carry) if RAGGED else grad_v_before, grad_h
 
 
@@ -469,6 +486,7 @@ def _backward_tile(
 def _lif_forward_kernel(
     x_ptr,
     v_init_ptr,
+    reciprocal_tau_ptr,
     spikes_ptr,
     v_final_ptr,
     v_seq_ptr,
@@ -489,7 +507,7 @@ def _lif_forward_kernel(
     BLOCK: tl.constexpr,
     ELEMENTS: tl.constexpr,
     DYNAMICS: tl.constexpr,
-    EXACT_RECIPROCAL: tl.constexpr,
+    TAU: tl.constexpr,
     SOFT_RESET: tl.constexpr,
     REST_AT_ZERO: tl.constexpr,
     EVEN: tl.constexpr,
@@ -518,6 +536,8 @@ def _lif_forward_kernel(
     MASKED: tl.constexpr = not EVEN or (T % CHUNK != 0 or LANES != CHUNK)
     if EARLY:
         await_previous_kernel()
+    if TAU == LEARNED_RECIPROCAL:
+        tau = tl.load(reciprocal_tau_ptr)
     if HAS_V_INIT:
         v = tl.load(v_init_ptr + state_offset + offsets, mask=mask, other=0.0)
     else:
@@ -549,7 +569,7 @@ def _lif_forward_kernel(
                 CHUNK,
                 T % CHUNK != 0,
                 DYNAMICS,
-                EXACT_RECIPROCAL,
+                TAU,
                 SOFT_RESET,
                 _forward_tile,
             )
@@ -583,7 +603,7 @@ def _lif_forward_kernel(
                 CHUNK,
                 T % CHUNK != 0,
                 DYNAMICS,
-                EXACT_RECIPROCAL,
+                TAU,
                 SOFT_RESET,
                 STORE_SPIKES,
                 STORE_V_SEQ,
@@ -617,6 +637,7 @@ def _backward_steps(
     v,
     carry,
     norms,
+    grad_tau,
     tau,
     v_threshold,
     v_rest,
@@ -625,28 +646,29 @@ def _backward_steps(
     STEPS: tl.constexpr,
     RAGGED: tl.constexpr,
     DYNAMICS: tl.constexpr,
-    EXACT_RECIPROCAL: tl.constexpr,
+    TAU: tl.constexpr,
     SOFT_RESET: tl.constexpr,
     DETACH_RESET: tl.constexpr,
     HAS_GRAD_V_SEQ: tl.constexpr,
     HAS_CHANNEL_SCALE: tl.constexpr,
     GRAD_NORM: tl.constexpr,
+    GRAD_TAU: tl.constexpr,
     SURROGATE: tl.constexpr,
     RECURSE: tl.constexpr,
 ):
     """From step STEP of a chunk of STEPS to its end and back; ``first``, T and the pointers as in ``_forward_steps``.
 
-    v is the potential before, carry dL/dv after the chunk's last step; returns dL/dv before step STEP, and the
-    squared norms of the steps' gradients in their lanes.
+    v is the potential before, carry dL/dv after the chunk's last step; returns dL/dv before step STEP, the squared
+    norms of the steps' gradients in their lanes, and grad_tau with each element's part of dL/d(1/tau) added to it.
     """
     if RAGGED:
         mask = tl.where(first + STEP < T, mask, False)
     x = tl.load(x_ptr + STEP * x_stride_t + offsets, mask=mask, other=0.0).to(tl.float32)
     # Converted on the way out, to save registers.
     grad_spike = tl.load(grad_spikes_ptr + STEP * gs_stride_t + offsets, mask=mask, other=0.0)
-    h = charge(x, v, tau, v_rest, DYNAMICS, EXACT_RECIPROCAL)
+    h = charge(x, v, tau, v_rest, DYNAMICS, TAU)
     if STEP + 1 < STEPS:
-        carry, norms = RECURSE(
+        carry, norms, grad_tau = RECURSE(
             x_ptr,
             grad_spikes_ptr,
             grad_v_seq_ptr,
@@ -663,6 +685,7 @@ def _backward_steps(
             reset(h, h >= v_threshold, v_threshold, v_rest, SOFT_RESET),
             carry,
             norms,
+            grad_tau,
             tau,
             v_threshold,
             v_rest,
@@ -671,12 +694,13 @@ def _backward_steps(
             STEPS,
             RAGGED,
             DYNAMICS,
-            EXACT_RECIPROCAL,
+            TAU,
             SOFT_RESET,
             DETACH_RESET,
             HAS_GRAD_V_SEQ,
             HAS_CHANNEL_SCALE,
             GRAD_NORM,
+            GRAD_TAU,
             SURROGATE,
             RECURSE,
         )
@@ -695,15 +719,18 @@ def _backward_steps(
             times_surrogate = tl.fma(grad_v, v_rest - h, times_surrogate)
     grad_h = tl.fma(surrogate_gradient(h - v_threshold, alpha, SURROGATE), times_surrogate, kept)
     if DYNAMICS == LEAK_WITH_INPUT_DECAY:
-        grad_x = grad_h * (1.0 / tau)
+        grad_x = grad_h * reciprocal_tau(tau, TAU)
     else:
         grad_x = grad_h
     tl.store(grad_x_ptr + STEP * dense_stride_t + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
     if GRAD_NORM:  # no mask: beyond the end every gradient is zero
         scaled = grad_x * scale if HAS_CHANNEL_SCALE else grad_x
         norms = tl.where(lanes == STEP, tl.sum(scaled * scaled, axis=0), norms)
-    grad_v_before = grad_h if DYNAMICS == NO_LEAK else grad_h * (1.0 - 1.0 / tau)
-    return tl.where(mask, grad_v_before, carry) if RAGGED else grad_v_before, norms
+    if GRAD_TAU:
+        added = tl.fma(grad_h, charge_slope(x, v, v_rest, DYNAMICS), grad_tau)
+        grad_tau = tl.where(mask, added, grad_tau) if RAGGED else added
+    grad_v_before = grad_h if DYNAMICS == NO_LEAK else grad_h * (1.0 - reciprocal_tau(tau, TAU))
+    return tl.where(mask, grad_v_before, carry) if RAGGED else grad_v_before, norms, grad_tau
 
 
 @triton.jit
@@ -735,6 +762,7 @@ def _potential_before(
 def _lif_backward_kernel(
     x_ptr,
     v_init_ptr,
+    reciprocal_tau_ptr,
     checkpoint_ptr,
     grad_spikes_ptr,
     grad_v_final_ptr,
@@ -743,6 +771,7 @@ def _lif_backward_kernel(
     grad_x_ptr,
     grad_v_init_ptr,
     norm_ptr,
+    grad_tau_ptr,
     size,
     blocks,
     examples,
@@ -763,7 +792,7 @@ def _lif_backward_kernel(
     BLOCK: tl.constexpr,
     ELEMENTS: tl.constexpr,
     DYNAMICS: tl.constexpr,
-    EXACT_RECIPROCAL: tl.constexpr,
+    TAU: tl.constexpr,
     SOFT_RESET: tl.constexpr,
     REST_AT_ZERO: tl.constexpr,
     EVEN: tl.constexpr,
@@ -775,6 +804,7 @@ def _lif_backward_kernel(
     STORE_GRAD_V_INIT: tl.constexpr,
     HAS_CHANNEL_SCALE: tl.constexpr,
     GRAD_NORM: tl.constexpr,
+    GRAD_TAU: tl.constexpr,
     SURROGATE: tl.constexpr,
     TILE: tl.constexpr,
     CALL_AHEAD: tl.constexpr,
@@ -794,6 +824,8 @@ def _lif_backward_kernel(
     MASKED: tl.constexpr = not EVEN or (T % CHUNK != 0 or LANES != CHUNK)
     if EARLY:
         await_previous_kernel()
+    if TAU == LEARNED_RECIPROCAL:
+        tau = tl.load(reciprocal_tau_ptr)
     scale = 1.0
     if HAS_CHANNEL_SCALE:
         scale = tl.load(channel_scale_ptr + (offsets // channel_stride) % channels, mask=mask, other=0.0)
@@ -806,6 +838,7 @@ def _lif_backward_kernel(
     v_init_ptr += state_offset
     checkpoint_ptr += state_offset
     x_stride_t, gs_stride_t = one * x_stride_t, one * gs_stride_t
+    grad_tau = tl.zeros((BLOCK,), tl.float32)
     last = (T - 1) // CHUNK * CHUNK
     if TILE:
         inside = _inside(steps, last, T, CHUNK)
@@ -826,7 +859,7 @@ def _lif_backward_kernel(
             # Under way while the potential is walked forward are this chunk's gradients, and then the next chunk's x.
             gs_ptr = grad_spikes_ptr + t * gs_stride_t
             grad_spikes = _load_tile(gs_ptr, offsets, mask, steps, inside, gs_stride_t, MASKED)
-            dv_dh, ds_dh, v = _derivatives(
+            dv_dh, ds_dh, slope, v = _derivatives(
                 x,
                 v,
                 tau,
@@ -834,7 +867,7 @@ def _lif_backward_kernel(
                 v_rest,
                 alpha,
                 DYNAMICS,
-                EXACT_RECIPROCAL,
+                TAU,
                 SOFT_RESET,
                 DETACH_RESET,
                 SURROGATE,
@@ -864,11 +897,15 @@ def _lif_backward_kernel(
                 CHUNK,
                 T % CHUNK != 0,
                 DYNAMICS,
+                TAU,
                 HAS_GRAD_V_SEQ,
                 _backward_tile,
             )
+            if GRAD_TAU:
+                added = grad_x * slope
+                grad_tau += tl.sum(tl.where(inside[None, :], added, 0.0) if MASKED else added, axis=1)
             if DYNAMICS == LEAK_WITH_INPUT_DECAY:
-                grad_x *= 1.0 / tau
+                grad_x *= reciprocal_tau(tau, TAU)
             _store_tile(grad_x_ptr + chunk_offset, grad_x, offsets, mask, steps, inside, state_size, MASKED)
             if HAS_CHANNEL_SCALE:
                 grad_x *= tl.expand_dims(scale, 1)
@@ -877,7 +914,7 @@ def _lif_backward_kernel(
             v = _potential_before(
                 checkpoint_ptr, v_init_ptr, offsets, mask, first, T, state_size, v_init, CHUNK, BLOCK, HAS_V_INIT
             )
-            carry, norms = _backward_steps(
+            carry, norms, grad_tau = _backward_steps(
                 x_ptr + t * x_stride_t,
                 grad_spikes_ptr + t * gs_stride_t,
                 grad_v_seq_ptr + state_offset + t * state_size,
@@ -894,6 +931,7 @@ def _lif_backward_kernel(
                 v,
                 carry,
                 tl.zeros((LANES,), tl.float32),
+                grad_tau,
                 tau,
                 v_threshold,
                 v_rest,
@@ -902,12 +940,13 @@ def _lif_backward_kernel(
                 CHUNK,
                 T % CHUNK != 0,
                 DYNAMICS,
-                EXACT_RECIPROCAL,
+                TAU,
                 SOFT_RESET,
                 DETACH_RESET,
                 HAS_GRAD_V_SEQ,
                 HAS_CHANNEL_SCALE,
                 GRAD_NORM,
+                GRAD_TAU,
                 SURROGATE,
                 _backward_steps,
             )
@@ -915,13 +954,15 @@ def _lif_backward_kernel(
             tl.store(norm_ptr + one * program * T + first + steps, norms, mask=inside)
     if STORE_GRAD_V_INIT:
         tl.store(grad_v_init_ptr + state_offset + offsets, carry, mask=mask)
+    if GRAD_TAU:
+        tl.store(grad_tau_ptr + program, tl.sum(grad_tau, axis=0))
 
 
 # -------------------------------------------------------------------------------------------------- launch plans
 
 
 class Constants(NamedTuple):
-    """A neuron's numbers in the order of the operators' schema."""
+    """A neuron's numbers in the order of the operators' schema; tau is 1 where it is learned."""
 
     v_init: float
     tau: float
@@ -935,7 +976,7 @@ class Constants(NamedTuple):
 @functools.lru_cache
 def constants_of(dynamics: Dynamics, v_init: float) -> Constants:
     d = dynamics
-    tau = 1.0 if d.tau is None else d.tau
+    tau = 1.0 if d.tau is None or d.learned_tau else d.tau
     return Constants(v_init, tau, d.tau is not None, d.decay_input, d.v_threshold, d.v_rest, d.v_reset is None)
 
 
@@ -947,6 +988,14 @@ class Stores(NamedTuple):
     v_seq: bool = False
     checkpoints: bool = False
     counts: bool = False
+
+
+class Wanted(NamedTuple):
+    """What a backward pass writes beside the gradient of x."""
+
+    grad_v_init: bool
+    norms: bool
+    grad_tau: bool
 
 
 def _candidates(x: Tensor, direction: str) -> list[Configuration]:
@@ -982,11 +1031,12 @@ class _Grid:
         self.partials = (self.examples, self.blocks, self.steps)
         self.early = early_launch(x.device)
 
-    def constants(self, neuron: Constants) -> dict[str, Any]:
+    def constants(self, neuron: Constants, learned_tau: bool) -> dict[str, Any]:
         if not neuron.leak:
             dynamics = NO_LEAK
         else:
             dynamics = LEAK_WITH_INPUT_DECAY if neuron.decay_input else LEAK
+        power_of_two = math.frexp(neuron.tau)[0] == 0.5
         return {
             "T": self.steps,
             "CHUNK": self.chunk,
@@ -994,7 +1044,7 @@ class _Grid:
             "BLOCK": self.block,
             "ELEMENTS": self.block // (32 * self.configuration.warps),
             "DYNAMICS": dynamics,
-            "EXACT_RECIPROCAL": math.frexp(neuron.tau)[0] == 0.5,
+            "TAU": LEARNED_RECIPROCAL if learned_tau else POWER_OF_TWO if power_of_two else TIME_CONSTANT,
             "SOFT_RESET": neuron.soft_reset,
             "REST_AT_ZERO": neuron.v_rest == 0.0,
             "EVEN": self.size % self.block == 0,  # no thread is beyond an example's end
@@ -1023,7 +1073,13 @@ class _ForwardPlan:
     """A forward pass prepared for one shape, layout, dtype and neuron."""
 
     def __init__(
-        self, configuration: Configuration, x: Tensor, neuron: Constants, has_v_init: bool, stores: Stores
+        self,
+        configuration: Configuration,
+        x: Tensor,
+        neuron: Constants,
+        has_v_init: bool,
+        learned_tau: bool,
+        stores: Stores,
     ) -> None:
         grid = _Grid(x, configuration)
         self.stores, self.sequence, self.v_strides = stores, _Sequence(x), v_strides(x)
@@ -1031,7 +1087,7 @@ class _ForwardPlan:
         self.partials = grid.partials
         self.launch = None
         if x.numel() > 0:
-            constants = grid.constants(neuron) | {
+            constants = grid.constants(neuron, learned_tau) | {
                 "HAS_V_INIT": has_v_init,
                 "STORE_SPIKES": stores.spikes,
                 "STORE_V": stores.v,
@@ -1043,7 +1099,7 @@ class _ForwardPlan:
             numbers += (neuron.v_init, neuron.tau, neuron.v_threshold, neuron.v_rest)
             self.launch = Launch(_lif_forward_kernel, x.device, grid.programs, numbers, constants)
 
-    def run(self, x: Tensor, v_init: Tensor | None) -> tuple[Tensor | None, ...]:
+    def run(self, x: Tensor, v_init: Tensor | None, reciprocal_tau: Tensor | None) -> tuple[Tensor | None, ...]:
         stores, sequence = self.stores, self.sequence
         if v_init is not None:
             v_init = laid_out(v_init, self.v_strides)
@@ -1053,7 +1109,7 @@ class _ForwardPlan:
         checkpoints = None if self.checkpoints is None else x.new_empty(self.checkpoints, dtype=torch.float32)
         count = x.new_empty(self.partials, dtype=torch.int32) if stores.counts else None
         if self.launch is not None:
-            tensors = (v_init, spikes, v, v_seq, checkpoints, count)
+            tensors = (v_init, reciprocal_tau, spikes, v, v_seq, checkpoints, count)
             self.launch(x, *[x if t is None else t for t in tensors])
         return spikes, v, v_seq, checkpoints, count
 
@@ -1068,26 +1124,27 @@ class _BackwardPlan:
         grad_spikes: Tensor,
         neuron: Constants,
         options: tuple[bool, int, float],
-        has: tuple[bool, bool, bool, bool],
-        want_grad_v_init: bool,
-        want_norms: bool,
+        has: tuple[bool, bool, bool, bool, bool],
+        wanted: Wanted,
     ) -> None:
         grid = _Grid(x, configuration)
         detach_reset, surrogate, alpha = options
-        has_v_init, has_grad_v, has_grad_v_seq, has_channel_scale = has
+        has_v_init, learned_tau, has_grad_v, has_grad_v_seq, has_channel_scale = has
         self.sequence, self.v_strides = _Sequence(x), v_strides(x)
-        self.want_grad_v_init = want_grad_v_init
-        self.partials = grid.partials if want_norms else None
+        self.wants_grad_v_init = wanted.grad_v_init
+        self.partials = grid.partials if wanted.norms else None
+        self.programs = grid.programs if wanted.grad_tau else None
         self.launch = None
         if x.numel() > 0:
-            constants = grid.constants(neuron) | {
+            constants = grid.constants(neuron, learned_tau) | {
                 "DETACH_RESET": detach_reset,
                 "HAS_V_INIT": has_v_init,
                 "HAS_GRAD_V_FINAL": has_grad_v,
                 "HAS_GRAD_V_SEQ": has_grad_v_seq,
-                "STORE_GRAD_V_INIT": want_grad_v_init,
+                "STORE_GRAD_V_INIT": wanted.grad_v_init,
                 "HAS_CHANNEL_SCALE": has_channel_scale,
-                "GRAD_NORM": want_norms,
+                "GRAD_NORM": wanted.norms,
+                "GRAD_TAU": wanted.grad_tau,
                 "SURROGATE": surrogate,
             }
             channels = (x.shape[2], x.stride(2)) if has_channel_scale else (1, 1)
@@ -1099,21 +1156,24 @@ class _BackwardPlan:
         self,
         x: Tensor,
         v_init: Tensor | None,
+        reciprocal_tau: Tensor | None,
         checkpoints: Tensor | None,
         grad_spikes: Tensor,
         grad_v: Tensor | None,
         grad_v_seq: Tensor | None,
         channel_scale: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         v_init, grad_v = laid_out(v_init, self.v_strides), laid_out(grad_v, self.v_strides)
         grad_v_seq = laid_out(grad_v_seq, self.sequence.strides)
         grad_x = self.sequence.empty(x, x.dtype)
-        grad_v_init = v_like(x) if self.want_grad_v_init else None
+        grad_v_init = v_like(x) if self.wants_grad_v_init else None
         norms = None if self.partials is None else x.new_empty(self.partials, dtype=torch.float32)
+        grad_tau = None if self.programs is None else x.new_empty(self.programs, dtype=torch.float32)
         if self.launch is not None:
-            tensors = (v_init, checkpoints, grad_spikes, grad_v, grad_v_seq, channel_scale, grad_x, grad_v_init, norms)
+            given = (v_init, reciprocal_tau, checkpoints, grad_spikes, grad_v, grad_v_seq, channel_scale)
+            tensors = (*given, grad_x, grad_v_init, norms, grad_tau)
             self.launch(x, *[x if t is None else t for t in tensors])
-        return grad_x, grad_v_init, norms
+        return grad_x, grad_v_init, norms, grad_tau
 
 
 # By what they are prepared for; None where the input has to be rearranged first. Emptied when there are very many, and
@@ -1150,9 +1210,12 @@ def _planned(
     return plan(_CHOICES[direction](key, x, lambda: _candidates(x, direction), lambda c: plan(c).run(*tensors)))
 
 
-def _forward(x: Tensor, v_init: Tensor | None, neuron: Constants, stores: Stores) -> tuple[Tensor | None, ...]:
+def _forward(
+    x: Tensor, v_init: Tensor | None, reciprocal_tau: Tensor | None, neuron: Constants, stores: Stores
+) -> tuple[Tensor | None, ...]:
     """spikes, final v, v_seq, checkpoints and partial spike counts [N, blocks, T]; None for what is not stored."""
-    key = (x.shape, x.stride(), x.dtype, x.get_device(), neuron, v_init is None, stores)
+    has = (v_init is not None, reciprocal_tau is not None)
+    key = (x.shape, x.stride(), x.dtype, x.get_device(), neuron, has, stores)
     try:
         plan = _forward_plans[key]
     except KeyError:
@@ -1162,18 +1225,19 @@ def _forward(x: Tensor, v_init: Tensor | None, neuron: Constants, stores: Stores
                 "forward",
                 key,
                 x,
-                lambda configuration: _ForwardPlan(configuration, x, neuron, v_init is not None, stores),
-                (x, v_init),
+                lambda configuration: _ForwardPlan(configuration, x, neuron, *has, stores),
+                (x, v_init, reciprocal_tau),
             )
         _keep(_forward_plans, key, plan)
     if plan is None:
-        return _forward(x.contiguous(), v_init, neuron, stores)
-    return plan.run(x, v_init)
+        return _forward(x.contiguous(), v_init, reciprocal_tau, neuron, stores)
+    return plan.run(x, v_init, reciprocal_tau)
 
 
 def _backward(
     x: Tensor,
     v_init: Tensor | None,
+    reciprocal_tau: Tensor | None,
     checkpoints: Tensor | None,
     grad_spikes: Tensor | None,
     grad_v: Tensor | None,
@@ -1181,35 +1245,39 @@ def _backward(
     channel_scale: Tensor | None,
     neuron: Constants,
     options: tuple[bool, int, float],
-    want_grad_v_init: bool,
-    want_norms: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """grad_x, grad_v_init or None, partial sums [N, blocks, T] of grad_x's squares or None."""
-    if grad_spikes is None:
-        grad_spikes = x.new_zeros((1,) * x.ndim).expand(x.shape)
-    has = (v_init is not None, grad_v is not None, grad_v_seq is not None, channel_scale is not None)
-    layouts = (x.shape, x.stride(), x.dtype, grad_spikes.stride(), grad_spikes.dtype, x.get_device())
-    key = (layouts, neuron, options, has, want_grad_v_init, want_norms)
+    wanted: Wanted,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """grad_x, and what is wanted: grad_v_init, partial sums of grad_x's squares [N, blocks, T], and those of the
+    gradient with respect to 1 / tau, [programs]."""
+    gs = x.new_zeros((1,) * x.ndim).expand(x.shape) if grad_spikes is None else grad_spikes
+    has = (
+        v_init is not None,
+        reciprocal_tau is not None,
+        grad_v is not None,
+        grad_v_seq is not None,
+        channel_scale is not None,
+    )
+    layouts = (x.shape, x.stride(), x.dtype, gs.stride(), gs.dtype, x.get_device())
+    key = (layouts, neuron, options, has, wanted)
+    others = (grad_v, grad_v_seq, channel_scale)
     try:
         plan = _backward_plans[key]
     except KeyError:
         plan = None
-        if inner_is_dense(x) and has_strides(grad_spikes, x.stride(), 2):
-            made_for = (x, grad_spikes, neuron, options, has, want_grad_v_init, want_norms)
+        if inner_is_dense(x) and has_strides(gs, x.stride(), 2):
             plan = _planned(
                 "backward",
                 key,
                 x,
-                lambda configuration: _BackwardPlan(configuration, *made_for),
-                (x, v_init, checkpoints, grad_spikes, grad_v, grad_v_seq, channel_scale),
+                lambda configuration: _BackwardPlan(configuration, x, gs, neuron, options, has, wanted),
+                (x, v_init, reciprocal_tau, checkpoints, gs, *others),
             )
         _keep(_backward_plans, key, plan)
     if plan is None:
         x = with_dense_inner(x)
-        grad_spikes = with_inner_order_of(x, grad_spikes)
-        given = (x, v_init, checkpoints, grad_spikes, grad_v, grad_v_seq, channel_scale)
-        return _backward(*given, neuron, options, want_grad_v_init, want_norms)
-    return plan.run(x, v_init, checkpoints, grad_spikes, grad_v, grad_v_seq, channel_scale)
+        gs = with_inner_order_of(x, gs)
+        return _backward(x, v_init, reciprocal_tau, checkpoints, gs, *others, neuron, options, wanted)
+    return plan.run(x, v_init, reciprocal_tau, checkpoints, gs, *others)
 
 
 def add_partials(partials: Tensor) -> Tensor:
@@ -1228,14 +1296,16 @@ _NEURON_SCHEMA = (
 
 torch.library.define(
     "sadp_fast::lif_forward",
-    f"(Tensor x, Tensor? v_init, {_NEURON_SCHEMA}, bool store_v_seq, bool store_checkpoints, bool count_spikes)"
+    f"(Tensor x, Tensor? v_init, Tensor? reciprocal_tau, {_NEURON_SCHEMA},"
+    " bool store_v_seq, bool store_checkpoints, bool count_spikes)"
     " -> (Tensor spikes, Tensor v, Tensor v_seq, Tensor checkpoints, Tensor spike_count)",
 )
 torch.library.define(
     "sadp_fast::lif_backward",
-    "(Tensor x, Tensor? v_init, Tensor checkpoints, Tensor? grad_spikes, Tensor? grad_v, Tensor? grad_v_seq,"
-    f" Tensor? channel_scale, {_NEURON_SCHEMA}, bool detach_reset, int surrogate, float alpha,"
-    " bool want_grad_v_init, bool want_grad_norm) -> (Tensor grad_x, Tensor grad_v_init, Tensor grad_norm_sq)",
+    "(Tensor x, Tensor? v_init, Tensor? reciprocal_tau, Tensor checkpoints, Tensor? grad_spikes, Tensor? grad_v,"
+    f" Tensor? grad_v_seq, Tensor? channel_scale, {_NEURON_SCHEMA}, bool detach_reset, int surrogate, float alpha,"
+    " bool want_grad_v_init, bool want_grad_norm, bool want_grad_tau)"
+    " -> (Tensor grad_x, Tensor grad_v_init, Tensor grad_norm_sq, Tensor grad_reciprocal_tau)",
 )
 
 
@@ -1243,23 +1313,31 @@ def _nothing(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return x.new_empty(0, dtype=dtype)
 
 
-def _launch_forward(x: Tensor, v_init: Tensor | None, *constants_and_flags: Any) -> tuple[Tensor, ...]:
+def _launch_forward(
+    x: Tensor, v_init: Tensor | None, reciprocal_tau: Tensor | None, *constants_and_flags: Any
+) -> tuple[Tensor, ...]:
     *neuron, store_v_seq, store_checkpoints, count_spikes = constants_and_flags
     stores = Stores(True, True, store_v_seq, store_checkpoints, count_spikes)
-    *outputs, count = _forward(x, v_init, Constants(*neuron), stores)
+    *outputs, count = _forward(x, v_init, reciprocal_tau, Constants(*neuron), stores)
     count = _nothing(x, torch.int32) if count is None else add_partials(count)
     return *[_nothing(x) if t is None else t for t in outputs], count
 
 
 def _launch_backward(
-    x: Tensor, v_init: Tensor | None, checkpoints: Tensor, *grads_and_constants: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor,
+    v_init: Tensor | None,
+    reciprocal_tau: Tensor | None,
+    checkpoints: Tensor,
+    *grads_and_constants: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads, neuron = grads_and_constants[:4], Constants(*grads_and_constants[4:11])
-    *options, want_grad_v_init, want_norms = grads_and_constants[11:]
-    given = (x, v_init, checkpoints, *grads, neuron, tuple(options), want_grad_v_init, want_norms)
-    grad_x, grad_v_init, norms = _backward(*given)
+    *options, want_grad_v_init, want_norms, want_grad_tau = grads_and_constants[11:]
+    wanted = Wanted(want_grad_v_init, want_norms, want_grad_tau)
+    given = (x, v_init, reciprocal_tau, checkpoints, *grads, neuron, tuple(options), wanted)
+    grad_x, grad_v_init, norms, grad_tau = _backward(*given)
     norms = _nothing(x) if norms is None else add_partials(norms)
-    return grad_x, _nothing(x) if grad_v_init is None else grad_v_init, norms
+    grad_tau = _nothing(x) if grad_tau is None else grad_tau.sum()
+    return grad_x, _nothing(x) if grad_v_init is None else grad_v_init, norms, grad_tau
 
 
 # The CPU implementation is the same kernel in Triton's interpreter.
@@ -1269,7 +1347,7 @@ for _device in ("cuda", "cpu"):
 
 
 @torch.library.register_fake("sadp_fast::lif_forward")
-def _(x, v_init, *constants_and_flags):
+def _(x, v_init, reciprocal_tau, *constants_and_flags):
     store_v_seq, store_checkpoints, count_spikes = constants_and_flags[-3:]
     x = with_dense_inner(x)
     chunks = triton.cdiv(x.shape[0], chunk_steps(x.shape[0], x.element_size()))
@@ -1284,12 +1362,13 @@ def _(x, v_init, *constants_and_flags):
 
 @torch.library.register_fake("sadp_fast::lif_backward")
 def _(x, *rest):
-    want_grad_v_init, want_grad_norm = rest[-2:]
+    want_grad_v_init, want_grad_norm, want_grad_tau = rest[-3:]
     x = with_dense_inner(x)
     return (
         sequence_like(x, x.dtype),
         v_like(x) if want_grad_v_init else _nothing(x),
         x.new_empty(x.shape[:2] if want_grad_norm else (0,), dtype=torch.float32),
+        x.new_empty(() if want_grad_tau else (0,), dtype=torch.float32),
     )
 
 
@@ -1324,10 +1403,17 @@ class _LIF(torch.autograd.Function):
     """The eager path. Without stores.v its second output has no element: _FinalPotential hangs on it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, v_init: Tensor | None, channel_scale: Tensor | None, call: _Call):
-        spikes, v, v_seq, checkpoints, count = _forward(x, v_init, call.neuron, call.stores)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        v_init: Tensor | None,
+        reciprocal_tau: Tensor | None,
+        channel_scale: Tensor | None,
+        call: _Call,
+    ):
+        spikes, v, v_seq, checkpoints, count = _forward(x, v_init, reciprocal_tau, call.neuron, call.stores)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, v_init, checkpoints, channel_scale)
+        ctx.save_for_backward(x, v_init, reciprocal_tau, checkpoints, channel_scale)
         ctx.call = call
         if count is not None:
             ctx.mark_non_differentiable(count)
@@ -1336,16 +1422,17 @@ class _LIF(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_spikes: Tensor | None, grad_v: Tensor | None, grad_v_seq: Tensor | None, _: None):
         _refuse_second_derivative()
-        x, v_init, checkpoints, channel_scale = ctx.saved_tensors
+        *inputs, channel_scale = ctx.saved_tensors
         call = ctx.call
         if grad_v is not None and not call.stores.v:
             grad_v, call.grad_v = call.grad_v, None
-        wants_v_init = ctx.needs_input_grad[1]
-        given = (x, v_init, checkpoints, grad_spikes, grad_v, grad_v_seq, channel_scale, call.neuron, call.options)
-        grad_x, grad_v_init, norms = _backward(*given, wants_v_init, call.record_norms is not None)
+        wanted = Wanted(ctx.needs_input_grad[1], call.record_norms is not None, ctx.needs_input_grad[2])
+        grads = (grad_spikes, grad_v, grad_v_seq)
+        given = (*inputs, *grads, channel_scale, call.neuron, call.options, wanted)
+        grad_x, grad_v_init, norms, grad_tau = _backward(*given)
         if norms is not None:
             call.record_norms(norms)
-        return grad_x, grad_v_init, None, None
+        return grad_x, grad_v_init, None if grad_tau is None else grad_tau.sum(), None, None
 
 
 class _FinalPotential(torch.autograd.Function):
@@ -1356,9 +1443,11 @@ class _FinalPotential(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, handle: Tensor, x: Tensor, v_init: Tensor | None, call: _Call) -> Tensor:
+    def forward(
+        ctx: Any, handle: Tensor, x: Tensor, v_init: Tensor | None, reciprocal_tau: Tensor | None, call: _Call
+    ) -> Tensor:
         ctx.call = call
-        v = _forward(x, v_init, call.neuron, Stores(spikes=False))[1]
+        v = _forward(x, v_init, reciprocal_tau, call.neuron, Stores(spikes=False))[1]
         assert v is not None
         return v
 
@@ -1366,20 +1455,20 @@ class _FinalPotential(torch.autograd.Function):
     def backward(ctx: Any, grad_v: Tensor):
         _refuse_second_derivative()
         ctx.call.grad_v = grad_v
-        return _nothing(grad_v), None, None, None
+        return _nothing(grad_v), None, None, None, None
 
 
 class PendingPotential:
     """The potential after a call's last step; a call computes it, with its graph."""
 
-    __slots__ = ("_call", "_handle", "_v_init", "_versions", "_x")
+    __slots__ = ("_call", "_handle", "_inputs", "_versions")
 
-    def __init__(self, x: Tensor, v_init: Tensor | None, handle: Tensor, call: _Call) -> None:
-        self._x, self._v_init, self._handle, self._call = x, v_init, handle, call
+    def __init__(self, inputs: tuple[Tensor | None, ...], handle: Tensor, call: _Call) -> None:
+        self._inputs, self._handle, self._call = inputs, handle, call
         self._versions = self._current_versions()
 
-    def _current_versions(self) -> tuple[int, int]:
-        return self._x._version, 0 if self._v_init is None else self._v_init._version
+    def _current_versions(self) -> list[int]:
+        return [0 if t is None else t._version for t in self._inputs]
 
     def __call__(self) -> Tensor:
         if self._current_versions() != self._versions:
@@ -1387,9 +1476,9 @@ class PendingPotential:
                 "the neuron's potential v is computed when it is first read, and the input of its last call has been "
                 "changed in place since; read v before that, or change a clone"
             )
-        v_init = None if self._v_init is None else self._v_init.detach()
+        inputs = [None if t is None else t.detach() for t in self._inputs]
         with torch.inference_mode(False), torch.enable_grad():
-            return _FinalPotential.apply(self._handle, self._x.detach(), v_init, self._call)
+            return _FinalPotential.apply(self._handle, *inputs, self._call)
 
 
 class _RegisteredLIF(torch.autograd.Function):
@@ -1400,6 +1489,7 @@ class _RegisteredLIF(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         v_init: Tensor | None,
+        reciprocal_tau: Tensor | None,
         v_init_value: float,
         dynamics: Dynamics,
         surrogate: int,
@@ -1412,7 +1502,7 @@ class _RegisteredLIF(torch.autograd.Function):
     ):
         constants = (
             v_init_value,
-            1.0 if dynamics.tau is None else dynamics.tau,
+            1.0 if dynamics.tau is None or dynamics.learned_tau else dynamics.tau,
             dynamics.tau is not None,
             dynamics.decay_input,
             dynamics.v_threshold,
@@ -1421,12 +1511,12 @@ class _RegisteredLIF(torch.autograd.Function):
         )
         several_chunks = x.shape[0] > LONGEST_CHUNK[x.element_size()]
         spikes, v, v_seq, checkpoints, spike_count = torch.ops.sadp_fast.lif_forward(
-            x, v_init, *constants, store_v_seq, will_backward and several_chunks, count_spikes
+            x, v_init, reciprocal_tau, *constants, store_v_seq, will_backward and several_chunks, count_spikes
         )
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(spike_count)
         if will_backward:
-            ctx.save_for_backward(x, v_init, checkpoints, channel_scale)
+            ctx.save_for_backward(x, v_init, reciprocal_tau, checkpoints, channel_scale)
             ctx.constants = constants
             ctx.options = (dynamics.detach_reset, surrogate, alpha)
             ctx.grad_norm_sq = grad_norm_sq
@@ -1435,25 +1525,30 @@ class _RegisteredLIF(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_spikes: Tensor | None, grad_v: Tensor | None, grad_v_seq: Tensor | None, _: None):
         _refuse_second_derivative()
-        x, v_init, checkpoints, channel_scale = ctx.saved_tensors
+        *inputs, channel_scale = ctx.saved_tensors
         if grad_v_seq is not None and grad_v_seq.numel() == 0:
             grad_v_seq = None
-        grad_x, grad_v_init, grad_norm_sq = torch.ops.sadp_fast.lif_backward(
-            x,
-            v_init,
-            checkpoints,
+        _, wants_grad_v_init, wants_grad_tau, *_ = ctx.needs_input_grad
+        grad_x, grad_v_init, grad_norm_sq, grad_tau = torch.ops.sadp_fast.lif_backward(
+            *inputs,
             grad_spikes,
             grad_v,
             grad_v_seq,
             channel_scale,
             *ctx.constants,
             *ctx.options,
-            ctx.needs_input_grad[1],
+            wants_grad_v_init,
             ctx.grad_norm_sq is not None,
+            wants_grad_tau,
         )
         if ctx.grad_norm_sq is not None:
             ctx.grad_norm_sq.copy_(grad_norm_sq)
-        return grad_x, grad_v_init if ctx.needs_input_grad[1] else None, *([None] * 9)
+        return (
+            grad_x,
+            grad_v_init if wants_grad_v_init else None,
+            grad_tau if wants_grad_tau else None,
+            *([None] * 9),
+        )
 
 
 # ----------------------------------------------------------------------------------------------------- entry points
@@ -1471,6 +1566,7 @@ _saved_tensor_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_ho
 def multi_step(
     x: Tensor,
     v: Tensor | float,
+    reciprocal_tau: Tensor | None,
     dynamics: Dynamics,
     surrogate: int,
     alpha: float,
@@ -1492,18 +1588,23 @@ def multi_step(
     v_init, v_init_value = (v, 0.0) if isinstance(v, Tensor) else (None, float(v))
     steps = x.shape[0]
     neuron = constants_of(dynamics, v_init_value)
-    if not (torch.is_grad_enabled() and (x.requires_grad or (v_init is not None and v_init.requires_grad))):
+    inputs = (x, v_init, reciprocal_tau)
+    if not _will_backward(*inputs):
         stores = Stores(v_seq=store_v_seq, counts=count_spikes)
-        spikes, v_final, v_seq, _, count = _forward(x, v_init, neuron, stores)
+        spikes, v_final, v_seq, _, count = _forward(*inputs, neuron, stores)
         return spikes, v_final, v_seq, count  # type: ignore[return-value]
     defer_v = defer_v and steps > 1 and _saved_tensor_hooks(True) is None
     stores = Stores(True, not defer_v, store_v_seq, steps > LONGEST_CHUNK[x.element_size()], count_spikes)
     call = _Call(neuron, stores, (dynamics.detach_reset, surrogate, alpha), record_norms)
-    spikes, v_final, v_seq, count = _LIF.apply(x, v_init, channel_scale, call)
-    return spikes, PendingPotential(x, v_init, v_final, call) if defer_v else v_final, v_seq, count
+    spikes, v_final, v_seq, count = _LIF.apply(*inputs, channel_scale, call)
+    return spikes, PendingPotential(inputs, v_final, call) if defer_v else v_final, v_seq, count
 
 
-def check(x: Tensor, v: Tensor | float, channel_scale: Tensor | None) -> None:
+def _will_backward(*inputs: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+
+
+def check(x: Tensor, v: Tensor | float, channel_scale: Tensor | None, reciprocal_tau: Tensor | None) -> None:
     """Raises ValueError for what the kernels cannot take; ``lif`` lists it."""
     if x.dtype not in SUPPORTED_DTYPES:
         raise ValueError(f"x must be float32, float16 or bfloat16, got {x.dtype}; cast it or use the reference")
@@ -1517,6 +1618,13 @@ def check(x: Tensor, v: Tensor | float, channel_scale: Tensor | None) -> None:
         raise ValueError(
             f"channel_scale must have shape {tuple(x.shape[2:3])} (dimension 2 of x), got {tuple(channel_scale.shape)}"
         )
+    if reciprocal_tau is not None and (
+        reciprocal_tau.ndim != 0 or reciprocal_tau.dtype != torch.float32 or reciprocal_tau.device != x.device
+    ):
+        raise ValueError(
+            f"reciprocal_tau must be one float32 number on {x.device}, got {reciprocal_tau.dtype} of shape "
+            f"{tuple(reciprocal_tau.shape)} on {reciprocal_tau.device}; move the neuron to where its input is"
+        )
 
 
 def lif(
@@ -1526,6 +1634,7 @@ def lif(
     surrogate: int,
     alpha: float,
     *,
+    reciprocal_tau: Tensor | None = None,
     store_v_seq: bool = False,
     count_spikes: bool = False,
     grad_norm_sq: Tensor | None = None,
@@ -1538,6 +1647,7 @@ def lif(
             of one example do not fill a block of memory). CUDA, or the CPU under TRITON_INTERPRET=1.
         v: initial membrane potential, [N, *] or one number for all.
         surrogate, alpha: position in ``surrogate.FUSED`` and steepness.
+        reciprocal_tau: 1 / tau of ``dynamics.learned_tau``, float32, 0-dim, differentiable.
         store_v_seq: whether to return the membrane potential after every step.
         count_spikes: whether to return the number of spikes of each example and step.
         grad_norm_sq: float32 [T, N], contiguous; the backward pass writes into it the squared L2 norm of the gradient
@@ -1549,20 +1659,31 @@ def lif(
         (int32 [T, N]) or None.
 
     Raises:
-        ValueError: x has another dtype, fewer than two dimensions or no steps, or v does not have the shape of x[0].
+        ValueError: x has another dtype, fewer than two dimensions or no steps, v does not have the shape of x[0], or
+            reciprocal_tau is not as above.
     """
-    check(x, v, channel_scale)
+    check(x, v, channel_scale, reciprocal_tau)
     if runs_directly():
         record = None if grad_norm_sq is None else functools.partial(_write_norms, grad_norm_sq)
         spikes, v_final, v_seq, count = multi_step(
-            x, v, dynamics, surrogate, alpha, store_v_seq, count_spikes, record, channel_scale, defer_v=False
+            x,
+            v,
+            reciprocal_tau,
+            dynamics,
+            surrogate,
+            alpha,
+            store_v_seq,
+            count_spikes,
+            record,
+            channel_scale,
+            defer_v=False,
         )
         return spikes, v_final, v_seq, None if count is None else add_partials(count)  # type: ignore[return-value]
     v_init, v_init_value = (v, 0.0) if isinstance(v, Tensor) else (None, float(v))
-    will_backward = torch.is_grad_enabled() and (x.requires_grad or (v_init is not None and v_init.requires_grad))
     spikes, v_final, v_seq, spike_count = _RegisteredLIF.apply(
         x,
         v_init,
+        reciprocal_tau,
         v_init_value,
         dynamics,
         surrogate,
@@ -1571,7 +1692,7 @@ def lif(
         count_spikes,
         grad_norm_sq,
         channel_scale,
-        will_backward,
+        _will_backward(x, v_init, reciprocal_tau),
     )
     return spikes, v_final, v_seq if store_v_seq else None, spike_count if count_spikes else None
 

@@ -21,14 +21,14 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def charge(x: Tensor, v: Tensor, dynamics: Dynamics) -> Tensor:
+def charge(x: Tensor, v: Tensor, dynamics: Dynamics, reciprocal_tau: Tensor | None = None) -> Tensor:
     """Membrane potential before firing, h[t], from the input current x[t] and v[t-1]."""
     if dynamics.tau is None:
         return v + x
     leak = v if dynamics.v_rest == 0.0 else v - dynamics.v_rest
-    if dynamics.decay_input:
-        return v + (x - leak) / dynamics.tau
-    return v - leak / dynamics.tau + x
+    decayed = x - leak if dynamics.decay_input else leak
+    decayed = decayed / dynamics.tau if reciprocal_tau is None else decayed * reciprocal_tau
+    return v + decayed if dynamics.decay_input else v - decayed + x
 
 
 def reset(h: Tensor, spike: Tensor, dynamics: Dynamics) -> Tensor:
@@ -42,7 +42,12 @@ def reset(h: Tensor, spike: Tensor, dynamics: Dynamics) -> Tensor:
 
 
 def multi_step(
-    x_seq: Tensor, v: Tensor, dynamics: Dynamics, surrogate: Callable[[Tensor], Tensor], store_v_seq: bool = False
+    x_seq: Tensor,
+    v: Tensor,
+    dynamics: Dynamics,
+    surrogate: Callable[[Tensor], Tensor],
+    store_v_seq: bool = False,
+    reciprocal_tau: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run T steps.
 
@@ -51,13 +56,14 @@ def multi_step(
         v: initial membrane potential, [N, *], of ``state_dtype(x_seq.dtype)``.
         surrogate: maps h - v_threshold to spikes, differentiable.
         store_v_seq: whether to return the membrane potential of every step.
+        reciprocal_tau: 1 / tau of ``dynamics.learned_tau``, 0-dim, differentiable.
 
     Returns:
         spikes [T, N, *] in x_seq's dtype, final v [N, *], and v_seq [T, N, *] or None, both in v's dtype.
     """
     spikes, potentials = [], []
     for x in x_seq.unbind(0):
-        h = charge(x.to(v.dtype), v, dynamics)
+        h = charge(x.to(v.dtype), v, dynamics, reciprocal_tau)
         spike = surrogate(h - dynamics.v_threshold)
         v = reset(h, spike, dynamics)
         spikes.append(spike.to(x_seq.dtype))
