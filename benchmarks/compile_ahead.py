@@ -23,6 +23,8 @@ from torch import Tensor
 LONGEST = 100.0  # seconds; what is not done by then is compiled when it is measured
 MOST_PROCESSES = 15  # each has a context of its own on the GPU
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 Job = Callable[[], object]
 
 
@@ -77,7 +79,7 @@ def jobs() -> dict[str, Job]:
     import test_long_sequences as long
     import test_training_step as step
     import test_training_time as epochs
-    from lif_layers import from_rest, our_node, peers
+    from lif_layers import from_rest, learners, our_node, peers
 
     found: dict[str, Job] = {}
     steps = [s for s in step.subjects() if torch.cuda.is_available() or not s.gpu]
@@ -98,6 +100,9 @@ def jobs() -> dict[str, Job]:
         found[f"host: statistics {statistics}"] = partial(
             lif_once, from_rest(our_node(statistics)), host.SHAPE, host.DTYPE
         )
+    for name, build in learners().items():
+        for dtype in (lif.DTYPES[0], lif.DTYPES[-1]):
+            found[f"tau learned: {name} {dtype}"] = partial(learner_once, build, lif.SHAPES[0], dtype)
     for length in long.STEPS:
         for dtype in long.DTYPES:
             found[f"long: {length} {dtype}"] = partial(lif_once, from_rest(our_node()), long.shape_of(length), dtype)
@@ -112,10 +117,16 @@ def jobs() -> dict[str, Job]:
     return found
 
 
-def lif_once(layer: Callable[[Tensor], Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    x = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
-    torch.autograd.grad(layer(x), x, torch.zeros_like(x))
+def lif_once(
+    layer: Callable[[Tensor], Tensor], shape: tuple[int, ...], dtype: torch.dtype, *parameters: Tensor
+) -> None:
+    x = torch.zeros(shape, dtype=dtype, device=DEVICE, requires_grad=True)
+    torch.autograd.grad(layer(x), (x, *parameters), torch.zeros_like(x))
+
+
+def learner_once(build: Callable[[], torch.nn.Module], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    node = build().to(DEVICE)
+    lif_once(node, shape, dtype, *node.parameters())
 
 
 def build_and_run(build: Callable, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -78,6 +78,27 @@ def from_rest(node: torch.nn.Module) -> Layer:
     return layer
 
 
+def learners() -> dict[str, Callable[[], torch.nn.Module]]:
+    """The layer with a learned time constant, a parameter w that begins as LEAKY's: by name, ours first."""
+    options = {name: value for name, value in LEAKY.items() if name != "tau"} | {"init_tau": TAU, "step_mode": "m"}
+
+    def ours() -> torch.nn.Module:
+        node = sadp_fast.ParametricLIFNode(**options, surrogate_function=surrogate.Sigmoid(ALPHA))
+        node.collect_statistics = True
+        return node
+
+    def theirs() -> torch.nn.Module:
+        from spikingjelly.activation_based import neuron
+        from spikingjelly.activation_based import surrogate as their_surrogate
+
+        return neuron.ParametricLIFNode(**options, surrogate_function=their_surrogate.Sigmoid(ALPHA))
+
+    found = {"ParametricLIFNode with statistics": ours}
+    if importlib.util.find_spec("spikingjelly"):
+        found[f"SpikingJelly {version('spikingjelly')}"] = theirs
+    return found
+
+
 # ------------------------------------------------------------------------------------------------------------ peers
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -11,9 +12,10 @@ import pytest
 import torch
 from bench_report import percent, set_value, shown
 from bench_timing import tensor_bytes
-from lif_layers import ALPHA, LEAKY, TAU, Layer, Peer, from_rest, our_node, peers
+from lif_layers import ALPHA, LEAKY, TAU, Layer, Peer, from_rest, learners, our_node, peers
 from torch import Tensor
 
+import sadp_fast
 from sadp_fast.dynamics import Dynamics
 from sadp_fast.reference.lif import multi_step
 from sadp_fast.surrogate import Sigmoid
@@ -207,6 +209,43 @@ def figures_of(bench, row: dict, case: Case, elements: int, data: Inputs, direct
 def equal_copies(device, tensor_size: int) -> float:
     """Seconds of a copy that moves the forward pass's bytes and one that moves the backward pass's."""
     return device.copy_seconds((2 * tensor_size, 3 * tensor_size))
+
+
+# ------------------------------------------------------------------------------------------- a learned time constant
+
+
+def check_tau(node: torch.nn.Module, data: Inputs) -> None:
+    """The gradient of w = -log(tau - 1) from the first example, against float64."""
+    x, gradient = data.current[0][:, :1].detach(), data.gradient[0][:, :1] * data.settled
+    exact = torch.tensor(1 / TAU, dtype=torch.float64, device=x.device, requires_grad=True)
+    dynamics = replace(Dynamics(**LEAKY), learned_tau=True)
+    v = torch.zeros_like(x[0], dtype=torch.float64)
+    spikes = multi_step(x.double(), v, dynamics, Sigmoid(ALPHA), reciprocal_tau=exact)[0]
+    (expected,) = torch.autograd.grad(spikes, exact, gradient.double())
+    expected *= (1 - 1 / TAU) / TAU  # of 1 / tau = sigmoid(w)
+    (found,) = torch.autograd.grad(from_rest(node)(x), node.w, gradient)
+    error = (found.double() - expected).abs() / expected.abs()
+    assert error < 1e-3, f"the gradient of tau differs from the reference by {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [DTYPES[0], DTYPES[-1]], ids=NAMES.get)
+@pytest.mark.parametrize("name", learners())
+def test_learned_tau(benchmark, bench, name: str, dtype: torch.dtype) -> None:
+    """As many bytes as with a constant time constant, whose gradient is one more number."""
+    case, node, role = Case(SHAPES[0], dtype), learners()[name]().to(bench.device.type), "peer"
+    if isinstance(node, sadp_fast.ParametricLIFNode):
+        role = "ours"
+    with bench.row("LIF neurons", f"LIF forward + backward, tau learned, {case}", name, role) as row:
+        data, layer = inputs(bench.device, case), from_rest(node)
+        if role == "ours" or dtype == torch.float32:  # in half types SpikingJelly's state is a half, too
+            check(case, layer, data)
+            check_tau(node, data)
+        call = lambda state: torch.autograd.grad(layer(state[0]), (state[0], node.w), state[1])  # noqa: E731
+        prepare = lambda i: (data.current[i], data.gradient[i])  # noqa: E731
+        row.update(bench.device.measure(benchmark, prepare, call, buffers=len(data.current)))
+        set_value(row, row.get("device_seconds"), "s", "device")
+        bench.set_floor(row, ELEMENTS["forward + backward"] * tensor_bytes(data.current[0]))
+        benchmark.extra_info.update(row)
 
 
 # ----------------------------------------------------------------------------------------------------------- peers

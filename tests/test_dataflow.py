@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from unfused import unfused
 
-from sadp_fast import SADP, BatchNormIF, BatchNormLIF, IFNode, LIFNode, reset
+from sadp_fast import SADP, BatchNormIF, BatchNormLIF, BatchNormParametricLIF, IFNode, LIFNode, ParametricLIFNode, reset
 from sadp_fast.dataflow import Probe, batch_norm_scale
 from sadp_fast.energies import energy_per_example
 
@@ -53,6 +53,22 @@ def test_sequential_with_normalisation():
         "2.0": ("1", None, "3"),
         "4.1": ("3", "4.2", "5"),
         "6": ("5", None, None),  # no neuron behind it: its gradient is reduced
+    }
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_learned_time_constant_is_no_input_of_a_layer(backend, kernel_device):
+    model = nn.Sequential(
+        OverTime(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)),
+        ParametricLIFNode(step_mode="m", backend=backend),
+        OverTime(nn.Conv2d(4, 4, 3, padding=1)),
+        BatchNormParametricLIF(4, backend=backend),
+        OverTime(nn.Flatten(), nn.Linear(4 * 36, 5)),
+    ).to(kernel_device)
+    assert found(model, torch.rand(T, N, 2, 6, 6, device=kernel_device) * 3) == {
+        "0.0": (None, "0.1", "1"),
+        "2.0": ("1", None, "3"),
+        "4.1": ("3", None, None),
     }
 
 

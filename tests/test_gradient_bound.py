@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from sadp_fast import SADP, models, reset
+from sadp_fast import SADP, BatchNormParametricLIF, models, reset
 from sadp_fast.exact import gradient_norms
+from sadp_fast.surrogate import PiecewiseQuadratic
 
 STEPS, BATCH, EXAMPLES = 4, 32, 128
 
@@ -58,6 +59,20 @@ def scores_of(model, criterion, x, y, score):
     ("name", "steps"), [("mlp", 0), ("mlp", 60), ("conv", 0), ("conv", 60), ("spiking_vgg", 60), ("spikformer", 60)]
 )
 def test_all_score_bounds_and_follows_the_gradient_norm(name, steps, digits, device):
+    assert_bounds_and_follows(name, steps, digits, device)
+
+
+def test_neurons_that_learn_their_time_constant(digits, device, monkeypatch):
+    def learned(features):
+        return BatchNormParametricLIF(features, decay_input=False, surrogate_function=PiecewiseQuadratic())
+
+    monkeypatch.setattr(models.plain, "lif", learned)
+    model = assert_bounds_and_follows("conv", 60, digits, device)
+    found = [module.w.item() for module in model.modules() if isinstance(module, BatchNormParametricLIF)]
+    assert len(found) == 3 and all(w != 0 for w in found)  # tau began at 2, w at 0
+
+
+def assert_bounds_and_follows(name, steps, digits, device):
     x, y = (t.to(device) for t in digits)
     model = trained(name, x[-1024:], y[-1024:], steps)
     criterion = nn.CrossEntropyLoss()
@@ -70,6 +85,7 @@ def test_all_score_bounds_and_follows_the_gradient_norm(name, steps, digits, dev
     if steps:  # before training, the norms hardly differ between examples
         correlation = torch.corrcoef(torch.stack((score, exact)))[0, 1].item()
         assert correlation > 0.95, correlation
+    return model
 
 
 def test_last_score_is_the_bound_of_the_last_layer(digits, device):
