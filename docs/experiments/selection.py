@@ -3,8 +3,9 @@
     python docs/experiments/selection.py --data-dir DIR --out OUT                  # CIFAR-10 on a GPU: 20 s a run
     python docs/experiments/selection.py --dataset digits --model conv --out OUT   # to see it work
 
-Runs every way with every seed, writes OUT/NAME-sSEED.json after each, skips what is there, and draws OUT/selection.png
-and OUT/selection.json of all that is there. Processes may share OUT if each takes its own --seeds.
+Runs every way, or those that `--ways` names with semicolons between them, with every seed, writes OUT/NAME-sSEED.json
+after each, skips what is there, and draws OUT/selection.png and OUT/selection.json of all that is there. Processes may
+share OUT if each takes its own --seeds.
 docs/findings.md says what was seen.
 """
 
@@ -107,6 +108,20 @@ def layers_alike(trainer: Trainer) -> None:
     ops.update_scores = update  # type: ignore[assignment]
 
 
+def with_scores(trainer: Trainer, change: Callable[[Tensor], Tensor]) -> None:
+    """Draw by scores that are changed before they become probabilities; those that are kept stay as they were."""
+    solve = pruner.inclusion_probabilities
+    pruner.inclusion_probabilities = (  # type: ignore[assignment]
+        lambda scores, keep, **options: solve(change(scores), keep, **options)
+    )
+
+
+def hardest_as_easiest(scores: Tensor, share: float) -> Tensor:
+    """The highest share of the scores becomes the lowest one: what is too hard, or wrongly labelled, is left out."""
+    limit = scores.nanquantile(1 - share)
+    return torch.where(scores > limit, scores.nan_to_num(torch.inf).amin(), scores)
+
+
 def ways(epochs: int) -> dict[str, tuple[str, Callable[[Trainer], None]]]:
     """By name: the variant of a method, and the patch."""
     half, last = epochs // 2, max(1, round(0.2 * epochs))
@@ -123,6 +138,17 @@ def ways(epochs: int) -> dict[str, tuple[str, Callable[[Trainer], None]]]:
             lambda trainer: weighted(trainer, range(epochs - last, epochs)),
         ),
         "SADP, layers alike": ("sadp", layers_alike),
+        **{
+            f"SADP, without the hardest {share:.0%}": (
+                "sadp",
+                lambda trainer, share=share: with_scores(trainer, lambda scores: hardest_as_easiest(scores, share)),
+            )
+            for share in (0.05, 0.2)
+        },
+        "SADP, easy ones preferred": (
+            "sadp",
+            lambda trainer: with_scores(trainer, lambda scores: 1 / scores.clamp(min=1e-12)),
+        ),
         "EL2N": ("el2n", lambda trainer: None),
         "EL2N, all refreshed every epoch": ("el2n", refreshed),
     }
@@ -130,13 +156,13 @@ def ways(epochs: int) -> dict[str, tuple[str, Callable[[Trainer], None]]]:
 
 def train(config: TrainConfig, dataset: data.Dataset, patch: Callable[[Trainer], None]) -> dict[str, Any]:
     """One run; patches of modules are taken back."""
-    kept = pruner.spike_aware_score, pruner.sample, ops.update_scores
+    kept = pruner.spike_aware_score, pruner.sample, pruner.inclusion_probabilities, ops.update_scores
     try:
         trainer = Trainer(config, dataset)
         patch(trainer)
         return trained(trainer)
     finally:
-        pruner.spike_aware_score, pruner.sample, ops.update_scores = kept
+        pruner.spike_aware_score, pruner.sample, pruner.inclusion_probabilities, ops.update_scores = kept
 
 
 def trained(trainer: Trainer) -> dict[str, Any]:
@@ -177,16 +203,25 @@ def main() -> None:
     parser.add_argument("--model", default="sew_resnet18")
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--ways", help="names, with semicolons between them (default: all)")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
+    chosen = ways(given.epochs)
+    if given.ways is not None:
+        if unknown := set(given.ways.split(";")) - set(chosen):
+            parser.error(f"--ways: there is no {', '.join(sorted(unknown))}; there are {'; '.join(chosen)}")
+        chosen = {name: chosen[name] for name in given.ways.split(";")}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Without cutout, as the runs of the findings: it became CIFAR's default after them.
     asked = {"dataset": given.dataset, "model": given.model, "epochs": given.epochs, "cutout": 0, "device": device}
+    if given.batch_size is not None:
+        asked["batch_size"] = given.batch_size
     base = TrainConfig(**cli.with_defaults(asked, given.data_dir))
     dataset = data.load(given.dataset, given.data_dir)
     given.out.mkdir(parents=True, exist_ok=True)
     for seed in map(int, given.seeds.split(",")):
-        for name, (variant, patch) in ways(given.epochs).items():
+        for name, (variant, patch) in chosen.items():
             path = given.out / f"{name.replace(' ', '_').replace(',', '')}-s{seed}.json"
             if path.exists():
                 continue
