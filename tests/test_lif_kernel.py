@@ -311,12 +311,15 @@ def test_steps_and_dtypes(steps, dtype, walk, kernel_device):
     check(shape, dtype, v=v, device=kernel_device)
 
 
-LEAKS = [(None, False), (2.0, True), (2.0, False), (3.0, True), (3.0, False), (1.7, True, True), (1.7, False, True)]
 NEURONS = [
-    Dynamics(tau, decay_input, 0.8, v_reset, detach_reset, *learned)
-    for (tau, decay_input, *learned), v_reset, detach_reset in itertools.product(
-        LEAKS, [0.0, -0.3, 0.2, None], [False, True]
+    Dynamics(tau, decay_input, 0.8, v_reset, detach_reset)
+    for (tau, decay_input), v_reset, detach_reset in itertools.product(
+        [(None, False), (2.0, True), (2.0, False), (3.0, True), (3.0, False)], [0.0, -0.3, 0.2, None], [False, True]
     )
+]
+NEURONS += [
+    Dynamics(1.7, decay_input, 0.8, v_reset, detach_reset, learned_tau=True)
+    for decay_input, v_reset, detach_reset in itertools.product([True, False], [-0.3, None], [False, True])
 ]
 PLIF = replace(LIF, tau=1.7, learned_tau=True)
 
