@@ -26,7 +26,7 @@ class CallEnergies(NamedTuple):
 
 
 class _BatchNormNode(BaseNode):
-    """What BatchNormLIF and BatchNormIF share; the constructor's first half is nn.BatchNorm2d's.
+    """What the neurons behind a batch normalisation share; the constructor's first half is nn.BatchNorm2d's.
 
     Attributes:
         weight, bias, running_mean, running_var, num_batches_tracked: as those of nn.BatchNorm2d, with the same names
@@ -79,7 +79,7 @@ class _BatchNormNode(BaseNode):
             shape = (*(() if repeat is None else (repeat,)), *x.shape)
             if residual.shape != shape:
                 raise ValueError(f"residual must have the output's shape {shape}, got {tuple(residual.shape)}")
-        own = self.weight if self.weight is not None else self.running_mean
+        own = next(self.parameters(recurse=False), self.running_mean)
         if own is not None and own.device != x.device:
             raise ValueError(f"x is on {x.device} and the layer on {own.device}; move one of them with .to()")
         per_channel = x.numel() // self.num_features
@@ -183,7 +183,7 @@ class _BatchNormNode(BaseNode):
         y = self._normalise(time_folded)
         energies = self._new_energies(x.shape[0 if single or repeat is not None else 1], x.device)
         if energies is not None:
-            y = _DeltaTap.apply(y, energies.delta, self._gain(time_folded))
+            y = _DeltaTap.apply(y, energies.delta, self._gain(time_folded), self._reciprocal_tau(y))
         if repeat is not None:
             y = y.expand(repeat, *y.shape)
         elif not single:
@@ -259,17 +259,20 @@ def _energy(t: Tensor, gain: Tensor | None = None) -> Tensor:
 
 
 class _DeltaTap(torch.autograd.Function):
-    """Identity on y [T * N, C, *] that writes, in its backward pass, the energy of the gradient times ``gain``."""
+    """Identity on y [T * N, C, *] that writes, in its backward pass, the energy of the gradient times ``gain``.
+
+    ``parameter`` as in ``GradientNormTap``.
+    """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, buffer: Tensor, gain: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, buffer: Tensor, gain: Tensor, parameter: Tensor | None) -> Tensor:
         ctx.buffer, ctx.gain = buffer, gain
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         ctx.buffer.copy_(_energy(grad.unflatten(0, (-1, ctx.buffer.shape[0])), ctx.gain))
-        return grad, None, None
+        return grad, None, None, None
 
 
 class BatchNormLIF(_BatchNormNode, LIFNode):

@@ -27,6 +27,19 @@ class Dynamics:
     learned_tau: bool = False
 
     @property
+    def constant_tau(self) -> float | None:
+        """tau, unless it is learned or there is none."""
+        return None if self.learned_tau else self.tau
+
+    def check_reciprocal_tau(self, given: bool) -> None:
+        """Raises ValueError unless 1 / tau is given where it is learned, and only there."""
+        if given != self.learned_tau:
+            raise ValueError(
+                f"reciprocal_tau must be given if and only if tau is learned, got {'one' if given else 'none'} for "
+                f"learned_tau={self.learned_tau}; pass the present 1 / tau with it, and nothing without"
+            )
+
+    @property
     def v_rest(self) -> float:
         """Potential that the membrane leaks towards, and starts from."""
         return 0.0 if self.v_reset is None else self.v_reset

@@ -35,8 +35,8 @@ def gradient_norms(
         x: inputs [N, *].
         y: targets [N, *].
         criterion: loss of outputs and targets, a mean (or sum) over the batch, which is one example here.
-        weights_only: leave out parameters of one dimension (biases, normalisation): the spike-aware score bounds the
-            rest, weight matrices and convolution kernels.
+        weights_only: leave out parameters of fewer than two dimensions (biases, normalisation, time constants): the
+            spike-aware score bounds the rest, weight matrices and convolution kernels.
 
     Returns:
         float [N], detached, on x's device.
@@ -93,7 +93,7 @@ def _one_by_one(
 
 def _norms(gradients: tuple[Tensor | None, ...]) -> Tensor:
     """Norm over all parameters of gradients [N, *]."""
-    each = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients if g is not None]
+    each = [torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1) for g in gradients if g is not None]
     return torch.linalg.vector_norm(torch.stack(each), dim=0)
 
 

@@ -357,11 +357,11 @@ class BaseNode(nn.Module):
         """Spikes, v_seq and statistics by plain torch; sets the potential."""
         if not isinstance(v, Tensor):
             v = torch.full_like(x_seq[0], v, dtype=reference.state_dtype(x_seq.dtype), requires_grad=False)
-        norms = self._gradient_buffer(x_seq)
+        norms, reciprocal_tau = self._gradient_buffer(x_seq), self._reciprocal_tau(x_seq)
         if norms is not None:
-            x_seq = reference.GradientNormTap.apply(x_seq, norms, self.channel_scale)
+            x_seq = reference.GradientNormTap.apply(x_seq, norms, self.channel_scale, reciprocal_tau)
         spikes, self._state.v, v_seq = reference.multi_step(
-            x_seq, v, self.dynamics, self.surrogate_function, self._store_v_seq, self._reciprocal_tau(x_seq)
+            x_seq, v, self.dynamics, self.surrogate_function, self._store_v_seq, reciprocal_tau
         )
         if not self.collect_statistics:
             return spikes, v_seq, None
@@ -397,7 +397,7 @@ class BaseNode(nn.Module):
                 channel_scale=self.channel_scale,
             )
             return spikes, v_seq, None if count is None else self._statistics(count, norms)
-        ops.check(x_seq, v, self.channel_scale, reciprocal_tau)
+        ops.check(x_seq, v, reciprocal_tau, self.dynamics, self.channel_scale)
         statistics = record_norms = None
         if counts:
             statistics = CallStatistics(torch.is_grad_enabled())
@@ -516,11 +516,11 @@ class ParametricLIFNode(BaseNode):
     ``LIFNode`` with a product by 1 / tau in the place of the quotient.
 
     Args:
-        init_tau: initial membrane time constant in steps, a float > 1; w = -log(init_tau - 1).
+        init_tau: initial membrane time constant in steps, a finite float > 1; w = -log(init_tau - 1).
         decay_input, ... backend: as of ``LIFNode``.
 
     Attributes:
-        w: float32 parameter, 0-dim, the only entry of the state_dict.
+        w: parameter, 0-dim, of torch's default dtype when the neuron is made; the only entry of the state_dict.
 
     Raises:
         TypeError, ValueError: an argument is not of the kind above.
@@ -539,6 +539,8 @@ class ParametricLIFNode(BaseNode):
         backend: str | None = None,
     ) -> None:
         _check_tau("init_tau", init_tau)
+        if math.isinf(init_tau):
+            raise ValueError("init_tau must be finite, got inf, from which w could never move; an IFNode has no leak")
         super().__init__(
             init_tau,
             decay_input,
@@ -559,8 +561,8 @@ class ParametricLIFNode(BaseNode):
         return self.w.to(reference.state_dtype(x.dtype)).sigmoid()
 
     def extra_repr(self) -> str:
-        tau = 1.0 / self.w.double().sigmoid().item()
-        return f"{super().extra_repr()}, tau={tau:.4g} (learned), decay_input={self.decay_input}"
+        tau = "" if self.w.is_meta else f"{(1 + (-self.w.detach().double()).exp()).item():.4g} "
+        return f"{super().extra_repr()}, tau={tau}(learned), decay_input={self.decay_input}"
 
 
 def reset(module: nn.Module) -> None:

@@ -426,11 +426,40 @@ def test_learned_tau(training, affine, layout, decay_input, kernel_device):
 
 
 def test_a_frozen_tau_gets_no_gradient(kernel_device):
+    """And nothing is kept for one."""
     layer = make(6, PLIF).to(kernel_device)
     layer.w.requires_grad_(False)
     x = input_current((3, 4, 6, 5)).to(kernel_device).requires_grad_()
-    layer(x).sum().backward()
+    out = layer(x)
+    layer.weight.data.mul_(2)
+    out.sum().backward()
     assert layer.w.grad is None and x.grad.abs().sum() > 0 and layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_learned_tau_that_is_nearly_infinite(backend, affine, kernel_device):
+    """1 / tau is 0 in float32: no neuron fires, and no gradient is NaN."""
+    layer = make(6, PLIF, backend=backend, affine=affine).to(kernel_device)
+    layer.w.data.fill_(-110.0)
+    x = input_current((3, 4, 6, 5)).to(kernel_device).requires_grad_()
+    out = layer(x)
+    out.sum().backward()
+    assert (out == 0).all() and layer.w.grad == 0 and torch.isfinite(x.grad).all()
+
+
+def test_a_learned_tau_elsewhere_is_refused():
+    layer = make(6, PLIF, affine=False, track_running_stats=False).to("meta")
+    with pytest.raises(ValueError, match="x is on cpu and the layer on meta"):
+        layer(torch.zeros(3, 4, 6, 5))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_energies_where_only_a_learned_tau_wants_a_gradient(backend, kernel_device):
+    layer = make(6, PLIF, backend=backend, affine=False).to(kernel_device)
+    layer.collect_statistics = True
+    layer(input_current((3, 4, 6, 5)).to(kernel_device)).sum().backward()
+    assert (layer.energies[0].delta > 0).all()
 
 
 @pytest.mark.parametrize("alpha", [0.7, 2.0])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sadp_fast import BatchNormLIF, LIFNode, exact, models, reset
+from sadp_fast import BatchNormLIF, BatchNormParametricLIF, LIFNode, exact, models, reset
 from sadp_fast.exact import gradient_norms
 
 CLASSES, EXAMPLES = 5, 6
@@ -49,6 +49,16 @@ def test_norms_are_those_of_autograd(name, weights_only, device, monkeypatch):
     expected = one_at_a_time(model, x, y, 2 if weights_only else 1)
     assert expected.min() > 0 and expected.max() / expected.min() > 1.01
     torch.testing.assert_close(norms, expected, rtol=1e-9, atol=0)
+
+
+def test_time_constants_are_parameters_too(device, monkeypatch):
+    monkeypatch.setattr(exact, "_one_by_one", None)
+    monkeypatch.setattr(models.plain, "lif", lambda features: BatchNormParametricLIF(features, decay_input=False))
+    model, x, y = example("conv", device, torch.float64)
+    norms = [gradient_norms(model, x, y, criterion, weights_only=only) for only in (False, True)]
+    expected = [one_at_a_time(model, x, y, least) for least in (0, 2)]
+    torch.testing.assert_close(norms, expected, rtol=1e-9, atol=0)
+    assert ((expected[0] - one_at_a_time(model, x, y, 1)) / expected[0] > 1e-6).any()  # they count
 
 
 def test_any_number_of_examples_and_small_chunks(device, monkeypatch):

@@ -382,8 +382,17 @@ def test_spikes_with_a_learned_tau_do_not_flip_near_the_threshold(decay_input, k
 
 @pytest.mark.parametrize("tau", [torch.ones(1), torch.tensor(0.5, dtype=torch.float64)], ids=["shape", "dtype"])
 def test_a_reciprocal_tau_of_another_kind_is_refused(tau, kernel_device):
-    with pytest.raises(ValueError, match="reciprocal_tau must be one float32 number"):
+    with pytest.raises(ValueError, match="must be one float32 number on"):
         lif(torch.zeros(1, 1, 1, device=kernel_device), 0.0, PLIF, SIGMOID, 4.0, reciprocal_tau=tau.to(kernel_device))
+
+
+@pytest.mark.parametrize("d, tau", [(PLIF, None), (LIF, torch.tensor(0.5))], ids=["missing", "without use"])
+def test_a_reciprocal_tau_belongs_to_a_learned_tau(d, tau, kernel_device):
+    tau, x = None if tau is None else tau.to(kernel_device), torch.zeros(1, 1, 1, device=kernel_device)
+    with pytest.raises(ValueError, match="if and only if tau is learned"):
+        lif(x, 0.0, d, SIGMOID, 4.0, reciprocal_tau=tau)
+    with pytest.raises(ValueError, match="if and only if tau is learned"):
+        reference.multi_step(x, torch.zeros_like(x[0]), d, FUSED[SIGMOID](), reciprocal_tau=tau)
 
 
 @pytest.mark.parametrize("alpha", [None, 0.6, 2.5])

@@ -214,6 +214,29 @@ def test_gradients_of_a_learned_tau_cross_calls(step_mode, path, sj):
     assert_gradients_close(ours.w.grad, theirs.w.grad)
 
 
+def test_statistics_where_only_a_learned_tau_wants_a_gradient(path):
+    """Data in front of the first neuron: there is a backward pass, and the norm is that of a gradient for x."""
+    x, norms = current(3, 2, 15).to(path.device), []
+    for wants in (False, True):
+        node = ParametricLIFNode(step_mode="m", backend=path.backend).to(path.device)
+        node.collect_statistics = True
+        node(x.clone().requires_grad_(wants)).sum().backward()
+        norms.append(node.grad_norm_sq)
+    assert torch.equal(*norms) and (norms[0] > 0).all()
+
+
+def test_a_learned_tau_is_shown(path):
+    node = ParametricLIFNode(init_tau=2.5, backend=path.backend)
+    assert "tau=2.5 (learned)" in repr(node)
+    node.w.data.fill_(-800.0)
+    assert "tau=inf (learned)" in repr(node)
+    assert "tau=(learned)" in repr(node.to("meta"))
+    with pytest.raises(ValueError, match="init_tau must be finite, got inf"):
+        ParametricLIFNode(init_tau=math.inf)
+    with pytest.raises(ValueError, match=r"init_tau must be a float > 1\.0, got 2"):
+        ParametricLIFNode(init_tau=2)
+
+
 @pytest.mark.parametrize("step_mode", ["s", "m"])
 def test_detach_cuts_the_graph(step_mode, path, sj):
     theirs, ours = pair(sj, path, step_mode=step_mode, store_v_seq=True)

@@ -45,8 +45,9 @@ def autotune() -> Iterator[list[Choice]]:
     ``BatchNormLIF``'s kernels that meets a shape for the first time is timed in some six configurations, on cold
     caches, and keeps the fastest for the rest of the process; the curated one, unless another takes 2 % less. That
     compiles a kernel for each: a second or so, once (Triton keeps them on disk). Spikes and gradients are the same
-    bits in any configuration of ``LIFNode``; sums over elements (per-example statistics, batch statistics) are added in
-    another order, so their last bits may differ between processes that chose differently.
+    bits in any configuration of ``LIFNode``; sums over elements (per-example statistics, batch statistics, the gradient
+    of a learned time constant) are added in another order, so their last bits may differ between processes that chose
+    differently.
 
     Nothing is measured on the CPU or while a CUDA graph is recorded: run a step before.
 

@@ -20,6 +20,7 @@ from ..dynamics import Dynamics
 from .autotune import Choices
 from .batch_norm_lif_kernels import (
     GROUP,
+    SMALLEST_GAIN,
     _backward_kernel,
     _channel_statistics_kernel,
     _constants_kernel,
@@ -177,7 +178,7 @@ class Neuron(NamedTuple):
     @classmethod
     def of(cls, d: Dynamics, surrogate: int, alpha: float) -> Neuron:
         """From the dynamics, and the surrogate's position in ``surrogate.FUSED`` with its steepness."""
-        tau = None if d.learned_tau else d.tau
+        tau = d.constant_tau
         keep = 1.0 if tau is None else 1.0 - 1.0 / tau
         gain = 1.0 / tau if tau is not None and d.decay_input else 1.0
         learned = (d.learned_tau, d.learned_tau and d.decay_input)
@@ -504,7 +505,8 @@ class _BatchNormLIF(torch.autograd.Function):
         out, v, energy = _normalise_and_fire(
             x, shape, constants, reciprocal_tau, residual, neuron, repeat, want_v, energies is not None
         )
-        affine = (weight, bias) if neuron.learned_gain else (None, None)  # else the constants have all that is needed
+        driven = neuron.learned_gain and ctx.needs_input_grad[4]  # else the constants have all that is needed
+        affine = (weight, bias) if driven else (None, None)
         ctx.save_for_backward(x, constants, energy, reciprocal_tau, *affine)
         ctx.shape, ctx.neuron, ctx.repeat, ctx.energies = shape, neuron, repeat, energies
         ctx.use_batch, ctx.affine = norm.use_batch, weight is not None
@@ -565,8 +567,8 @@ class _BatchNormLIF(torch.autograd.Function):
         if wants_grad_tau:
             grad_tau = leak.sum()
             if neuron.learned_gain:  # the normalised input's part; its gradients have the factor 1 / tau already
-                driven = grad_weight.sum() if weight is None else grad_weight.dot(weight) + grad_bias.dot(bias)
-                grad_tau += driven / reciprocal_tau
+                driven = grad_weight if weight is None else grad_weight * weight + grad_bias * bias
+                grad_tau += driven.sum() / reciprocal_tau.clamp(min=SMALLEST_GAIN.value)
         return (
             grad_x[0] if repeated else grad_x,
             grad if ctx.needs_input_grad[1] else None,

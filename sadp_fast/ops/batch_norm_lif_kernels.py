@@ -109,12 +109,16 @@ def _tile_offsets(channel, pixel, channels, pixels, CHANNELS_LAST: tl.constexpr)
 # with two numbers a channel. Every kernel computes it by these functions.
 
 
+# Of a learned gain, by which sums are divided again: 1 / tau becomes 0 where it is learned to be nearly so.
+SMALLEST_GAIN = tl.constexpr(1e-30)
+
+
 @triton.jit
 def _keep_and_gain(reciprocal_tau_ptr, keep, gain, LEARNED_TAU: tl.constexpr, LEARNED_GAIN: tl.constexpr):
     """keep and gain; of a learned time constant keep, and where the input is divided by it gain, as they are now."""
     if LEARNED_TAU:
         reciprocal_tau = tl.load(reciprocal_tau_ptr)
-        return 1.0 - reciprocal_tau, reciprocal_tau if LEARNED_GAIN else gain
+        return 1.0 - reciprocal_tau, tl.maximum(reciprocal_tau, SMALLEST_GAIN) if LEARNED_GAIN else gain
     else:
         return keep, gain
 

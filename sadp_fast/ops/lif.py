@@ -976,7 +976,7 @@ class Constants(NamedTuple):
 @functools.lru_cache
 def constants_of(dynamics: Dynamics, v_init: float) -> Constants:
     d = dynamics
-    tau = 1.0 if d.tau is None or d.learned_tau else d.tau
+    tau = 1.0 if d.constant_tau is None else d.constant_tau
     return Constants(v_init, tau, d.tau is not None, d.decay_input, d.v_threshold, d.v_rest, d.v_reset is None)
 
 
@@ -1502,7 +1502,7 @@ class _RegisteredLIF(torch.autograd.Function):
     ):
         constants = (
             v_init_value,
-            1.0 if dynamics.tau is None or dynamics.learned_tau else dynamics.tau,
+            1.0 if dynamics.constant_tau is None else dynamics.constant_tau,
             dynamics.tau is not None,
             dynamics.decay_input,
             dynamics.v_threshold,
@@ -1604,7 +1604,13 @@ def _will_backward(*inputs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
-def check(x: Tensor, v: Tensor | float, channel_scale: Tensor | None, reciprocal_tau: Tensor | None) -> None:
+def check(
+    x: Tensor,
+    v: Tensor | float,
+    reciprocal_tau: Tensor | None,
+    dynamics: Dynamics,
+    channel_scale: Tensor | None,
+) -> None:
     """Raises ValueError for what the kernels cannot take; ``lif`` lists it."""
     if x.dtype not in SUPPORTED_DTYPES:
         raise ValueError(f"x must be float32, float16 or bfloat16, got {x.dtype}; cast it or use the reference")
@@ -1618,12 +1624,13 @@ def check(x: Tensor, v: Tensor | float, channel_scale: Tensor | None, reciprocal
         raise ValueError(
             f"channel_scale must have shape {tuple(x.shape[2:3])} (dimension 2 of x), got {tuple(channel_scale.shape)}"
         )
+    dynamics.check_reciprocal_tau(reciprocal_tau is not None)
     if reciprocal_tau is not None and (
         reciprocal_tau.ndim != 0 or reciprocal_tau.dtype != torch.float32 or reciprocal_tau.device != x.device
     ):
         raise ValueError(
-            f"reciprocal_tau must be one float32 number on {x.device}, got {reciprocal_tau.dtype} of shape "
-            f"{tuple(reciprocal_tau.shape)} on {reciprocal_tau.device}; move the neuron to where its input is"
+            f"reciprocal_tau, which w gives, must be one float32 number on {x.device}, got {reciprocal_tau.dtype} of "
+            f"shape {tuple(reciprocal_tau.shape)} on {reciprocal_tau.device}; move or cast it, or the neuron"
         )
 
 
@@ -1660,9 +1667,9 @@ def lif(
 
     Raises:
         ValueError: x has another dtype, fewer than two dimensions or no steps, v does not have the shape of x[0], or
-            reciprocal_tau is not as above.
+            reciprocal_tau is not as above, missing, or given without ``dynamics.learned_tau``.
     """
-    check(x, v, channel_scale, reciprocal_tau)
+    check(x, v, reciprocal_tau, dynamics, channel_scale)
     if runs_directly():
         record = None if grad_norm_sq is None else functools.partial(_write_norms, grad_norm_sq)
         spikes, v_final, v_seq, count = multi_step(

@@ -60,7 +60,11 @@ def multi_step(
 
     Returns:
         spikes [T, N, *] in x_seq's dtype, final v [N, *], and v_seq [T, N, *] or None, both in v's dtype.
+
+    Raises:
+        ValueError: reciprocal_tau is missing, or given without ``dynamics.learned_tau``.
     """
+    dynamics.check_reciprocal_tau(reciprocal_tau is not None)
     spikes, potentials = [], []
     for x in x_seq.unbind(0):
         h = charge(x.to(v.dtype), v, dynamics, reciprocal_tau)
@@ -92,14 +96,20 @@ def spike_count(spikes: Tensor) -> Tensor:
 
 
 class GradientNormTap(torch.autograd.Function):
-    """Identity whose backward writes ``squared_norm_per_example`` of the gradient into ``buffer`` [T, N]."""
+    """Identity whose backward writes ``squared_norm_per_example`` of the gradient into ``buffer`` [T, N].
+
+    ``parameter`` is a parameter of what comes behind it, or None: if it wants a gradient there is a backward pass, also
+    where x wants none.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, buffer: Tensor, channel_scale: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, buffer: Tensor, channel_scale: Tensor | None, parameter: Tensor | None = None
+    ) -> Tensor:
         ctx.buffer, ctx.channel_scale = buffer, channel_scale
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         ctx.buffer.copy_(squared_norm_per_example(grad, ctx.channel_scale))
-        return grad, None, None
+        return grad, None, None, None
