@@ -96,6 +96,8 @@ class Probe:
     layers: list[Call] = field(default_factory=list)
     norms: list[Call] = field(default_factory=list)
     neurons: list[Call] = field(default_factory=list)
+    # Layers that ``resolve`` found on the other side of a transposition of time and batch than the neuron beside them.
+    batch_first: set[str] = field(default_factory=set)
 
     def hooks(self) -> list[torch.utils.hooks.RemovableHandle]:
         """Register the recording hooks; the caller removes them."""
@@ -160,9 +162,19 @@ class Probe:
                     continue
             neuron_behind[source] = call.name
 
+        for call in self.neurons:
+            source = graph.walk_back(call.input, layer_of | norm_of)
+            if source is not None and graph.moves_time(call.input, source):
+                norm = next((n for n in self.norms if n.output == source), None)
+                feeding = source if norm is None else graph.walk_back(norm.input, layer_of)
+                if feeding is not None:
+                    self.batch_first.add(layer_of[feeding])
+
         found: dict[str, WeightLayer] = {}
         for call in self.layers:
             source = graph.walk_back(call.input, spikes_of)
+            if source is not None and graph.moves_time(call.input, source):
+                self.batch_first.add(call.name)
             norm = norm_behind.get(call.output)
             site = call.output if norm is None else norm.output
             layer = WeightLayer(
@@ -219,6 +231,20 @@ class _Graph:
                 return None
             edge = edge[0].next_functions[0]
         return None
+
+    def moves_time(self, edge: Edge, source: Edge) -> bool:
+        """Whether the first two dimensions change places between an edge and the one that ``walk_back`` found."""
+        while edge != source:
+            if _moves_time(edge[0]):
+                return True
+            edge = edge[0].next_functions[0]
+        return False
+
+
+def _moves_time(node: Any) -> bool:
+    if _kind(node) == "Transpose":
+        return {node._saved_dim0, node._saved_dim1} == {0, 1}
+    return _kind(node) == "Permute" and node._saved_dims[0] != 0
 
 
 def _channels_line_up(norm_output: torch.Size, x: torch.Size) -> bool:

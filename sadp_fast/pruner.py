@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from itertools import accumulate
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -63,12 +63,17 @@ class _Batch:
         None  # d(what backward() was called on) / d(loss): a GradScaler's factor, 1/accumulation
     )
     mean_factor: float = 1.0  # 1/B where the loss is a mean
+    awaits_backward: bool = False  # whether scores will be those of a loss that has not been differentiated yet
     direct_score: Tensor | None = None  # "loss", "el2n" and "given" need no backward pass
     collected: bool = False
 
     @property
     def size(self) -> int:
         return self.indices.shape[0]
+
+    def differentiated(self, gradient: Tensor) -> None:
+        """Hook of the loss, in its backward pass."""
+        self.loss_gradient, self.awaits_backward = gradient.detach(), False
 
 
 class SADP:
@@ -88,7 +93,8 @@ class SADP:
                 sadp_fast.reset(model)                                                  # 4, or SpikingJelly's reset_net
 
     Args:
-        model: the network, with this package's neurons for the scores "all" and "last"; any module for the others.
+        model: the network. For the scores "all" and "last", which read its autograd graph, neurons that take all time
+            steps at once have to be this package's, at least one of them; any module for the others.
         num_examples: N, size of the training set; examples are known by their index in it.
         epochs: how many epochs will be trained: the schedule's length.
         prune_ratio: r in [0, 1), the mean share of examples left out per epoch, full-data epochs included. 0 is
@@ -147,6 +153,13 @@ class SADP:
             if not isinstance(count, Integral):
                 remedy = "len(train_set)" if name == "num_examples" else "the number of epochs you train"
                 raise TypeError(f"{name} must be an integer, got {_name_of(count)}: pass {remedy}")
+        if not isinstance(prune_ratio, (float, Real)) or not 0 <= prune_ratio < 1:
+            raise ValueError(f"prune_ratio must be a number in [0, 1), got {prune_ratio!r}: 0.5 leaves out half")
+        for name, epochs_of in (("warmup_epochs", warmup_epochs), ("tail_epochs", tail_epochs)):
+            if not isinstance(epochs_of, (int, Integral, type(None))):
+                raise TypeError(f"{name} must be an integer or None, got {epochs_of!r}: pass a number of epochs")
+        if not isinstance(seed, (int, Integral)) or seed < 0:
+            raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
         if score not in SCORES:
             raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
         if weights not in (None, *WEIGHTS):
@@ -292,7 +305,7 @@ class SADP:
         if self._scores_looked_at or self._trained < self.num_examples:
             return
         self._scores_looked_at = True
-        known = int(self.scores.isfinite().sum())
+        known, zero = (int(found.sum()) for found in (self.scores.isfinite(), self.scores == 0))
         if known < self.num_examples / 2:
             cause = (
                 "call sadp.give(scores)" if self.score == "given" else "train on sadp.loss(criterion, output, target)"
@@ -300,6 +313,13 @@ class SADP:
             warnings.warn(
                 f"{known} of {self.num_examples} examples have a finite score, too few to prune by, so that "
                 f"examples are drawn nearly uniformly: {cause} in every batch, and look for NaN in the data",
+                stacklevel=5,
+            )
+        elif zero > self.num_examples / 2 and self.score != "given":
+            warnings.warn(
+                f"{zero} of {self.num_examples} examples have a score of 0, so that examples are drawn nearly "
+                "uniformly: neurons in front of a scored layer are silent; lower v_threshold, try decay_input=False, "
+                "or score='all' in the place of 'last'",
                 stacklevel=5,
             )
 
@@ -323,7 +343,8 @@ class SADP:
             )
         if self.epoch >= len(self.ratios):
             raise RuntimeError(
-                f"all {len(self.ratios)} planned epochs are trained; build SADP with epochs= the number you train"
+                f"all {len(self.ratios)} planned epochs are trained: build SADP with epochs= the number you train. "
+                "Every loop over its loader counts as one, next(iter(loader)) too: evaluate with another DataLoader"
             )
 
     def _epoch(self, batches: EpochBatches) -> Iterator[Tensor]:
@@ -444,14 +465,26 @@ class SADP:
             self._warn_of_uncovered(layers)
         multi_step = [call for call in probe.neurons if self.model.get_submodule(call.name).step_mode == "m"]
         self._steps = max((call.output_shape[0] for call in multi_step), default=1)
+        for call in probe.layers:
+            folded = call.output_shape[0] == self._steps * batch.size or self._steps == batch.size
+            if call.name in probe.batch_first and self._steps > 1 and folded:
+                raise ValueError(
+                    f"{call.name} takes [N, T, *] (or [N * T, *]) and a neuron [T, N, *], in whose order scores tell "
+                    "examples apart: put time first in the whole model, or use score='loss' or 'el2n'"
+                )
         try:
             with torch.no_grad():
                 batch.taps = EnergyTaps.of_first_batch(
                     self.model, layers, probe, steps=self._steps, batch_size=batch.size
                 )
         except ValueError as error:
-            if probe.neurons:
+            if multi_step:
                 raise
+            if probe.neurons:
+                raise ValueError(
+                    f"{error}; if the model takes all time steps at once, as through a MultiStepContainer, make its "
+                    "neurons take them too: LIFNode(step_mode='m')"
+                ) from error
             raise ValueError(
                 f"score={self.score!r} found no neuron of sadp_fast in the forward pass, so that the number of time "
                 "steps is not known: put sadp_fast.LIFNode in the place of other neurons, or use score='loss' or 'el2n'"
@@ -483,7 +516,7 @@ class SADP:
             self._set_statistics(True)
 
     def loss(self, criterion: Callable[..., Tensor], output: Tensor, target: Tensor) -> Tensor:
-        """The loss to call ``backward()`` on: the weighted mean of the examples' losses.
+        """The loss to call ``backward()`` on: the weighted mean of the examples' losses. Once a batch.
 
         Args:
             criterion: a loss module or function with PyTorch's ``reduction`` ("mean", "sum" or "none").
@@ -495,14 +528,21 @@ class SADP:
             1/B for reduction "sum").
 
         Raises:
-            RuntimeError: no batch of this SADP is being trained on.
+            RuntimeError: no batch of this SADP is being trained on, or scores would be taken from two losses of it.
             TypeError: the criterion has no ``reduction``.
+            ValueError: the output has not one row for each example.
         """
         batch = self._batch
         if batch is None:
             if self.passive:
                 return criterion(output, target)
             raise RuntimeError("sadp.loss() belongs inside a loop over sadp.loader(...) or sadp.batches(...)")
+        if batch.awaits_backward:
+            raise RuntimeError(
+                "sadp.loss() was called for a second time in a batch, before backward(), but scores are taken from one "
+                "loss: put its parts into one criterion (soft targets for mixup; a module with `reduction` on outputs "
+                "[B, T, C] for a loss at every step), or build SADP with score='given' or 'random'"
+            )
         batch.forward_done = True
         self._set_statistics(False)
         if not self.passive and isinstance(output, Tensor) and (output.ndim == 0 or len(output) != batch.size):
@@ -520,16 +560,17 @@ class SADP:
         else:
             losses = _per_example(unreduced(output, target), batch.size)
             loss = (losses * batch.weights.to(losses)).sum() * batch.mean_factor
-        if batch.scored:
+        if batch.scored and self.score != "given":
             if self.score == "loss":
                 with torch.no_grad():
                     batch.direct_score = _per_example(unreduced(output, target), batch.size)
             elif self.score == "el2n":
                 batch.direct_score = el2n_score(output, target)
-            elif self.score in _GRADIENT_SCORES and loss.requires_grad:
-                if self._layers is None:
-                    self._read_dataflow(batch, loss)
-                loss.register_hook(lambda grad: setattr(batch, "loss_gradient", grad.detach()))
+            elif loss.requires_grad and self._layers is None:
+                self._read_dataflow(batch, loss)
+            if loss.requires_grad:
+                batch.awaits_backward = True
+                loss.register_hook(batch.differentiated)
         return loss
 
     @property
@@ -652,9 +693,13 @@ class SADP:
         """Go on from ``state_dict()``.
 
         Raises:
-            ValueError: the state was saved with other settings; the message names the first that differs.
+            ValueError: it is no state of a SADP, or was saved with other settings; the message names the first that
+                differs.
         """
         before_these = {"weights": "unbiased", "score_momentum": 0.0}  # what states older than these settings had
+        if not isinstance(state, dict) or not {"config", "epoch", "scores"} <= set(state):
+            found = f"a dict with {', '.join(map(str, state))}" if isinstance(state, dict) else _name_of(state)
+            raise ValueError(f"state must be what SADP.state_dict() returned, got {found}: pass SADP's part of it")
         for name, saved in {**before_these, **state["config"]}.items():
             if self._config[name] != saved:
                 raise ValueError(
@@ -720,6 +765,12 @@ class PrunedLoader:
         if not options.get("pin_memory_device"):
             options.pop("pin_memory_device", None)  # its mere presence warns in newer versions of torch
         return DataLoader(self.loader.dataset, batch_sampler=_Rows(self), **options)
+
+    def __getattr__(self, name: str) -> Any:
+        # What else one asks a DataLoader for: dataset, num_workers, drop_last, sampler, ...
+        if "loader" in self.__dict__:
+            return getattr(self.loader, name)
+        raise AttributeError(name)
 
     def __iter__(self) -> Iterator[Any]:
         sadp = self.sadp

@@ -72,6 +72,33 @@ def test_a_learned_time_constant_is_no_input_of_a_layer(backend, kernel_device):
     }
 
 
+class BatchFirst(nn.Module):
+    """[N, T, *] everywhere but in the neuron."""
+
+    def __init__(self, norm, steps):
+        super().__init__()
+        self.conv, self.norm, self.neuron = nn.Conv2d(2, 4, 3, padding=1), norm, lif()
+        self.head, self.steps = nn.Linear(4 * 36, 5), steps
+
+    def forward(self, x):
+        current = self.norm(self.conv(x.flatten(0, 1))).unflatten(0, (-1, self.steps))
+        spikes = self.neuron(current.transpose(0, 1)).permute(1, 0, 2, 3, 4)
+        return self.head(spikes.flatten(2)).mean(1)
+
+
+@pytest.mark.parametrize("steps", [T, N])
+@pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.BatchNorm2d(4)])
+def test_batch_first_beside_neurons_is_refused(norm, steps):
+    """Whether N * T examples' steps are in the order of N or of T cannot be told from the shape."""
+    model = BatchFirst(norm(), steps)
+    x = torch.rand(N, steps, 2, 6, 6) * 3
+    sadp = SADP(model, N, epochs=3)
+    next(batches := sadp.batches(N))
+    with pytest.raises(ValueError, match=r"conv takes \[N, T, \*\].*put time first"):
+        sadp.loss(nn.CrossEntropyLoss(), model(x), torch.zeros(N, dtype=torch.long))
+    batches.close()
+
+
 class Residual(nn.Module):
     def __init__(self, add_before_neuron):
         super().__init__()

@@ -22,7 +22,7 @@ class Net(nn.Module):
             nn.Linear(FEATURES, 16),
             LIFNode(step_mode="m"),
             nn.Linear(16, 16),
-            LIFNode(step_mode="m"),
+            LIFNode(step_mode="m", v_threshold=0.2),
             nn.Linear(16, CLASSES),
         )
 
@@ -198,8 +198,50 @@ def test_scores_are_those_of_the_unweighted_loss(data, score, factor):
             model.zero_grad()
             (loss * factor).backward()
             sadp_fast.reset(model)
-    assert sadp.ratios[2] > 0 and sadp.scores.isfinite().all()
+    assert sadp.ratios[2] > 0 and sadp.scores.isfinite().all() and (sadp.scores > 0).float().mean() > 0.9
     torch.testing.assert_close(sadp.scores, exact_scores(model, data, score), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("score", ["all", "last", "loss", "el2n", "given", "random"])
+def test_scores_are_taken_from_one_loss_a_batch(data, score):
+    """Two losses before one backward pass, as of mixup, are refused where scores would be those of the last alone."""
+    model, (x, y) = Net(), data.tensors
+    sadp = SADP(model, N, epochs=4, score=score)
+    row = next(batches := sadp.batches(16))
+    output = model(x[row])
+    first = sadp.loss(criterion, output, y[row])
+    if score in ("given", "random"):
+        (first + sadp.loss(criterion, output, y[row].flip(0))).backward()
+        return
+    with pytest.raises(RuntimeError, match="a second time in a batch, before backward"):
+        sadp.loss(criterion, output, y[row].flip(0))
+    first.backward()
+    sadp_fast.reset(model)
+    sadp.loss(criterion, model(x[row]), y[row]).backward()  # as of an optimizer that takes two passes a step
+    sadp_fast.reset(model)
+    row_2 = next(batches)
+    assert (sadp.scores[row] > 0).any()
+    sadp.loss(criterion, model(x[row_2]), y[row_2]).backward()
+
+
+def test_silent_neurons_are_warned_of(data):
+    model = Net()
+    model.body[3].v_threshold = 100.0
+    sadp = SADP(model, N, epochs=3, score="last")
+    train(sadp, model, sadp.loader(DataLoader(data, batch_size=16)), 1)
+    with pytest.warns(UserWarning, match=f"{N} of {N} examples have a score of 0"):
+        train(sadp, model, sadp.loader(DataLoader(data, batch_size=16)), 1)
+
+
+def test_a_pruned_loader_has_what_a_loader_has(data):
+    ordinary = DataLoader(data, batch_size=16, drop_last=True)
+    loader = SADP(Net(), N, epochs=3).loader(ordinary)
+    assert (
+        loader.dataset is data and loader.drop_last and loader.num_workers == 0 and loader.sampler is ordinary.sampler
+    )
+    with pytest.raises(AttributeError, match="'DataLoader' object has no attribute 'data_set'"):
+        _ = loader.data_set
+    assert copy.copy(loader).dataset is data
 
 
 def test_a_real_grad_scaler_is_divided_out(data):

@@ -174,7 +174,7 @@ def trained(trainer: Trainer) -> dict[str, Any]:
     return {"test_accuracy": accuracy, "test_loss": loss, "losses": losses, "seconds": seconds}
 
 
-def show(out: Path) -> None:
+def show(out: Path, data_set: str) -> None:
     """Table, plot and JSON of all runs that are there."""
     runs = [json.loads(path.read_text()) for path in sorted(out.glob("*-s*.json"))]
     names = [name for name in ways(runs[0]["config"]["epochs"]) if any(run["name"] == name for run in runs)]
@@ -189,7 +189,7 @@ def show(out: Path) -> None:
     panel.set_xlabel("Test accuracy after the last epoch (%)")
     config, device = runs[0]["config"], runs[0]["device"]
     panel.set_title(
-        f"Ways to select half of the data: each seed, mean and range\n{config['dataset']}, {config['model']}, "
+        f"Ways to select half of the data: each seed, mean and range\n{data_set}, {config['model']}, "
         f"{config['epochs']} epochs ({device})",
         fontsize=10,
     )
@@ -230,7 +230,7 @@ def main() -> None:
             run = {"name": name, "config": vars(config), **environment(device), **result}
             report.write_json(run, path, indent=1)
             print(f"{name}, seed {seed}: {100 * result['test_accuracy']:.2f} %, {time.monotonic() - start:.0f} s")
-    show(given.out)
+    show(given.out, dataset.name)
 
 
 if __name__ == "__main__":
