@@ -27,7 +27,8 @@ STEP_MODES = ("s", "m")
 
 def _check_tau(name: str, tau: float) -> None:
     if not isinstance(tau, float) or not tau > 1.0:
-        raise ValueError(f"{name} must be a float > 1.0, got {tau!r}; an IFNode has no leak")
+        remedy = "write it as a float" if isinstance(tau, int) and tau > 1 else "an IFNode has no leak"
+        raise ValueError(f"{name} must be a float > 1.0, got {tau!r}; {remedy}")
 
 
 def _constant(name: str) -> Any:
@@ -130,7 +131,7 @@ class BaseNode(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(v_threshold, float):
-            raise TypeError(f"v_threshold must be a float, got {v_threshold!r}; write {v_threshold!r} as a float")
+            raise TypeError(f"v_threshold must be a float, got {v_threshold!r}; 1.0 is the default")
         if v_reset is not None and not isinstance(v_reset, float):
             raise TypeError(f"v_reset must be a float or None (soft reset), got {v_reset!r}")
         if not isinstance(detach_reset, bool):
@@ -566,7 +567,7 @@ class ParametricLIFNode(BaseNode):
 
 
 def reset(module: nn.Module) -> None:
-    """Call ``reset()`` of every neuron of this package in ``module``."""
+    """Call ``reset()`` of every neuron of this package in ``module``; what else keeps a state is left alone."""
     for child in module.modules():
         if isinstance(child, BaseNode):
             child.reset()

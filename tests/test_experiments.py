@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from sadp_fast import pruner
+from sadp_fast import data, pruner
 
 SCRIPTS = Path(__file__).parents[1] / "docs" / "experiments"
 
@@ -52,3 +53,23 @@ def test_the_network_without_spikes_trains(tmp_path, monkeypatch, capsys):
     assert run["config"]["time_steps"] == 1 and run["config"]["prune_ratio"] == 0
     assert run["losses"][-1] < run["losses"][0] and run["test_accuracy"] > 0.9
     assert "2 seeds: " in capsys.readouterr().out
+
+
+def test_cifar_becomes_small_enough_for_a_cpu(tmp_path, monkeypatch):
+    experiment = load("small_cifar")
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels, channels = torch.arange(6), torch.ones(3)
+    cifar = data.Dataset("CIFAR-10", images, labels, images[:4], labels[:4], 10, channels, channels, True)
+    monkeypatch.setattr(experiment, "load", lambda name, folder: cifar)
+    file = tmp_path / "small.npz"
+    arguments = ["small_cifar.py", "--data-dir", "anywhere", "--out", str(file), "--examples", "5"]
+    monkeypatch.setattr("sys.argv", arguments)
+    experiment.main()
+    small = data.load("npz", file)
+    assert small.train_images.shape == (5, 3, 16, 16) and small.test_images.shape == (4, 3, 16, 16)
+    assert small.train_labels.tolist() == list(range(5))
+    mean = images[0, 1, 2:4, 6:8].float().mean()
+    assert abs(small.train_images[0, 1, 1, 3] - mean) <= 0.5
+    with pytest.raises(SystemExit):
+        experiment.main()  # nothing is overwritten
