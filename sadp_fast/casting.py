@@ -20,6 +20,9 @@ def cast_weights_at_once(model: nn.Module) -> None:
     Outputs and gradients are bit for bit those of autocast. It concerns the trained float32 weights and biases of
     Linear and Conv modules; outside of autocast nothing changes. Their gradients all arrive at the end of the backward
     pass, so DistributedDataParallel cannot send them while it runs.
+
+    Args:
+        model: the whole network, whose forward hooks do it; its modules stay as they are.
     """
     caster = _Caster(model)
     model.register_forward_pre_hook(caster.swap)

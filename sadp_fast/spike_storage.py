@@ -54,10 +54,11 @@ def packed_spikes() -> saved_tensors_hooks:
 
     ``with packed_spikes(): loss = criterion(model(x), target)``, then ``loss.backward()`` inside or outside. Gradients
     are bit for bit those of dense spikes. A tensor saved by several layers (its views included) is packed once, and
-    expanded once for those that need it at the same time. Kept dense are tensors without a promise (see ``mark``;
-    autocast's copies among them), values of more than four bits, and dtypes other than float32, float16 and bfloat16.
-    Inside other ``saved_tensors_hooks`` the innermost ones act alone, as always in torch. Works while a CUDA graph is
-    recorded; ``torch.compile``d parts keep what they keep.
+    expanded once for those that need it at the same time. Kept dense are tensors of which nothing says that they are
+    small whole numbers (``spike_storage.mark``; neurons mark their spikes, autocast's copies are not marked), values of
+    more than four bits, and dtypes other than float32, float16 and bfloat16. Inside other ``saved_tensors_hooks`` the
+    innermost ones act alone, as always in torch. Works while a CUDA graph is recorded; ``torch.compile``d parts keep
+    what they keep.
     """
     return saved_tensors_hooks(partial(_pack, WeakTensorKeyDictionary()), _unpack)
 

@@ -99,6 +99,25 @@ def test_batch_first_beside_neurons_is_refused(norm, steps):
     batches.close()
 
 
+def test_single_step_neurons_in_a_container_over_time():
+    """Nothing says then what T is; the remedy is not another score."""
+
+    class Container(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.neuron = LIFNode()
+
+        def forward(self, x_seq):
+            return torch.stack([self.neuron(x) for x in x_seq])
+
+    model = nn.Sequential(OverTime(nn.Linear(6, 6)), Container(), OverTime(nn.Linear(6, 5)))
+    sadp = SADP(model, N, epochs=3)
+    next(batches := sadp.batches(N))
+    with pytest.raises(ValueError, match=r"make its neurons take them too: LIFNode\(step_mode='m'\)"):
+        sadp.loss(nn.CrossEntropyLoss(), model(torch.rand(T, N, 6)).mean(0), torch.zeros(N, dtype=torch.long))
+    batches.close()
+
+
 class Residual(nn.Module):
     def __init__(self, add_before_neuron):
         super().__init__()

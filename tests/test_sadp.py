@@ -507,8 +507,10 @@ def test_same_draws_on_every_device(data, device):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"prune_ratio": 1.0}, "ratio"),
-        ({"prune_ratio": -0.1}, "ratio"),
+        ({"prune_ratio": 1.0}, r"prune_ratio must be a number in \[0, 1\), got 1\.0"),
+        ({"prune_ratio": -0.1}, "prune_ratio must be"),
+        ({"prune_ratio": "0.5"}, "prune_ratio must be a number"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
         ({"score": "entropy"}, "score must be one of all, last, loss, .*static_random, got 'entropy'"),
         ({"policy": "best"}, "policy"),
         ({"smoothing": 2.0}, "smoothing"),
@@ -535,6 +537,29 @@ def test_arguments_of_another_kind(arguments, message):
     model, count, epochs = arguments
     with pytest.raises(TypeError, match=message):
         SADP(model, count, epochs=epochs)
+
+
+@pytest.mark.parametrize("name", ["warmup_epochs", "tail_epochs"])
+def test_halves_of_epochs(name):
+    with pytest.raises(TypeError, match=f"{name} must be an integer or None, got 1.5"):
+        SADP(Net(), N, epochs=10, **{name: 1.5})
+
+
+@pytest.mark.parametrize(
+    ("state", "found"), [({"model": 1, "sadp": 2}, "a dict with model, sadp"), (None, "NoneType")], ids=str
+)
+def test_a_foreign_state_is_refused(state, found):
+    sadp = SADP(Net(), N, epochs=4)
+    with pytest.raises(ValueError, match=f"state must be what .* returned, got {found}: pass SADP's part of it"):
+        sadp.load_state_dict(state)
+
+
+def test_a_loop_too_many_says_what_counts_as_one(data):
+    loader = SADP(Net(), N, epochs=3, score="random").loader(DataLoader(data, batch_size=16))
+    for _ in range(3):
+        next(iter(loader))
+    with pytest.raises(RuntimeError, match=r"all 3 planned epochs are trained.*next\(iter\(loader\)\) too"):
+        next(iter(loader))
 
 
 def test_graphed_step_without_a_gpu():
