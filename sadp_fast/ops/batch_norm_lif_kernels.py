@@ -118,7 +118,9 @@ def _keep_and_gain(reciprocal_tau_ptr, keep, gain, LEARNED_TAU: tl.constexpr, LE
     """keep and gain; of a learned time constant keep, and where the input is divided by it gain, as they are now."""
     if LEARNED_TAU:
         reciprocal_tau = tl.load(reciprocal_tau_ptr)
-        return 1.0 - reciprocal_tau, tl.maximum(reciprocal_tau, SMALLEST_GAIN) if LEARNED_GAIN else gain
+        if LEARNED_GAIN:
+            gain = tl.maximum(reciprocal_tau, SMALLEST_GAIN, propagate_nan=tl.PropagateNan.ALL)
+        return 1.0 - reciprocal_tau, gain
     else:
         return keep, gain
 
