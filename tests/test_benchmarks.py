@@ -290,7 +290,7 @@ def test_a_wrong_layer_is_found(bench):
 
 
 def run_suite(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
     # Neither the interpreter nor this run's workers, under which nothing is timed.
     environment = {k: v for k, v in environment.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_XDIST")}
     command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-p", "no:cacheprovider", *arguments]
