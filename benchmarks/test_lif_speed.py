@@ -232,9 +232,8 @@ def check_tau(node: torch.nn.Module, data: Inputs) -> None:
 @pytest.mark.parametrize("name", learners())
 def test_learned_tau(benchmark, bench, name: str, dtype: torch.dtype) -> None:
     """As many bytes as with a constant time constant, whose gradient is one more number."""
-    case, node, role = Case(SHAPES[0], dtype), learners()[name]().to(bench.device.type), "peer"
-    if isinstance(node, sadp_fast.ParametricLIFNode):
-        role = "ours"
+    case, node = Case(SHAPES[0], dtype), learners()[name]().to(bench.device.type)
+    role = "ours" if isinstance(node, sadp_fast.ParametricLIFNode) else "peer"
     with bench.row("LIF neurons", f"LIF forward + backward, tau learned, {case}", name, role) as row:
         data, layer = inputs(bench.device, case), from_rest(node)
         if role == "ours" or dtype == torch.float32:  # in half types SpikingJelly's state is a half, too

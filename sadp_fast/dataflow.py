@@ -142,7 +142,8 @@ class Probe:
         """Read the graph behind ``output`` (the model's output or the loss); layers in the order of their calls."""
         graph = _Graph(output)
         layer_of = {call.output: call.name for call in self.layers}
-        norm_of = {call.output: call.name for call in self.norms}
+        norm_at = {call.output: call for call in self.norms}
+        norm_of = {output: call.name for output, call in norm_at.items()}
         spikes_of = {call.output: call.name for call in self.neurons}
         modules = dict(self.model.named_modules())
 
@@ -156,17 +157,14 @@ class Probe:
             source = graph.walk_back(call.input, layer_of | norm_of, alone=True, moves=False)
             if source is None:
                 continue
-            if source in norm_of:
-                behind = next(n for n in self.norms if n.output == source)
-                if not _channels_line_up(behind.output_shape, call.input_shape):
-                    continue
+            if source in norm_at and not _channels_line_up(norm_at[source].output_shape, call.input_shape):
+                continue
             neuron_behind[source] = call.name
 
         for call in self.neurons:
             source = graph.walk_back(call.input, layer_of | norm_of)
             if source is not None and graph.moves_time(call.input, source):
-                norm = next((n for n in self.norms if n.output == source), None)
-                feeding = source if norm is None else graph.walk_back(norm.input, layer_of)
+                feeding = graph.walk_back(norm_at[source].input, layer_of) if source in norm_at else source
                 if feeding is not None:
                     self.batch_first.add(layer_of[feeding])
 
