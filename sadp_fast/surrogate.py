@@ -186,7 +186,7 @@ class Rect(Surrogate):
         return (alpha * x + 0.5).clamp(0, 1)
 
 
-# The position in this table is the kernels' SURROGATE constant (sadp_fast/ops/lif.py).
+# The position in this table is the kernels' SURROGATE constant (sadp_fast/ops/equations.py).
 FUSED = (Sigmoid, ATan, PiecewiseQuadratic, PiecewiseExp, SoftSign, SuperSpike, Erf, Rect)
 _FUSED_INDEX: dict[type, int] = {cls: i for i, cls in enumerate(FUSED)}
 _FUSED_BY_NAME = {cls.__name__: i for i, cls in enumerate(FUSED)}

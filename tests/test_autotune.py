@@ -5,9 +5,8 @@ import torch
 
 import sadp_fast
 from sadp_fast import surrogate
-from sadp_fast.ops import autotune
+from sadp_fast.ops import autotune, lif_launch
 from sadp_fast.ops import batch_norm_lif as norm_ops
-from sadp_fast.ops import lif as lif_ops
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -18,9 +17,9 @@ needs_interpreter = pytest.mark.skipif(ON_GPU, reason="replaces the clock; on a 
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch):
     """Each test starts as a process does, and leaves no choice behind."""
-    monkeypatch.setattr(lif_ops, "_forward_plans", {})
-    monkeypatch.setattr(lif_ops, "_backward_plans", {})
-    for choices in (*lif_ops._CHOICES.values(), *norm_ops._CHOICES.values()):
+    monkeypatch.setattr(lif_launch, "_forward_plans", {})
+    monkeypatch.setattr(lif_launch, "_backward_plans", {})
+    for choices in (*lif_launch._CHOICES.values(), *norm_ops._CHOICES.values()):
         monkeypatch.setattr(choices, "_measured", {})
 
 
@@ -105,7 +104,7 @@ def test_on_the_cpu_nothing_is_measured():
 @pytest.mark.parametrize("steps", [3, 40])
 def test_a_neuron_keeps_the_fastest_configuration_with_the_same_results(clock, steps, dtype):
     curated = lif_step(steps, dtype)
-    before = configurations(lif_ops._forward_plans), configurations(lif_ops._backward_plans)
+    before = configurations(lif_launch._forward_plans), configurations(lif_launch._backward_plans)
     with sadp_fast.autotune() as choices:
         tuned = lif_step(steps, dtype)
         assert_same(lif_step(steps, dtype), tuned, bits=4)
@@ -122,7 +121,7 @@ def test_a_neuron_keeps_the_fastest_configuration_with_the_same_results(clock, s
             torch.testing.assert_close(first[-1].sum(1), own[-1].sum(1))
 
     assert_same(lif_step(steps, dtype), tuned, bits=4)  # outside again: kept
-    after = configurations(lif_ops._forward_plans), configurations(lif_ops._backward_plans)
+    after = configurations(lif_launch._forward_plans), configurations(lif_launch._backward_plans)
     for was, now, choice in zip(before, after, choices, strict=True):
         assert len(was) == len(now) == 1 and was != now
         assert now[0][1:] == tuple(choice.configuration)[1:]  # elements are fewer where an example has fewer
@@ -146,10 +145,10 @@ def test_another_shape_is_measured_where_it_runs(clock):
 def test_a_small_advantage_is_noise(clock):
     clock.seconds = lambda number, count: 1.0 if number == 0 else 0.99
     curated = lif_step()
-    before = configurations(lif_ops._forward_plans)
+    before = configurations(lif_launch._forward_plans)
     with sadp_fast.autotune() as choices:
         assert_same(lif_step(), curated, bits=4)
-    assert configurations(lif_ops._forward_plans) == before
+    assert configurations(lif_launch._forward_plans) == before
     assert all(choice.seconds == choice.curated_seconds == 1.0 for choice in choices) and len(choices) == 2
 
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sadp_fast.ops.lif import LONGEST_CHUNK
+from sadp_fast.ops.lif_launch import LONGEST_CHUNK
 
 CHUNK = LONGEST_CHUNK[4]  # of float32, in which most of these tests run
 
@@ -133,62 +133,64 @@ def describe(compiled, recorder: Recorder) -> dict:
 
 def compile_for(architecture: int) -> dict:
     """Everything that the tests ask about one architecture."""
-    from sadp_fast.ops import lif as ops
+    from sadp_fast.ops import lif, lif_launch
     from sadp_fast.surrogate import FUSED
 
-    forward, backward = Recorder(ops._lif_forward_kernel), Recorder(ops._lif_backward_kernel)
-    ops._lif_forward_kernel, ops._lif_backward_kernel = forward, backward
+    forward, backward = Recorder(lif_launch._lif_forward_kernel), Recorder(lif_launch._lif_backward_kernel)
+    lif_launch._lif_forward_kernel, lif_launch._lif_backward_kernel = forward, backward
 
     def launch(x, tau, decay_input, v_reset, surrogate, *, statistics, everything=False):
-        ops._forward_plans.clear()  # made for another tuning
-        ops._backward_plans.clear()
+        lif_launch._forward_plans.clear()  # made for another tuning
+        lif_launch._backward_plans.clear()
         leak, soft_reset, learned = tau is not None, v_reset is None, tau == LEARNED
         constants = (0.0, 1.0 if tau is None or learned else tau, leak, decay_input, 1.0, v_reset or 0.0, soft_reset)
         v_init = torch.empty(x.shape[1:]) if everything else None
         reciprocal_tau = torch.empty(()) if learned else None
-        chunks = len(x) > ops.LONGEST_CHUNK[x.element_size()]
-        _, v, _, checkpoints, _ = ops._launch_forward(
+        chunks = len(x) > lif_launch.LONGEST_CHUNK[x.element_size()]
+        _, v, _, checkpoints, _ = lif._launch_forward(
             x, v_init, reciprocal_tau, *constants, everything, chunks, statistics
         )
         grad_v_seq = torch.empty(x.shape) if everything else None
         scale = torch.empty(x.shape[2]) if everything else None
         grads = (x, v if everything else None, grad_v_seq, scale)
         options = (False, surrogate, 2.0, everything, statistics, learned)
-        ops._launch_backward(x, v_init, reciprocal_tau, checkpoints, *grads, *constants, *options)
+        lif._launch_backward(x, v_init, reciprocal_tau, checkpoints, *grads, *constants, *options)
 
     report = {}
     for steps in ARCHITECTURES[architecture]:
         for name, dtype in DTYPES.items():
             x = torch.empty(steps, 2, 64, 32, 32, dtype=dtype)
             for statistics, grid in itertools.product(STATISTICS, grids(steps, name)):
-                ops.multiprocessors = lambda device, grid=grid: GRIDS[grid]
+                lif_launch.multiprocessors = lambda device, grid=grid: GRIDS[grid]
                 for tau in (2.0, LEARNED) if architecture == 90 and statistics == "with" else (2.0,):
                     launch(x, tau, True, 0.0, 0, statistics=statistics == "with")
                     for direction, recorder in (("forward", forward), ("backward", backward)):
                         key = f"{direction} T={steps} {name} {statistics} statistics{grid}" + f", {tau}" * (tau != 2.0)
                         report[key] = describe(compile_recorded(recorder, architecture), recorder)
     if architecture == 90:
-        candidates = ops._candidates
-        ops.multiprocessors = lambda device: GRIDS[""]
+        candidates = lif_launch._candidates
+        lif_launch.multiprocessors = lambda device: GRIDS[""]
         for steps, name in CANDIDATES:
             x = torch.empty(steps, 2, 64, 32, 32, dtype=DTYPES[name])
             of = {direction: candidates(x, direction) for direction in ("forward", "backward")}
             for number in range(1, max(map(len, of.values()))):
-                ops._candidates = lambda x, direction, number=number, of=of: [
+                lif_launch._candidates = lambda x, direction, number=number, of=of: [
                     of[direction][number % len(of[direction])]
                 ]
                 launch(x, 2.0, True, 0.0, 0, statistics=True)
                 for direction, recorder in (("forward", forward), ("backward", backward)):
                     key = f"{direction} T={steps} {name} candidate {number}"
                     report[key] = describe(compile_recorded(recorder, architecture), recorder)
-        ops._candidates = candidates
+        lif_launch._candidates = candidates
         # The interpreter does not check types: every branch of the kernels has to get through the compiler too.
         variants = [(*DYNAMICS[1], surrogate) for surrogate in range(len(FUSED))]
         variants += [(*dynamics, 0) for dynamics in DYNAMICS]
         x = torch.empty(VARIANT_STEPS, 2, 8, 4, 4, dtype=torch.float16)
         for walk in WALKS:
-            ops.TUNING = {key: ((VARIANT_STEPS, ops.Tuning(4, tile=walk == "tile")),) for key in ops.TUNING}
-            ops.multiprocessors = lambda device: GRIDS[""]
+            lif_launch.TUNING = {
+                key: ((VARIANT_STEPS, lif_launch.Tuning(4, tile=walk == "tile")),) for key in lif_launch.TUNING
+            }
+            lif_launch.multiprocessors = lambda device: GRIDS[""]
             for variant in variants:
                 launch(x, *variant, statistics=True, everything=True)
                 for direction, recorder in (("forward", forward), ("backward", backward)):
@@ -302,7 +304,7 @@ def test_no_contraction(walk, direction, dynamics):
 
 def test_no_kernel_calls_itself_by_name():
     """Triton before 3.5 hashes a function with those it names, and never comes back from one that names itself."""
-    from sadp_fast.ops import lif as ops
+    from sadp_fast.ops import lif_kernels as ops
 
     kernels = {name: value.fn for name, value in vars(ops).items() if isinstance(value, type(ops._lif_forward_kernel))}
     assert {"_lif_forward_kernel", "_lif_backward_kernel", "charge"} <= set(kernels)

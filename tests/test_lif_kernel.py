@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sadp_fast.dynamics import Dynamics
-from sadp_fast.ops import lif as ops
+from sadp_fast.ops import lif_launch
 from sadp_fast.ops.lif import lif
 from sadp_fast.reference import lif as reference
 from sadp_fast.surrogate import FUSED
@@ -41,9 +41,9 @@ SIGMOID, ATAN, RECT = 0, 1, 7
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch, request):
     if "real_chunks" not in request.fixturenames:
-        monkeypatch.setattr(ops, "LONGEST_CHUNK", {4: CHUNK, 2: CHUNK})
+        monkeypatch.setattr(lif_launch, "LONGEST_CHUNK", {4: CHUNK, 2: CHUNK})
     for plans in ("_forward_plans", "_backward_plans"):
-        monkeypatch.setattr(ops, plans, {})
+        monkeypatch.setattr(lif_launch, plans, {})
 
 
 @pytest.fixture
@@ -54,9 +54,9 @@ def real_chunks():
 @pytest.fixture(params=["recursion", "tile"])
 def walk(request, monkeypatch):
     """Both ways to walk a chunk, whichever is chosen for the case, on a GPU too large for it."""
-    monkeypatch.setattr(ops, "multiprocessors", lambda device: 10**6)
-    tuned = ops.Tuning(elements=1, warps=1, tile=request.param == "tile", call_ahead=1)
-    monkeypatch.setattr(ops, "TUNING", {key: ((math.inf, tuned),) for key in ops.TUNING})
+    monkeypatch.setattr(lif_launch, "multiprocessors", lambda device: 10**6)
+    tuned = lif_launch.Tuning(elements=1, warps=1, tile=request.param == "tile", call_ahead=1)
+    monkeypatch.setattr(lif_launch, "TUNING", {key: ((math.inf, tuned),) for key in lif_launch.TUNING})
     return request.param
 
 
@@ -460,9 +460,9 @@ def test_chunks_of_real_length(steps, dtype, real_chunks, kernel_device):
     check((steps, 1, 90), dtype, v=0.1, device=kernel_device)
     for t in range(1, 200):
         size = dtype.itemsize
-        chunk = ops.chunk_steps(t, size)
+        chunk = lif_launch.chunk_steps(t, size)
         checkpoints = -(-t // chunk) - 1
-        assert 1 <= chunk <= ops.LONGEST_CHUNK[size] and checkpoints * 4 * 16 <= t * size
+        assert 1 <= chunk <= lif_launch.LONGEST_CHUNK[size] and checkpoints * 4 * 16 <= t * size
 
 
 # ------------------------------------------------------------------------------------------------- memory layouts
