@@ -73,3 +73,41 @@ def test_cifar_becomes_small_enough_for_a_cpu(tmp_path, monkeypatch):
     assert abs(small.train_images[0, 1, 1, 3] - mean) <= 0.5
     with pytest.raises(SystemExit):
         experiment.main()  # nothing is overwritten
+
+
+def test_results_of_several_folders_are_joined(tmp_path, monkeypatch, capsys):
+    experiment = load("joined")
+    whole = json.loads((SCRIPTS.parent / "results" / "2026-11-23-h200-cifar10-long" / "accuracy.json").read_text())
+    parts = []
+    for part in ("random", "rest"):
+        rows = [row for row in whole["accuracies"] if (row["method"] == "random") == (part == "random")]
+        lists = {key: list(dict.fromkeys(row[key[:-1]] for row in rows)) for key in ("methods", "ratios", "seeds")}
+        lists["ratios"] = [ratio for ratio in lists["ratios"] if ratio > 0]
+        result = {**whole, "settings": {**whole["settings"], **lists}, "accuracies": rows}
+        result["missing_runs"] = [f"{row['method']}, r = {row['ratio']:g}, seed {row['seed']}" for row in rows[:1]]
+        parts.append(tmp_path / part)
+        parts[-1].mkdir()
+        (parts[-1] / "accuracy.json").write_text(json.dumps(result))
+
+    monkeypatch.setattr("sys.argv", ["joined.py", str(tmp_path / "out"), *map(str, parts[::-1])])
+    experiment.main()
+    joined = json.loads((tmp_path / "out" / "accuracy.json").read_text())
+
+    def cells(result):
+        return sorted((row["method"], row["ratio"], row["seed"], row["test_accuracy"]) for row in result["accuracies"])
+
+    assert cells(joined) == cells(whole) and (tmp_path / "out" / "accuracy.png").exists()
+    assert joined["missing_runs"] == [] and joined["environments"] == whole["environments"]
+    assert sorted(joined["settings"]["methods"]) == sorted(whole["settings"]["methods"])
+    assert joined["settings"]["ratios"] == whole["settings"]["ratios"] and "91.34 ± 0.18" in capsys.readouterr().out
+
+    with pytest.raises(SystemExit, match="is there already"):
+        experiment.main()
+    monkeypatch.setattr("sys.argv", ["joined.py", str(tmp_path / "twice"), str(parts[0]), str(parts[0])])
+    with pytest.raises(SystemExit, match="seed 0 is in more than one of the studies"):
+        experiment.main()
+    other = SCRIPTS.parent / "results" / "2026-11-22-h200-cifar10"
+    monkeypatch.setattr("sys.argv", ["joined.py", str(tmp_path / "unlike"), str(parts[0]), str(other)])
+    with pytest.raises(SystemExit, match="differ in more than methods"):
+        experiment.main()
+    assert not (tmp_path / "unlike").exists()

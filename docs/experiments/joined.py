@@ -1,0 +1,73 @@
+"""One study's accuracies from the results of several folders, where their run files are no longer at hand.
+
+    python docs/experiments/joined.py OUT FOLDER FOLDER...     # each holds an accuracy.json; OUT gets one, and its plot
+
+The studies have to agree in their settings; a method, ratio and seed that several have is refused. Where the run files
+are there, copy them into one folder instead: `sadp-fast study` finds them (docs/studies.md).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from sadp_fast.report import write_json
+from sadp_fast.study.registry import STUDIES
+
+LISTS = ("methods", "ratios", "seeds")  # of the settings: what the studies may differ in
+
+
+def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The result of all their runs, with the missing ones named; raises ValueError where they do not fit together."""
+    first = results[0]
+    for other in results[1:]:
+        alike = [{key: value for key, value in r["settings"].items() if key not in LISTS} for r in (first, other)]
+        if first["data_set"] != other["data_set"] or alike[0] != alike[1]:
+            raise ValueError("the studies differ in more than methods, ratios and seeds, and cannot be joined")
+    rows = {}
+    for row in (row for result in results for row in result["accuracies"]):
+        cell = (row["method"], row["ratio"], row["seed"])
+        if cell in rows:
+            raise ValueError(f"{cell[0]} at r = {cell[1]:g} with seed {cell[2]} is in more than one of the studies")
+        rows[cell] = row
+    settings = dict(first["settings"])
+    for key in LISTS:
+        values = dict.fromkeys(value for result in results for value in result["settings"][key])
+        settings[key] = list(values) if key == "methods" else sorted(values)
+    where = [entry for result in results for entry in result["environments"]]
+    missing = dict.fromkeys(name for result in results for name in result["missing_runs"])
+    found = {f"{method}, r = {ratio:g}, seed {seed}" for method, ratio, seed in rows}
+    return {
+        **first,
+        "settings": settings,
+        "environments": [entry for i, entry in enumerate(where) if entry not in where[:i]],
+        "missing_runs": [name for name in missing if name not in found],
+        "accuracies": [rows[cell] for cell in sorted(rows, key=lambda cell: cell[2])],
+    }
+
+
+def main() -> None:
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    out, *folders = map(Path, sys.argv[1:])
+    if (out / "accuracy.json").exists():
+        sys.exit(f"{out}/accuracy.json is there already: name a new folder")
+    try:
+        result = joined([json.loads((folder / "accuracy.json").read_text()) for folder in folders])
+    except (OSError, ValueError) as error:
+        sys.exit(f"nothing was joined: {error}")
+    study = STUDIES["accuracy"]
+    write_json(result, out / "accuracy.json", indent=1)
+    study.plots(result, out)
+    console = Console(highlight=False, width=140)
+    for table in study.tables(result):
+        console.print(table.rich())
+    print("missing runs:", "; ".join(result["missing_runs"]) or "none")
+
+
+if __name__ == "__main__":
+    main()
