@@ -77,13 +77,16 @@ def test_cifar_becomes_small_enough_for_a_cpu(tmp_path, monkeypatch):
 
 def test_results_of_several_folders_are_joined(tmp_path, monkeypatch, capsys):
     experiment = load("joined")
-    whole = json.loads((SCRIPTS.parent / "results" / "2026-11-23-h200-cifar10-long" / "accuracy.json").read_text())
+    whole = json.loads((SCRIPTS.parent / "results" / "2026-11-27-h200-cifar10-150" / "accuracy.json").read_text())
+    ratios = sorted(row["time_ratio"] for row in whole["accuracies"])
     parts = []
     for part in ("random", "rest"):
         rows = [row for row in whole["accuracies"] if (row["method"] == "random") == (part == "random")]
         lists = {key: list(dict.fromkeys(row[key[:-1]] for row in rows)) for key in ("methods", "ratios", "seeds")}
         lists["ratios"] = [ratio for ratio in lists["ratios"] if ratio > 0]
         result = {**whole, "settings": {**whole["settings"], **lists}, "accuracies": rows}
+        for row in rows if part == "random" else []:  # without full data there is nothing to compare its time with
+            row["time_ratio"] = None
         result["missing_runs"] = [f"{row['method']}, r = {row['ratio']:g}, seed {row['seed']}" for row in rows[:1]]
         parts.append(tmp_path / part)
         parts[-1].mkdir()
@@ -96,6 +99,7 @@ def test_results_of_several_folders_are_joined(tmp_path, monkeypatch, capsys):
     def cells(result):
         return sorted((row["method"], row["ratio"], row["seed"], row["test_accuracy"]) for row in result["accuracies"])
 
+    assert sorted(row["time_ratio"] for row in joined["accuracies"]) == pytest.approx(ratios)
     assert cells(joined) == cells(whole) and (tmp_path / "out" / "accuracy.png").exists()
     assert joined["missing_runs"] == [] and joined["environments"] == whole["environments"]
     assert sorted(joined["settings"]["methods"]) == sorted(whole["settings"]["methods"])

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from sadp_fast.report import write_json
 from sadp_fast.study.registry import STUDIES
+from sadp_fast.study.training_runs import set_time_ratios
 
 LISTS = ("methods", "ratios", "seeds")  # of the settings: what the studies may differ in
 
@@ -34,6 +35,7 @@ def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
         if cell in rows:
             raise ValueError(f"{cell[0]} at r = {cell[1]:g} with seed {cell[2]} is in more than one of the studies")
         rows[cell] = row
+    set_time_ratios(list(rows.values()))  # full-data runs of one folder serve the others
     settings = dict(first["settings"])
     for key in LISTS:
         values = dict.fromkeys(value for result in results for value in result["settings"][key])

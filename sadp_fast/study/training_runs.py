@@ -37,13 +37,18 @@ def training_runs(runs: Runs, files: Files) -> list[dict[str, Any]]:
                         "history": history,
                     }
                 )
+    set_time_ratios(rows)
+    return rows
+
+
+def set_time_ratios(rows: list[dict[str, Any]]) -> None:
+    """Set each run's "time_ratio" to full-data training on the same kind of device; None where there is none."""
     full: dict[str, list[float]] = {}
     for row in rows:
         if row["method"] == "full":
             full.setdefault(row["device"], []).append(row["seconds"])
     for row in rows:
         row["time_ratio"] = row["seconds"] / mean(full[row["device"]]) if row["device"] in full else None
-    return rows
 
 
 def labels(result: dict[str, Any]) -> dict[str, str]:
