@@ -79,7 +79,7 @@ class _BatchNormNode(BaseNode):
             shape = (*(() if repeat is None else (repeat,)), *x.shape)
             if residual.shape != shape:
                 raise ValueError(f"residual must have the output's shape {shape}, got {tuple(residual.shape)}")
-        own = next(self.parameters(recurse=False), self.running_mean)
+        own = next((p for p in self._parameters.values() if p is not None), self.running_mean)
         if own is not None and own.device != x.device:
             raise ValueError(f"x is on {x.device} and the layer on {own.device}; move one of them with .to()")
         per_channel = x.numel() // self.num_features
@@ -105,50 +105,51 @@ class _BatchNormNode(BaseNode):
                 statistics are those of one value per channel.
         """
         self._check(x, residual, repeat)
-        if self._runs_fused(x, residual, repeat):
-            return self._fused(x, residual, repeat)
-        return self._unfused(x, residual, repeat)
+        surrogate = self._fused(x, residual, repeat)
+        if surrogate is None:
+            return self._unfused(x, residual, repeat)
+        return self._run_fused(x, residual, repeat, surrogate)
 
     # ------------------------------------------------------------------------------------------------- fused path
 
-    def _runs_fused(self, x: Tensor, residual: Tensor | None, repeat: int | None) -> bool:
+    def _fused(self, x: Tensor, residual: Tensor | None, repeat: int | None) -> int | None:
+        """The fused surrogate's index if one operator can do it all, None if not."""
         if self.step_mode != "m" or self.store_v_seq or torch.compiler.is_compiling() or x.numel() == 0:
-            return False
+            return None
         v = self.v
         if isinstance(v, Tensor) or v != self.dynamics.v_rest:  # goes on from an earlier call
-            return False
+            return None
         if residual is not None and (residual.dtype != x.dtype or residual.device != x.device):
-            return False
-        if any(t is not None and t.dtype != torch.float32 for t in (self.weight, self.bias, self.running_mean)):
-            return False
-        if (self.weight is None) != (self.bias is None) or self._fused_surrogate(x) is None:
-            return False
-        from .ops.batch_norm_lif import MAX_STEPS
-
-        return (x.shape[0] if repeat is None else repeat) <= MAX_STEPS
-
-    def _fused(self, x: Tensor, residual: Tensor | None, repeat: int | None) -> Tensor:
-        from .ops.batch_norm_lif import Neuron, Normalisation, batch_norm_lif
-
+            return None
+        weight, bias = self.weight, self.bias
+        if any(t is not None and t.dtype != torch.float32 for t in (weight, bias, self.running_mean)):
+            return None
+        if (weight is None) != (bias is None):
+            return None
         surrogate = self._fused_surrogate(x)
-        assert surrogate is not None
+        if surrogate is None:
+            return None
+        from .ops.batch_norm_lif_launch import MAX_STEPS  # with Triton, which CPU users need not have
+
+        return surrogate if (x.shape[0] if repeat is None else repeat) <= MAX_STEPS else None
+
+    def _run_fused(self, x: Tensor, residual: Tensor | None, repeat: int | None, surrogate: int) -> Tensor:
+        from .ops.batch_norm_lif import batch_norm_lif
+        from .ops.batch_norm_lif_launch import Neuron, Normalisation
+
         energies = self._new_energies(x.shape[0 if repeat is not None else 1], x.device)
         state = self._state
         # In evaluation x would otherwise be kept alive for the sake of a potential that takes half its memory or less.
         want_v = state.keeps_v or not torch.is_grad_enabled()
+        running_mean, training = self.running_mean, self.training
+        use_batch = training or running_mean is None
         out, potential = batch_norm_lif(
             x,
             residual,
             self.weight,
             self.bias,
             Normalisation(
-                self.eps,
-                self.momentum,
-                self.running_mean,
-                self.running_var,
-                self.num_batches_tracked,
-                use_batch=self._uses_batch_statistics,
-                update=self.training,
+                self.eps, self.momentum, running_mean, self.running_var, self.num_batches_tracked, use_batch, training
             ),
             Neuron.of(self.dynamics, surrogate, self.surrogate_function.alpha),  # type: ignore[union-attr]
             reciprocal_tau=self._reciprocal_tau(x),

@@ -6,7 +6,7 @@ import torch
 import sadp_fast
 from sadp_fast import surrogate
 from sadp_fast.ops import autotune, lif_launch
-from sadp_fast.ops import batch_norm_lif as norm_ops
+from sadp_fast.ops import batch_norm_lif_launch as norm_launch
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -19,7 +19,8 @@ def nothing_known(monkeypatch):
     """Each test starts as a process does, and leaves no choice behind."""
     monkeypatch.setattr(lif_launch, "_forward_plans", {})
     monkeypatch.setattr(lif_launch, "_backward_plans", {})
-    for choices in (*lif_launch._CHOICES.values(), *norm_ops._CHOICES.values()):
+    monkeypatch.setattr(norm_launch, "_layers", {})
+    for choices in (*lif_launch._CHOICES.values(), *norm_launch._CHOICES.values()):
         monkeypatch.setattr(choices, "_measured", {})
 
 
@@ -89,7 +90,7 @@ def test_outside_nothing_is_measured(clock):
     lif_step()
     norm_step()
     assert clock.results == []
-    assert all(not c._measured for c in norm_ops._CHOICES.values())
+    assert all(not c._measured for c in norm_launch._CHOICES.values())
 
 
 def test_on_the_cpu_nothing_is_measured():
@@ -160,7 +161,7 @@ def test_batch_normalisation_keeps_the_fastest_of_each_kernel_with_the_same_resu
         tuned = norm_step(dtype)
     kernels = [f"BatchNorm + LIF {name}" for name in ("statistics", "forward", "sums", "gradient")]
     assert [choice.kernel for choice in choices] == kernels
-    for choice, measured in zip(choices, norm_ops._CHOICES.values(), strict=True):
+    for choice, measured in zip(choices, norm_launch._CHOICES.values(), strict=True):
         assert list(measured._measured.values()) == [choice.configuration]
     if dtype == torch.float32:
         assert_same(tuned, curated, bits=1)

@@ -44,6 +44,7 @@ from unfused import Unfused
 from sadp_fast import BatchNormIF, BatchNormLIF, BatchNormParametricLIF
 from sadp_fast.dynamics import Dynamics
 from sadp_fast.ops import batch_norm_lif as ops
+from sadp_fast.ops import batch_norm_lif_launch as launch
 from sadp_fast.spike_storage import mark, max_count, packed_spikes
 from sadp_fast.surrogate import FUSED, Sigmoid
 
@@ -69,9 +70,7 @@ def fused_calls(monkeypatch):
 
 def forget_launches():
     """Launches are kept by shape; not where a test changes what the host computes them from."""
-    for value in vars(ops).values():
-        if hasattr(value, "cache_clear"):
-            value.cache_clear()
+    launch._layers.clear()
 
 
 @pytest.fixture
@@ -86,7 +85,7 @@ def small_launches(monkeypatch, request):
         yield
         return
     for name, elements, programs in (("STATISTICS", 4, 3), ("FORWARD", 8, 3), ("SUMS", 4, 2), ("GRADIENT", 2, 4)):
-        monkeypatch.setattr(ops, name, replace(getattr(ops, name), elements=elements, warps=4, programs=programs))
+        monkeypatch.setattr(launch, name, replace(getattr(launch, name), elements=elements, warps=4, programs=programs))
     forget_launches()
     yield
     monkeypatch.undo()
@@ -98,7 +97,7 @@ def processors(monkeypatch, small_launches):
     """Sets how many multiprocessors the work is cut for."""
 
     def set_to(number):
-        monkeypatch.setattr(ops, "multiprocessors", lambda device: number)
+        monkeypatch.setattr(launch, "multiprocessors", lambda device: number)
         forget_launches()
 
     yield set_to
@@ -604,7 +603,7 @@ def test_any_case(data, kernel_device, processors):
     """Random shape, T, dtype, neuron, surrogate, layout, statistics, residual and repeat."""
     rank = data.draw(st.integers(0, 3), label="rank")
     pixels = data.draw(st.lists(st.integers(1, 5), min_size=rank, max_size=rank), label="pixels")
-    steps = data.draw(st.integers(1, ops.MAX_STEPS), label="steps")
+    steps = data.draw(st.integers(1, launch.MAX_STEPS), label="steps")
     examples = data.draw(st.integers(2, 5), label="examples")
     channels = data.draw(st.sampled_from([1, 2, 3, 8, 17]), label="channels")
     dtype = data.draw(st.sampled_from(DTYPES), label="dtype")
@@ -1135,7 +1134,7 @@ UNFUSED = {
     "one step a call": ({"step_mode": "s"}, torch.float32, 3),
     "store_v_seq": ({"store_v_seq": True}, torch.float32, 3),
     "float64": ({}, torch.float64, 3),
-    "many steps": ({}, torch.float32, ops.MAX_STEPS + 1),
+    "many steps": ({}, torch.float32, launch.MAX_STEPS + 1),
     "backend": ({"backend": "torch"}, torch.float32, 3),
     "surrogate": ({"surrogate_function": Wave()}, torch.float32, 3),
 }

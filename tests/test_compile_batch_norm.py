@@ -76,17 +76,17 @@ class Compiler:
     """Stands in for the launches of one architecture, compiles each once and keeps what was asked about it."""
 
     def __init__(self, architecture: int):
-        from sadp_fast.ops import batch_norm_lif as ops
+        from sadp_fast.ops import batch_norm_lif_launch as launch
 
-        self.architecture, self.ops, self.found, self.key = architecture, ops, {}, ""
-        ops.multiprocessors = lambda device: PROCESSORS
+        self.architecture, self.launch, self.found, self.key = architecture, launch, {}, ""
+        launch.multiprocessors = lambda device: PROCESSORS
         compiler = self
 
-        class Recorded(ops.Launch):
+        class Recorded(launch.Launch):
             def __call__(self, *tensors):
                 compiler.compile(self, tensors)
 
-        ops.Launch = Recorded
+        launch.Launch = Recorded
 
     def compile(self, launch, tensors):
         from test_compile import local_memory, memory_accesses
@@ -110,7 +110,10 @@ class Compiler:
 
     def step(self, key, shape, dtype, layout, d, index, *, residual, training=True, affine=True, **options):
         """All kernels of one training step."""
-        ops, self.key, repeat = self.ops, key, options.get("repeat")
+        from sadp_fast.ops.batch_norm_lif import batch_norm_lif
+
+        launch, self.key, repeat = self.launch, key, options.get("repeat")
+        launch._layers.clear()  # made for other configurations
         steps, examples, channels, *pixels = shape
         x = torch.empty(steps, examples, *pixels, channels, dtype=dtype).movedim(-1, 2)
         x = x if layout == "channels_last" else torch.empty(shape, dtype=dtype)
@@ -119,17 +122,17 @@ class Compiler:
         per_channel = [torch.empty(channels) for _ in range(4)]
         parameters = [t.requires_grad_() if affine else None for t in per_channel[:2]]
         count = torch.zeros((), dtype=torch.int64)
-        norm = ops.Normalisation(1e-5, 0.1, *per_channel[2:], count, use_batch=training, update=training)
+        norm = launch.Normalisation(1e-5, 0.1, *per_channel[2:], count, use_batch=training, update=training)
         energies = (torch.empty(examples), torch.empty(examples))
         out_shape = x.shape if repeat is None else (repeat, *x.shape)
         other = torch.empty_strided(out_shape, x.expand(out_shape).stride(), dtype=dtype) if repeat is None else None
         reciprocal_tau = torch.empty((), requires_grad=True) if d.learned_tau else None
-        out, _ = ops.batch_norm_lif(
+        out, _ = batch_norm_lif(
             x.requires_grad_(),
             other if residual else None,
             *parameters,
             norm,
-            ops.Neuron.of(d, index, 2.0),
+            launch.Neuron.of(d, index, 2.0),
             reciprocal_tau=reciprocal_tau,
             energies=energies,
             **options,
@@ -167,11 +170,8 @@ def compile_for(architecture: int) -> dict:
                 key = f"variant {number} {layout}"
                 compiler.step(key, shape, torch.float16, layout, d, index, residual=False, **options)
         for number in range(CANDIDATES):
-            for kernel, others in compiler.ops._OTHERS.items():
-                setattr(compiler.ops, kernel.upper(), compiler.ops.Configuration(*others[number]))
-            for value in list(vars(compiler.ops).values()):
-                if hasattr(value, "cache_clear"):
-                    value.cache_clear()
+            for kernel, others in compiler.launch._OTHERS.items():
+                setattr(compiler.launch, kernel.upper(), compiler.launch.Configuration(*others[number]))
             shape = (4, 16, 64, 32, 32)
             compiler.step(f"candidate {number}", shape, torch.bfloat16, "channels_last", lif, 0, residual=True)
     return compiler.found
@@ -262,9 +262,9 @@ def test_the_small_kernels_spill_nothing(architecture):
 
 
 def test_every_configuration_that_autotune_measures_compiles_within_its_registers():
-    from sadp_fast.ops import batch_norm_lif as ops
+    from sadp_fast.ops.batch_norm_lif_launch import _OTHERS
 
-    assert all(len(others) == CANDIDATES for others in ops._OTHERS.values())
+    assert all(len(others) == CANDIDATES for others in _OTHERS.values())
     found = {key: found for key, found in compiled_for(90).items() if "candidate" in key and found["most registers"]}
     assert len(found) == CANDIDATES * len(TILED)
     for key, one in found.items():
