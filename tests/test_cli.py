@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from sadp_fast import cli, data, models, report
+from sadp_fast import cli, data, models, options, report, train_command
 from sadp_fast.config import METHODS, SCORES, SettingError, TrainConfig
 from sadp_fast.selection import POLICIES
 
@@ -279,8 +279,8 @@ def test_cifar_is_trained_with_cutout_unless_told_otherwise():
     for dataset, pixels in (("cifar10", 8), ("cifar100", 8), ("imagefolder", 0), ("digits", 0)):
         given = {"dataset": dataset}
         data_dir = None if dataset == "digits" else "data"
-        assert TrainConfig(**cli.with_defaults(given, data_dir)).cutout == pixels
-        assert TrainConfig(**cli.with_defaults({**given, "cutout": 3}, data_dir)).cutout == 3
+        assert TrainConfig(**options.with_defaults(given, data_dir)).cutout == pixels
+        assert TrainConfig(**options.with_defaults({**given, "cutout": 3}, data_dir)).cutout == 3
 
 
 def test_every_method_has_a_label_and_a_colour():
@@ -371,7 +371,7 @@ def test_without_pruning_full_data_is_trained_once(compared, capsys):
 
 
 def test_lists_may_have_spaces_after_commas():
-    read = cli.list_of(cli.variant)
+    read = options.list_of(options.variant)
     assert read("full, full:epochs=15,  sadp:weights=none ") == ["full", "full:epochs=15", "sadp:weights=none"]
     with pytest.raises(SettingError, match="'full, full' names something twice"):
         read("full, full")
@@ -430,14 +430,14 @@ def test_events_become_as_many_frames_as_time_steps(model):
 
 def stop(monkeypatch, when) -> None:
     """Ctrl-C as soon as `when` holds of a line's label and history entry."""
-    shown = cli._Lines.epoch
+    shown = train_command._Lines.epoch
 
     def epoch(self, entry):
         shown(self, entry)
         if when(self.label, entry["epoch"]):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli._Lines, "epoch", epoch)
+    monkeypatch.setattr(train_command._Lines, "epoch", epoch)
 
 
 @pytest.mark.parametrize("place", [("full data", 2), ("SADP (all)", 3)])
@@ -542,8 +542,8 @@ def test_live_progress_in_a_terminal(monkeypatch):
 def test_bar_keeps_its_width():
     from rich.console import Console
 
-    with cli._bars(Console(file=io.StringIO())) as bars:
-        bar = cli._Bar(bars, "SADP", 20)
+    with train_command._bars(Console(file=io.StringIO())) as bars:
+        bar = train_command._Bar(bars, "SADP", 20)
         entry = {"epoch": 10, "steps": 45, "ratio": 0.625, "loss": 0.25, "test_accuracy": 0.975}
         shown = []
         for call in (

@@ -18,7 +18,7 @@ import torch
 from selection import trained  # beside this file
 from torch import Tensor, nn
 
-from sadp_fast import cli, data, report
+from sadp_fast import data, options, report
 from sadp_fast.config import TrainConfig
 from sadp_fast.models import plain, sew_resnet
 from sadp_fast.study.figures import spread
@@ -64,7 +64,7 @@ def main() -> None:
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     asked = {"dataset": given.dataset, "model": given.model, "epochs": given.epochs, "device": device, "time_steps": 1}
-    base = TrainConfig(**cli.with_defaults(asked, given.data_dir))
+    base = TrainConfig(**options.with_defaults(asked, given.data_dir))
     dataset = data.load(given.dataset, given.data_dir)
     given.out.mkdir(parents=True, exist_ok=True)
     runs = []

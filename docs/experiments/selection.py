@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sadp_fast import cli, data, pruner, report
+from sadp_fast import data, options, pruner, report
 from sadp_fast.config import TrainConfig
 from sadp_fast.neuron import reset
 from sadp_fast.ops import score as ops
@@ -217,7 +217,7 @@ def main() -> None:
     asked = {"dataset": given.dataset, "model": given.model, "epochs": given.epochs, "cutout": 0, "device": device}
     if given.batch_size is not None:
         asked["batch_size"] = given.batch_size
-    base = TrainConfig(**cli.with_defaults(asked, given.data_dir))
+    base = TrainConfig(**options.with_defaults(asked, given.data_dir))
     dataset = data.load(given.dataset, given.data_dir)
     given.out.mkdir(parents=True, exist_ok=True)
     for seed in map(int, given.seeds.split(",")):

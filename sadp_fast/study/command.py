@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import cli, config, data, models, report, train
+from .. import config, data, models, report, train
 from ..config import METHODS, TrainConfig
+from ..options import add_settings, check_device, list_of, variant, with_defaults
 from ..pruner import SADP
 from .deadline import Deadline
 from .markdown import write_report
@@ -60,13 +61,13 @@ def add_parser(commands: Any) -> None:
     option = parser.add_argument_group("what is run").add_argument
     option(
         "--methods",
-        type=cli.list_of(cli.variant),
+        type=list_of(variant),
         metavar="LIST",
         help=f"of {', '.join(METHODS)}; with settings of their own where wanted: full,full:epochs=30,"
         f"sadp:weights=unbiased (default: {', '.join(DEFAULT_METHODS)})",
     )
-    option("--ratios", type=cli.list_of(RATIO), metavar="LIST", help="pruning ratios (default: 0.3,0.5,0.7)")
-    option("--seeds", type=cli.list_of(config.NATURAL), metavar="LIST", help="seeds (default: 0,1,2)")
+    option("--ratios", type=list_of(RATIO), metavar="LIST", help="pruning ratios (default: 0.3,0.5,0.7)")
+    option("--seeds", type=list_of(config.NATURAL), metavar="LIST", help="seeds (default: 0,1,2)")
     option("--quick", action="store_true", help="mlp, 8 epochs, seeds 0,1, fewer examples: minutes on two CPU cores")
     option(
         "--stop-after",
@@ -76,7 +77,7 @@ def add_parser(commands: Any) -> None:
         f"show what is there and end with exit code {STOPPED}",
     )
     option("--report-only", action="store_true", help="run nothing: tables and plots of the runs that are there")
-    cli.add_settings(parser)
+    add_settings(parser)
     option = parser.add_argument_group("output").add_argument
     option("--out", metavar="DIR", help="folder of the study, new or of the same study (default: runs/study-...)")
     option("--resume", metavar="DIR", help="go on with the study in DIR")
@@ -92,7 +93,7 @@ def run(given: dict[str, Any]) -> int:
     deadline, quiet = Deadline(given.pop("stop_after", None)), given.pop("quiet", False)
     names = list(STUDIES) if given["study"] == "all" else [given["study"]]
     plan = _planned(given)
-    cli.check_device(plan.base.device)
+    check_device(plan.base.device)
     studies = [STUDIES[name] for name in names]
     # Wide enough for the tables where no terminal says how wide it is.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
@@ -188,7 +189,7 @@ def _planned(given: dict[str, Any]) -> Plan:
         if given.get("report_only"):
             raise StudyError("--report-only needs the folder of a study: name it with --out or --resume")
         quick, data_dir = given.get("quick", False), given.get("data_dir")
-        options = cli.with_defaults({**(QUICK_BASE if quick else {}), **asked, "device": device}, data_dir)
+        options = with_defaults({**(QUICK_BASE if quick else {}), **asked, "device": device}, data_dir)
         if options["dataset"] in data.EVENTS:
             options.setdefault("time_steps", data.EVENT_STEPS)
         base, size = TrainConfig(**options), QUICK if quick else Size()

@@ -1,0 +1,289 @@
+"""`sadp-fast train`: its options, the folder of a run, live progress, and the order in which things happen."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import data, report, train
+from .config import BELOW_ONE, METHODS, NATURAL, SettingError, TrainConfig, base_method, folder_name
+from .options import CommandError, add_settings, check_device, list_of, variant, with_defaults
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+
+def add_parser(commands: Any) -> None:
+    """Add `train` to the parsers of `sadp-fast`."""
+    command = commands.add_parser(
+        "train",
+        help="train a spiking network with spike-aware data pruning, beside full-data training",
+        description="Train a spiking network with spike-aware data pruning (SADP) and, under the same conditions, with "
+        "full data or other ways of pruning; then compare accuracy and time in a table, a plot and a JSON file.",
+        epilog="Without options: handwritten digits, no files needed, about a minute on two CPU cores. "
+        "Ctrl-C is safe: the checkpoint of the last whole epoch stays, and --resume continues from it.",
+        # Options that are not given stay out, so that --resume knows which were asked for.
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    groups = add_settings(command)
+    option = groups["pruning"].add_argument
+    option(
+        "--prune-ratio",
+        type=BELOW_ONE,
+        metavar="R",
+        help="mean share of examples left out, [0, 1); 0: full data only (default: 0.5)",
+    )
+    option(
+        "--compare",
+        type=lambda text: [] if text.strip() == "none" else list_of(_compared)(text),
+        metavar="LIST",
+        help=f"also run none, or any of {', '.join(METHODS)}; with settings of their own where wanted: "
+        "full,full:epochs=15,sadp:weights=unbiased (default: full)",
+    )
+    option = groups["training"].add_argument
+    option("--seed", type=NATURAL, metavar="N", help="seed of weights, draws and augmentation (default: 0)")
+
+    option = command.add_argument_group("output").add_argument
+    option("--out", metavar="DIR", help="folder of the run, new or empty (default: runs/NAME)")
+    option("--name", help="name of the run under runs/ (default: data set, model, date and time)")
+    option("--resume", nargs="?", const="", metavar="DIR", help="continue the run in DIR, or in --out, as it began")
+    option("--quiet", action="store_true", help="no progress, only the table at the end")
+    command.set_defaults(command=run)
+
+
+def _compared(text: str) -> str:
+    if variant(text) == "sadp":
+        raise SettingError("'sadp' is always run: leave it out")
+    return variant(text)
+
+
+def run(given: dict[str, Any]) -> int:
+    """The command; returns the exit code."""
+    import matplotlib  # noqa: F401  (a missing package is found now, not after hours of training)
+    from rich.console import Console
+
+    quiet = given.pop("quiet", False)
+    plan = _resumed(given) if "resume" in given else _planned(given)
+    check_device(plan.config.device)
+    config = plan.config
+    dataset = data.load(
+        config.dataset,
+        plan.data_dir,
+        image_size=config.image_size,
+        time_steps=config.time_steps if plan.resume or "time_steps" in given else None,
+        split_by=config.split_by,
+    )
+    if len(dataset.shape) == 4 and not plan.resume and "time_steps" not in given:
+        plan = replace(plan, config=replace(plan.config, time_steps=dataset.shape[0]))
+    dataset = dataset.to(plan.config.device)
+    for method in plan.methods:
+        try:
+            train.prepare(plan.config.of(method), dataset)
+        except ValueError as error:
+            raise CommandError(f"{method}: {error}") from error
+    if not plan.resume:
+        _begin(plan)
+
+    console, config, folder = Console(highlight=False), plan.config, plan.folder
+    if not quiet:
+        if "sadp" not in plan.methods:
+            console.print("--prune-ratio 0 prunes nothing: only full data is trained", soft_wrap=True)
+        console.print(
+            f"{dataset.name}: {len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test examples; "
+            f"{config.model}, T = {config.time_steps}, {config.epochs} epochs; {report.device_name(config.device)}",
+            soft_wrap=True,
+        )
+    try:
+        summary = report.summary(config, _run(plan, dataset, None if quiet else console), dataset)
+        report.write_json(summary, folder / "results.json")
+        report.write_plot(summary, folder / "results.png")
+    except KeyboardInterrupt:
+        print(f"sadp-fast: interrupted; to go on: sadp-fast train --resume {shlex.quote(str(folder))}", file=sys.stderr)
+        return 130
+    console.print(report.table(summary))
+    console.print(f"{folder / 'results.png'}\n{folder / 'results.json'}", soft_wrap=True)
+    return 0
+
+
+def _run(plan: Plan, dataset: data.Dataset, console: Console | None) -> dict[str, list[dict[str, Any]]]:
+    """The histories of every method in turn, each run in a folder of its own."""
+    histories = {}
+    with ExitStack() as stack:
+        bars = stack.enter_context(_bars(console)) if console and console.is_terminal else None
+        for method in plan.methods:
+            config, label = plan.config.of(method), report.label(method, plan.config.score)
+            viewers: list[train.Progress] = []
+            if bars:
+                viewers.append(_Bar(bars, label, config.epochs))
+            elif console:
+                viewers.append(_Lines(console, label, config.epochs))
+            name = folder_name(method)
+            if board := report.tensorboard(plan.folder / "tb" / name):
+                viewers.append(board)
+            histories[method] = train.run(config, dataset, plan.folder / name, viewers, plan.resume).history
+    return histories
+
+
+# ------------------------------------------------------------------------------------------- what the options decide
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be run, the methods in their order, and where."""
+
+    config: TrainConfig
+    methods: list[str]
+    data_dir: str | None
+    folder: Path
+    resume: bool
+
+
+def _planned(given: dict[str, Any]) -> Plan:
+    """A new run, in a folder where nothing lies yet."""
+    options = dict(given)
+    folder = _asked_folder(options)
+    methods, data_dir = options.pop("compare", ["full"]), options.pop("data_dir", None)
+    methods = _without_pruning(methods) if options.get("prune_ratio") == 0 else [*methods, "sadp"]
+    options = with_defaults(options, data_dir)
+    dataset = options["dataset"]
+    folder = folder or Path("runs") / f"{dataset}-{options['model']}-{datetime.now():%Y%m%d-%H%M%S}"
+    if folder.exists() and not folder.is_dir():
+        raise CommandError(f"{folder} is a file: name a new folder with --out")
+    if folder.exists() and any(folder.iterdir()):
+        raise CommandError(f"{folder} is not empty: name a new folder, or continue its run with --resume {folder}")
+    return Plan(TrainConfig(**options), methods, data_dir, folder, resume=False)
+
+
+def _without_pruning(compared: list[str]) -> list[str]:
+    """The methods where nothing is to be pruned: each other than full data would be the same training again."""
+    for method in compared:
+        if base_method(method) != "full":
+            raise CommandError(
+                f"--prune-ratio 0 prunes nothing, so {method} would train on full data: leave it out of --compare, "
+                "or raise the ratio"
+            )
+    return compared if "full" in compared else [*compared, "full"]
+
+
+def _resumed(given: dict[str, Any]) -> Plan:
+    """The run in a folder as it began; only --data-dir may have changed."""
+    options = dict(given)
+    folder = _asked_folder(options)
+    if folder is None:
+        raise CommandError("--resume needs the run's folder: sadp-fast train --resume DIR")
+    try:
+        began = json.loads((folder / "run.json").read_text())
+        plan = Plan(
+            TrainConfig(**began["config"]),
+            began["methods"],
+            options.get("data_dir", began["data_dir"]),
+            folder,
+            resume=True,
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CommandError(f"{folder} holds no run to resume ({error}): check the folder") from error
+    settings = {
+        **asdict(plan.config),
+        "compare": [method for method in plan.methods if method != "sadp"],
+        "data_dir": plan.data_dir,
+    }
+    for option, value in options.items():
+        if option in settings and settings[option] != value:
+            raise CommandError(
+                f"--{option.replace('_', '-')} is {value}, but the run in {folder} began with {settings[option]}: "
+                "leave the option out, or start a new run"
+            )
+    return plan
+
+
+def _asked_folder(options: dict[str, Any]) -> Path | None:
+    """Take the options that name the run's folder."""
+    name, out, resume = (options.pop(option, None) for option in ("name", "out", "resume"))
+    if name and (Path(name).name != name or name == ".."):
+        raise CommandError(f"--name {name!r} is not a plain name: for a folder elsewhere use --out")
+    places = [place for place in (out, name and f"runs/{name}", resume) if place]
+    if len(places) > 1:
+        raise CommandError(f"{places[0]} and {places[1]} both name the run's folder: give one of them")
+    return Path(places[0]).expanduser() if places else None
+
+
+def _begin(plan: Plan) -> None:
+    """Make the run's folder and write down what is run there."""
+    run = {
+        "config": asdict(plan.config),
+        "methods": plan.methods,
+        "data_dir": plan.data_dir and os.path.abspath(os.path.expanduser(plan.data_dir)),
+    }
+    try:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        (plan.folder / "run.json").write_text(json.dumps(run) + "\n")
+    except OSError as error:
+        raise CommandError(
+            f"the run's folder {plan.folder} cannot be made ({error}): name another with --out"
+        ) from error
+
+
+# -------------------------------------------------------------------------------------------------------- progress
+
+
+def _bars(console: Console) -> Bars:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.fields[status]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        expand=True,
+    )
+
+
+class _Bar(train.Progress):
+    """A live line for one method."""
+
+    def __init__(self, bars: Bars, label: str, epochs: int) -> None:
+        self.bars, self.epochs = bars, epochs
+        self.loss = self.accuracy = math.nan
+        self.task = bars.add_task(label, total=epochs, status="")
+
+    def step(self, epoch: int, share: float, step: int, loss: float | None, kept: float) -> None:
+        self.loss = self.loss if loss is None else loss
+        self._show(epoch - 1 + share, epoch, step, kept)
+
+    def epoch(self, entry: dict[str, Any]) -> None:
+        self.loss, self.accuracy = entry["loss"], entry["test_accuracy"]
+        self._show(entry["epoch"], entry["epoch"], entry["steps"], 1 - entry["ratio"])
+
+    def _show(self, done: float, epoch: int, step: int, kept: float) -> None:
+        # Of constant width, or the bar would jump about.
+        where = f"epoch {epoch:>{len(str(self.epochs))}}/{self.epochs} step {step:4}"
+        status = f"{where} kept {kept:4.0%} loss {self.loss:6.3f} accuracy {self.accuracy:6.1%}"
+        self.bars.update(self.task, completed=done, status=status.replace("nan", "  -"))
+
+
+class _Lines(train.Progress):
+    """A plain line after each epoch, where the output is no terminal."""
+
+    def __init__(self, console: Console, label: str, epochs: int) -> None:
+        self.console, self.label, self.epochs = console, label, epochs
+
+    def epoch(self, entry: dict[str, Any]) -> None:
+        self.console.print(
+            f"{self.label}: epoch {entry['epoch']}/{self.epochs}, loss {entry['loss']:.3f}, "
+            f"accuracy {entry['test_accuracy']:.1%}, kept {1 - entry['ratio']:.0%}, {entry['seconds']:.2f} s",
+            soft_wrap=True,
+        )
