@@ -126,6 +126,8 @@ class _BatchNormNode(BaseNode):
             return None
         if (weight is None) != (bias is None):
             return None
+        if self.running_mean is not None and (self.running_var is None or self.num_batches_tracked is None):
+            return None
         surrogate = self._fused_surrogate(x)
         if surrogate is None:
             return None
@@ -141,15 +143,19 @@ class _BatchNormNode(BaseNode):
         state = self._state
         # In evaluation x would otherwise be kept alive for the sake of a potential that takes half its memory or less.
         want_v = state.keeps_v or not torch.is_grad_enabled()
-        running_mean, training = self.running_mean, self.training
-        use_batch = training or running_mean is None
         out, potential = batch_norm_lif(
             x,
             residual,
             self.weight,
             self.bias,
             Normalisation(
-                self.eps, self.momentum, running_mean, self.running_var, self.num_batches_tracked, use_batch, training
+                self.eps,
+                self.momentum,
+                self.running_mean,
+                self.running_var,
+                self.num_batches_tracked,
+                use_batch=self._uses_batch_statistics,
+                update=self.training,
             ),
             Neuron.of(self.dynamics, surrogate, self.surrogate_function.alpha),  # type: ignore[union-attr]
             reciprocal_tau=self._reciprocal_tau(x),

@@ -1,6 +1,6 @@
 """Integrate-and-fire neurons with SpikingJelly's constructor, state rules and step modes.
 
-Thin modules: the state and the choice of path live here, the mathematics in ``ops/lif.py`` (fused, CUDA) and
+Thin modules: the state and the choice of path live here, the mathematics in ``ops/equations.py`` (fused, CUDA) and
 ``reference/lif.py`` (plain torch: the CPU, float64, and surrogates that are not fused).
 """
 

@@ -10,6 +10,7 @@ incoming gradient in these tests.
 The kernels read statistics in float32, so a neuron's potential is exact to about 1e-6, not bit for bit torch's.
 """
 
+import contextlib
 import copy
 import gc
 import io
@@ -41,7 +42,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from unfused import Unfused
 
-from sadp_fast import BatchNormIF, BatchNormLIF, BatchNormParametricLIF
+from sadp_fast import BatchNormIF, BatchNormLIF, BatchNormParametricLIF, reset, surrogate
 from sadp_fast.dynamics import Dynamics
 from sadp_fast.ops import batch_norm_lif as ops
 from sadp_fast.ops import batch_norm_lif_launch as launch
@@ -817,6 +818,63 @@ def test_partial_requires_grad(wants, training, kernel_device):
     for flag, grad, full in zip(wants, *results, strict=True):
         assert (grad is not None) == flag
         assert grad is None or torch.equal(grad, full)
+
+
+class Repacked(torch.autograd.graph.saved_tensors_hooks):
+    """As offloading to the host does: what is saved comes back contiguous, whatever it was."""
+
+    def __init__(self):
+        super().__init__(lambda t: t.contiguous().clone(), lambda t: t)
+
+
+@pytest.mark.parametrize("case", ["channels last", "every other step", "repeated"])
+def test_what_was_saved_may_come_back_in_another_layout(case, kernel_device):
+    generator = torch.Generator().manual_seed(0)
+    shape = (6, 4, 5, 4, 4) if case == "every other step" else (3, 4, 5, 4, 4)
+    x = torch.randn(shape, generator=generator).to(kernel_device)
+    x = {"every other step": x[::2], "repeated": x[0], "channels last": x}[case]
+    if case != "every other step":
+        x = x.movedim(-3, -1).contiguous().movedim(-1, -3)
+    g = torch.randn(3, 4, 5, 4, 4, generator=generator).to(kernel_device)
+    results = []
+    for hooks in (contextlib.nullcontext(), Repacked()):
+        node = BatchNormLIF(5, surrogate_function=surrogate.ATan(), backend="triton").to(kernel_device)
+        node.collect_statistics = True
+        leaf = x.detach().requires_grad_()
+        assert leaf.stride() == x.stride()
+        with hooks:
+            out = node(leaf, repeat=3 if case == "repeated" else None)
+        gradients = torch.autograd.grad(out, [leaf, node.weight, node.bias], g)
+        results.append([out.detach(), *gradients, *node.energies[0]])
+    for plain, repacked in zip(*results, strict=True):
+        torch.testing.assert_close(repacked, plain, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_whose_batches_nobody_counts_run_unfused(momentum, kernel_device):
+    x = torch.randn(3, 4, 5, 4, generator=torch.Generator().manual_seed(0)).to(kernel_device)
+    node = BatchNormLIF(5, momentum=momentum, backend="triton").to(kernel_device)
+    plain = torch.nn.BatchNorm2d(5, momentum=momentum).to(kernel_device)
+    node.num_batches_tracked = plain.num_batches_tracked = None
+    node(x)
+    plain(x.flatten(0, 1).unsqueeze(-1))
+    torch.testing.assert_close(node.running_mean, plain.running_mean)
+    torch.testing.assert_close(node.running_var, plain.running_var)
+    assert not FUSED_CALLS
+
+
+def test_a_momentum_that_changes_prepares_nothing_but_its_own_launch(kernel_device):
+    launch._layers.clear()
+    x = torch.randn(3, 4, 5, 4, generator=torch.Generator().manual_seed(0)).to(kernel_device)
+    node, plain = BatchNormLIF(5, backend="triton").to(kernel_device), torch.nn.BatchNorm2d(5).to(kernel_device)
+    for momentum in (0.1, 0.2, 0.5):
+        node.momentum = plain.momentum = momentum
+        reset(node)
+        node(x)
+        plain(x.flatten(0, 1).unsqueeze(-1))
+        torch.testing.assert_close(node.running_mean, plain.running_mean)
+    (layer,) = launch._layers.values()
+    assert len(layer._constants) == 3 and len(layer._fire) == 1
 
 
 def test_nobody_wants_a_gradient(kernel_device):

@@ -23,11 +23,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sadp_fast import LIFNode
 from sadp_fast.dynamics import Dynamics
 from sadp_fast.ops import lif_launch
 from sadp_fast.ops.lif import lif
 from sadp_fast.reference import lif as reference
-from sadp_fast.surrogate import FUSED
+from sadp_fast.surrogate import FUSED, ATan
 
 CHUNK = 8  # steps of a chunk in these tests: several chunks without many steps, which the interpreter is slow at
 MARGIN = 1e-4
@@ -466,6 +467,26 @@ def test_chunks_of_real_length(steps, dtype, real_chunks, kernel_device):
 
 
 # ------------------------------------------------------------------------------------------------- memory layouts
+
+
+@pytest.mark.parametrize("steps", [3, 2 * CHUNK + 1])
+@pytest.mark.parametrize("inner", ["channels last", "every other step"])
+def test_what_was_saved_may_come_back_in_another_layout(inner, steps, kernel_device):
+    """Offloading to the host, say, may give x back contiguous."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2 * steps, 2, 3, 4, 4, generator=generator).to(kernel_device)
+    x = x[::2] if inner == "every other step" else x[:steps].movedim(2, -1).contiguous().movedim(-1, 2)
+    g = torch.randn(x.shape, generator=generator).to(kernel_device)
+    gradients = []
+    for packed in (False, True):
+        node = LIFNode(step_mode="m", surrogate_function=ATan(), backend="triton")
+        leaf = x.detach().requires_grad_()
+        assert leaf.stride() == x.stride()
+        pack = (lambda t: t.contiguous().clone()) if packed else (lambda t: t)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            spikes = node(leaf)
+        gradients += torch.autograd.grad(spikes, leaf, g)
+    assert torch.equal(*gradients)
 
 
 LAYOUTS = {

@@ -33,7 +33,7 @@ class _BatchNormLIF(torch.autograd.Function):
         driven = neuron.learned_gain and ctx.needs_input_grad[4]  # else the constants have all that is needed
         affine = (weight, bias) if driven else (None, None)
         ctx.save_for_backward(x, constants, energy, reciprocal_tau, *affine)
-        ctx.layer, ctx.energies = layer, energies
+        ctx.layer, ctx.energies, ctx.repeat, ctx.strides = layer, energies, repeat, x.stride()
         ctx.mark_non_differentiable(*(t for t in (v, constants) if t is not None))
         ctx.set_materialize_grads(False)
         return out, v, constants
@@ -49,6 +49,8 @@ class _BatchNormLIF(torch.autograd.Function):
             return (None,) * 11
         x, constants, energy, reciprocal_tau, weight, bias = ctx.saved_tensors
         layer, energies, wants_grad_tau = ctx.layer, ctx.energies, ctx.needs_input_grad[4]
+        if x.stride() != ctx.strides:  # a hook for saved tensors gave it back in another layout
+            layer, x = layer_for(x, ctx.repeat, layer.neuron, layer.kind)
         backward, grad = layer.backward(grad_out, energies is not None, wants_grad_tau)
         grad_x, grad_weight, grad_bias, leak = backward.run(x, grad, constants, reciprocal_tau, energy, energies)
         grad_tau = None

@@ -27,11 +27,13 @@ from .batch_norm_lif_kernels import (
     _finish_backward_kernel,
     _forward_kernel,
 )
-from .launch import Launch, multiprocessors
+from .launch import Launch, keep, multiprocessors
 from .layout import has_strides
 
 # Steps of a tile are held in registers; longer sequences take the separate operators.
 MAX_STEPS = 16
+# Launches of one kind that a layer keeps: by its gradient's layout, its momentum, ...
+MOST_OF_A_LAYER = 64
 
 # --------------------------------------------------------------------------------------------- cuts, configurations
 
@@ -65,7 +67,7 @@ class _Cut:
 
 @dataclass(frozen=True)
 class Configuration:
-    """Launch configuration of a kernel of this file."""
+    """Launch configuration of a kernel."""
 
     elements: int  # of a tile, per thread
     warps: int  # of a program
@@ -159,8 +161,8 @@ class Normalisation(NamedTuple):
     Attributes:
         eps: added to the variance.
         momentum: weight of a batch in the running statistics, None for their plain mean.
-        running_mean, running_var: float32 [C], updated in place by a training pass; None: not kept.
-        batches: int64, 0-dim, counts the training passes.
+        running_mean, running_var: float32 [C], updated in place by a training pass; both None: not kept.
+        batches: int64, 0-dim, counts the training passes; there if the running statistics are.
         use_batch: whether x is normalised by its own statistics, else by the running ones.
         update: whether this pass updates the running statistics.
     """
@@ -175,10 +177,8 @@ class Normalisation(NamedTuple):
 
 
 class NormalisationKind(NamedTuple):
-    """What kernels are compiled for, of a normalisation."""
+    """What a normalisation's kernels are compiled for."""
 
-    eps: float
-    momentum: float
     use_batch: bool
     update: bool
     cumulative: bool
@@ -187,8 +187,7 @@ class NormalisationKind(NamedTuple):
     @classmethod
     def of(cls, norm: Normalisation, affine: bool) -> NormalisationKind:
         update = norm.use_batch and norm.update and norm.running_mean is not None
-        momentum = 0.0 if norm.momentum is None else norm.momentum
-        return cls(norm.eps, momentum, norm.use_batch, update, update and norm.momentum is None, affine)
+        return cls(norm.use_batch, update, update and norm.momentum is None, affine)
 
 
 class Neuron(NamedTuple):
@@ -275,20 +274,16 @@ class _Prepared(Protocol):
 
 
 class _Stage:
-    """A kernel of one shape; its first run chooses the configuration: the curated one, or what ``autotune`` measures.
+    """A kernel of one shape, in the configuration that its first run chooses: the curated one or ``autotune``'s."""
 
-    Attributes:
-        prepared: for that configuration, once it is chosen.
-    """
-
-    __slots__ = ("_kernel", "_key", "_prepare", "_steps", "prepared")
+    __slots__ = ("_kernel", "_key", "_prepare", "_prepared", "_steps")
 
     def __init__(self, kernel: str, steps: int, key: Hashable, prepare: Callable[[Configuration], _Prepared]) -> None:
         self._kernel, self._steps, self._key, self._prepare = kernel, steps, key, prepare
-        self.prepared: Any = None
+        self._prepared: Any = None
 
     def __call__(self, x: Tensor, *tensors: Any) -> Any:
-        if self.prepared is None:
+        if self._prepared is None:
             prepare = functools.cache(self._prepare)
             config = _CHOICES[self._kernel](
                 self._key,
@@ -296,8 +291,8 @@ class _Stage:
                 lambda: _candidates(self._kernel, self._steps, x.element_size()),
                 lambda config: prepare(config)(x, *tensors),
             )
-            self.prepared = prepare(config)
-        return self.prepared(x, *tensors)
+            self._prepared = prepare(config)
+        return self._prepared(x, *tensors)
 
 
 class _Statistics:
@@ -333,7 +328,7 @@ class _Fire:
         self.out_shape, self.out_strides, self.alike = layer.out_shape, layer.out_strides, layer.out_is_like_x
         self.want_v, self.energies = want_v, (shape.examples, cut.parts) if want_energy else None
         numbers = (
-            *shape.cut_numbers(cut, (0, 0) if residual_strides is None else residual_strides[:2]),
+            *shape.cut_numbers(cut, (0, 0) if residual_strides is None else residual_strides),
             neuron.keep,
             neuron.v_threshold,
             neuron.v_rest,
@@ -396,12 +391,11 @@ class _Gradients:
     ) -> None:
         shape, neuron = layer.shape, layer.neuron
         cut = shape.cut(config)
-        self.slots, self.parts = cut.slots, cut.parts
         self.pairs = shape.pairs(cut.slots) if does.sums else None
         self.norms = (shape.examples, cut.parts) if does.norm else None
         self.leaks = cut.programs if does.grad_tau else None
         numbers = (
-            *shape.cut_numbers(cut, grad_strides[:2]),
+            *shape.cut_numbers(cut, grad_strides),
             neuron.keep,
             neuron.gain,
             neuron.v_threshold,
@@ -478,7 +472,7 @@ class Layer:
         self._statistics = _Stage(
             "statistics", self.shape.steps, self.shape, lambda config: _Statistics(self.shape, config)
         )
-        self._constants: Launch | None = None
+        self._constants: dict[tuple[int, float, float], Launch] = {}  # by slots, eps and momentum
         self._fire: dict[tuple, _Stage | None] = {}
         self._backward: dict[tuple, Backward | None] = {}
 
@@ -493,14 +487,17 @@ class Layer:
         """float32 [4, C] for the other kernels; updates the running statistics."""
         constants = x.new_empty((4, self.shape.channels), dtype=torch.float32)
         count = partial = constants
+        slots, kind = 0, self.kind
         if self.use_batch:
             count, partial = self._statistics(x)
-        if self._constants is None:
-            self._constants = self._constants_launch()
-        kind = self.kind
+            slots = count.shape[0]
+        key = (slots, norm.eps, 0.0 if norm.momentum is None else norm.momentum)
+        launch = self._constants.get(key)
+        if launch is None:
+            launch = keep(self._constants, key, self._constants_launch(*key), MOST_OF_A_LAYER)
         if kind.cumulative and norm.batches is not None:
             norm.batches.add_(1)
-        self._constants(
+        launch(
             count,
             partial,
             constants if norm.running_mean is None else norm.running_mean,
@@ -513,11 +510,10 @@ class Layer:
         )
         return constants
 
-    def _constants_launch(self) -> Launch:
+    def _constants_launch(self, slots: int, eps: float, momentum: float) -> Launch:
         neuron, kind = self.neuron, self.kind
-        slots = self._statistics.prepared.slots if self.use_batch else 0
         numbers = (
-            *(self.shape.channels, slots, kind.momentum, kind.eps),
+            *(self.shape.channels, slots, momentum, eps),
             *(neuron.keep, neuron.gain, neuron.v_threshold, neuron.v_rest),
         )
         constants = {
@@ -556,7 +552,7 @@ class Layer:
                     (self.shape, self.steps, self.neuron, self.repeated, *wanted),
                     lambda config: _Fire(self, *wanted, config),
                 )
-            self._fire[key] = stage
+            keep(self._fire, key, stage, MOST_OF_A_LAYER)
         if stage is None:
             assert residual is not None
             return self.fire(x, constants, reciprocal_tau, self._in_order(residual), want_v, want_energy)
@@ -571,7 +567,7 @@ class Layer:
             backward = None
             if self._has_inner_order(grad):
                 backward = Backward(self, grad, scored, wants_grad_tau)
-            self._backward[key] = backward
+            keep(self._backward, key, backward, MOST_OF_A_LAYER)
         if backward is None:
             return self.backward(self._in_order(grad), scored, wants_grad_tau)
         return backward, grad
@@ -588,13 +584,13 @@ class Backward:
     """The backward pass of a layer for one layout of the incoming gradient.
 
     Attributes:
-        affine: whether the sums over pixels that weight and bias, or the gradient of tau, need are kept.
+        keeps_sums: whether the sums over pixels that weight and bias, or the gradient of tau, need are kept.
         both: whether one kernel does both passes: statistics that are constants need no sums before the gradient.
     """
 
     def __init__(self, layer: Layer, grad: Tensor, scored: bool, wants_grad_tau: bool) -> None:
         self._layer, self._scored = layer, scored
-        self.affine, self.both = layer.kind.affine or wants_grad_tau, not layer.use_batch
+        self.keeps_sums, self.both = layer.kind.affine or wants_grad_tau, not layer.use_batch
         strides = grad.stride()[:2]
         flow = (layer.steps, layer.neuron, layer.repeated, strides, grad.dtype)
 
@@ -604,7 +600,7 @@ class Backward:
 
         self._first = stage("sums", Does(sums=True, norm=scored, write=self.both, grad_tau=wants_grad_tau))
         self._second = stage("gradient", Does(sums=False, norm=False, write=True, grad_tau=False))
-        self._finish: dict[int, Launch] = {}  # by the forward pass's partial energies of an example
+        self._finish: dict[tuple[int, int, int], Launch] = {}  # by the numbers of partial sums
 
     def run(
         self,
@@ -615,7 +611,7 @@ class Backward:
         energy: Tensor | None,
         energies: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Gradient of x, those of weight and bias [C] where ``affine``, and leaks [programs] where tau wants one.
+        """Gradient of x, those of weight and bias [C] if it ``keeps_sums``, and leaks [programs] where tau wants one.
 
         Writes ``energies``, from the forward pass's partial ones and its own, where the pass is scored.
         """
@@ -623,16 +619,16 @@ class Backward:
         channels = layer.shape.channels
         coefficients = x.new_empty((2, channels), dtype=torch.float32)
         grad_weight = grad_bias = None
-        if self.affine:
+        if self.keeps_sums:
             grad_weight = x.new_empty(channels, dtype=torch.float32)
             grad_bias = x.new_empty(channels, dtype=torch.float32)
         grad_x = torch.empty_like(x) if layer.out_is_like_x else self._like_x(x)
         given = (grad, grad_x, constants, reciprocal_tau, coefficients)
         sums, norm, leak = self._first(x, *given)
-        parts = 0 if energy is None else energy.shape[1]
-        finish = self._finish.get(parts)
+        key = (sums.shape[1], 0 if energy is None else energy.shape[1], 0 if norm is None else norm.shape[1])
+        finish = self._finish.get(key)
         if finish is None:
-            finish = self._finish[parts] = self._finish_launch(parts)
+            finish = keep(self._finish, key, self._finish_launch(*key), MOST_OF_A_LAYER)
         energy_out, norm_out = (constants, constants) if energies is None else energies
         finish(
             sums,
@@ -655,16 +651,14 @@ class Backward:
         first = 1 if layer.repeated else 0
         return x.new_empty_strided(x.shape, layer.out_strides[first:])
 
-    def _finish_launch(self, energy_parts: int) -> Launch:
-        layer, first = self._layer, self._first.prepared
-        shape, neuron = layer.shape, layer.neuron
+    def _finish_launch(self, slots: int, energy_parts: int, norm_parts: int) -> Launch:
+        shape, neuron = self._layer.shape, self._layer.neuron
         elements = shape.steps * shape.examples * shape.pixels
-        norm_parts = first.parts if self._scored else 0
-        numbers = (shape.channels, first.slots, elements, shape.examples, energy_parts, norm_parts, neuron.gain)
+        numbers = (shape.channels, slots, elements, shape.examples, energy_parts, norm_parts, neuron.gain)
         constants = {
             **_FINISH,
             **_FINISH_EXAMPLES,
-            "AFFINE": self.affine,
+            "AFFINE": self.keeps_sums,
             "NORM": self._scored,
             **neuron.learned,
             "enable_fp_fusion": False,
@@ -678,7 +672,6 @@ class Backward:
 # By what they are prepared for; None where x has to be rearranged first. Emptied when there are very many, and when an
 # ``autotune`` begins.
 _layers: dict[tuple, Layer | None] = {}
-_MOST_LAYERS = 1024
 
 
 @at_the_start
@@ -688,14 +681,12 @@ def _forget_layers() -> None:
 
 def layer_for(x: Tensor, repeat: int | None, neuron: Neuron, kind: NormalisationKind) -> tuple[Layer, Tensor]:
     """The layer's passes for x [T, N, C, *] ([N, C, *] if repeated), and x, or a copy of it, as they read it."""
-    key = (x.shape, x.stride(), x.dtype, x.get_device(), repeat, neuron, kind)
+    key = (x.shape, x.stride(), x.dtype, x.device, repeat, neuron, kind)
     try:
         layer = _layers[key]
     except KeyError:
         layer = Layer(x, repeat, neuron, kind) if _has_known_layout(x, repeat is not None) else None
-        if len(_layers) >= _MOST_LAYERS:
-            _layers.clear()
-        _layers[key] = layer
+        keep(_layers, key, layer, 1024)
     if layer is None:
         return layer_for(x.contiguous(), repeat, neuron, kind)
     return layer, x

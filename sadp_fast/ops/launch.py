@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,14 @@ def early_launch(device: torch.device) -> dict[str, bool]:
     """
     possible = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0) and _knows_early_launches()
     return {"EARLY": True, "launch_pdl": True} if possible else {"EARLY": False}
+
+
+def keep(kept: dict, key: Hashable, value: Any, most: int = 4096) -> Any:
+    """Keep the value under its key, and return it; what was kept goes once there are so many."""
+    if len(kept) >= most:
+        kept.clear()
+    kept[key] = value
+    return value
 
 
 def _knows_early_launches() -> bool:

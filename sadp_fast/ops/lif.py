@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from ..dynamics import Dynamics
-from .layout import sequence_like, v_like, with_dense_inner
+from .layout import sequence_like, sequence_strides, v_like, with_dense_inner
 from .lif_launch import (
     Constants,
     Stores,
@@ -33,7 +33,7 @@ SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # ---------------------------------------------------------------------------------------------- registered operators
 
-# For torch.compile and dispatch modes; eager calls go straight to the functions above.
+# For torch.compile and dispatch modes; eager calls go straight to ``run_forward`` and ``run_backward``.
 
 _NEURON_SCHEMA = (
     "float v_init_value, float tau, bool leak, bool decay_input, float v_threshold, float v_rest, bool soft_reset"
@@ -78,7 +78,8 @@ def _launch_backward(
     grads, neuron = grads_and_constants[:4], Constants(*grads_and_constants[4:11])
     *options, want_grad_v_init, want_norms, want_grad_tau = grads_and_constants[11:]
     wanted = Wanted(want_grad_v_init, want_norms, want_grad_tau)
-    given = (x, v_init, reciprocal_tau, checkpoints, *grads, neuron, tuple(options), wanted)
+    saved = checkpoints if checkpoints.numel() > 0 else None
+    given = (x, v_init, reciprocal_tau, saved, *grads, neuron, tuple(options), wanted)
     grad_x, grad_v_init, norms, grad_tau = run_backward(*given)
     norms = _nothing(x) if norms is None else add_partials(norms)
     grad_tau = _nothing(x) if grad_tau is None else grad_tau.sum()
@@ -100,7 +101,9 @@ def _(x, v_init, reciprocal_tau, *constants_and_flags):
         sequence_like(x, x.dtype),
         v_like(x),
         sequence_like(x, torch.float32) if store_v_seq else _nothing(x),
-        x.new_empty((chunks - 1, *x.shape[1:]), dtype=torch.float32) if store_checkpoints else _nothing(x),
+        x.new_empty_strided((chunks - 1, *x.shape[1:]), sequence_strides(x), dtype=torch.float32)
+        if store_checkpoints
+        else _nothing(x),
         x.new_empty(x.shape[:2] if count_spikes else (0,), dtype=torch.int32),
     )
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..dynamics import Dynamics
 from .autotune import Choices, at_the_start
 from .equations import LEAK, LEAK_WITH_INPUT_DECAY, LEARNED_RECIPROCAL, NO_LEAK, POWER_OF_TWO, TIME_CONSTANT
-from .launch import Launch, early_launch, multiprocessors
+from .launch import Launch, early_launch, keep, multiprocessors
 from .layout import (
     has_strides,
     inner_is_dense,
@@ -242,7 +242,9 @@ class _ForwardPlan:
         spikes = sequence.empty(x, x.dtype) if stores.spikes else None
         v = v_like(x) if stores.v else None
         v_seq = sequence.empty(x, torch.float32) if stores.v_seq else None
-        checkpoints = None if self.checkpoints is None else x.new_empty(self.checkpoints, dtype=torch.float32)
+        checkpoints = None
+        if self.checkpoints is not None:
+            checkpoints = x.new_empty_strided(self.checkpoints, sequence.strides, dtype=torch.float32)
         count = x.new_empty(self.partials, dtype=torch.int32) if stores.counts else None
         if self.launch is not None:
             tensors = (v_init, reciprocal_tau, spikes, v, v_seq, checkpoints, count)
@@ -300,7 +302,8 @@ class _BackwardPlan:
         channel_scale: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         v_init, grad_v = laid_out(v_init, self.v_strides), laid_out(grad_v, self.v_strides)
-        grad_v_seq = laid_out(grad_v_seq, self.sequence.strides)
+        # What was saved with x fits its layout, unless a hook gave x back in another one.
+        checkpoints, grad_v_seq = (laid_out(t, self.sequence.strides) for t in (checkpoints, grad_v_seq))
         grad_x = self.sequence.empty(x, x.dtype)
         grad_v_init = v_like(x) if self.wants_grad_v_init else None
         norms = None if self.partials is None else x.new_empty(self.partials, dtype=torch.float32)
@@ -316,7 +319,6 @@ class _BackwardPlan:
 # when an ``autotune`` begins.
 _forward_plans: dict[tuple, _ForwardPlan | None] = {}
 _backward_plans: dict[tuple, _BackwardPlan | None] = {}
-_MOST_PLANS = 4096
 
 _CHOICES: dict[str, Choices[Configuration]] = {name: Choices(f"LIF {name}") for name in ("forward", "backward")}
 
@@ -325,13 +327,6 @@ _CHOICES: dict[str, Choices[Configuration]] = {name: Choices(f"LIF {name}") for 
 def _forget_plans() -> None:
     _forward_plans.clear()
     _backward_plans.clear()
-
-
-def _keep(plans: dict, key: tuple, plan: Any) -> Any:
-    if len(plans) >= _MOST_PLANS:
-        plans.clear()
-    plans[key] = plan
-    return plan
 
 
 def _planned(
@@ -351,7 +346,7 @@ def run_forward(
 ) -> tuple[Tensor | None, ...]:
     """spikes, final v, v_seq, checkpoints and partial spike counts [N, blocks, T]; None for what is not stored."""
     has = (v_init is not None, reciprocal_tau is not None)
-    key = (x.shape, x.stride(), x.dtype, x.get_device(), neuron, has, stores)
+    key = (x.shape, x.stride(), x.dtype, x.device, neuron, has, stores)
     try:
         plan = _forward_plans[key]
     except KeyError:
@@ -364,7 +359,7 @@ def run_forward(
                 lambda configuration: _ForwardPlan(configuration, x, neuron, *has, stores),
                 (x, v_init, reciprocal_tau),
             )
-        _keep(_forward_plans, key, plan)
+        keep(_forward_plans, key, plan)
     if plan is None:
         return run_forward(x.contiguous(), v_init, reciprocal_tau, neuron, stores)
     return plan.run(x, v_init, reciprocal_tau)
@@ -393,7 +388,7 @@ def run_backward(
         grad_v_seq is not None,
         channel_scale is not None,
     )
-    layouts = (x.shape, x.stride(), x.dtype, gs.stride(), gs.dtype, x.get_device())
+    layouts = (x.shape, x.stride(), x.dtype, gs.stride(), gs.dtype, x.device)
     key = (layouts, neuron, options, has, wanted)
     others = (grad_v, grad_v_seq, channel_scale)
     try:
@@ -408,7 +403,7 @@ def run_backward(
                 lambda configuration: _BackwardPlan(configuration, x, gs, neuron, options, has, wanted),
                 (x, v_init, reciprocal_tau, checkpoints, gs, *others),
             )
-        _keep(_backward_plans, key, plan)
+        keep(_backward_plans, key, plan)
     if plan is None:
         x = with_dense_inner(x)
         gs = with_inner_order_of(x, gs)
