@@ -538,6 +538,10 @@ def test_tables_and_plots_of_variants(varied, monkeypatch):
         rows = [r for r in results["accuracy"]["accuracies"] if r["method"] == "full:epochs=2"]
         mean = sum(r[key] for r in rows) / 2
         assert line.get_xdata()[0] == pytest.approx(1 - mean if panel is by_share else mean, abs=0.03)
+    untimed = [{**r, "time_ratio": None} for r in several["accuracies"] if r["method"] != "full"]
+    STUDIES["accuracy"].plots({**several, "accuracies": untimed}, varied)  # without full data no panel over time
+    (by_share,) = figures[-1].axes
+    assert any(line.get_label() == names[2] for line in by_share.lines)
     (table,) = STUDIES["accuracy"].tables(results["accuracy"])
     row = dict(zip(table.headings, table.rows[[r[0] for r in table.rows].index(names[1])], strict=True))
     end = {(r["method"], r["seed"]): 100 * r["test_accuracy"] for r in results["accuracy"]["accuracies"]}

@@ -117,16 +117,18 @@ def _one_ratio(result: dict[str, Any]) -> Figure:
 
 
 def _by_ratio(result: dict[str, Any]) -> Figure:
-    """Accuracy over the share of examples left out, and over time."""
-    figure, (by_share, by_time) = panels(1, 2, 12, 5.6)
+    """Accuracy over the share of examples left out, and over time where full data says what that is measured by."""
     rows, ratios = result["accuracies"], result["settings"]["ratios"]
+    timed = any(r["time_ratio"] is not None for r in rows)
+    figure, (by_share, *by_time) = panels(1, 1 + timed, 6 + 6 * timed, 5.6)
     names, looks = labels(result), report.styles(result["settings"]["methods"])
     full = [100 * r["test_accuracy"] for r in rows if r["method"] == "full"]
     if full:
-        for panel in (by_share, by_time):
+        for panel in (by_share, *by_time):
             panel.axhspan(min(full), max(full), color=report.COLOURS["full"], alpha=0.12, linewidth=0)
             panel.axhline(mean(full), color=report.COLOURS["full"], linewidth=1.6, label=names["full"])
-        by_time.plot(1, mean(full), "o", color=report.COLOURS["full"])
+        for panel in by_time:
+            panel.plot(1, mean(full), "o", color=report.COLOURS["full"])
     others = [m for m in result["settings"]["methods"] if any(r["method"] == m for r in rows) and m != "full"]
     counts = {len(full)} - {0}
     gaps = [b - a for a, b in pairwise(ratios)]
@@ -134,7 +136,7 @@ def _by_ratio(result: dict[str, Any]) -> Figure:
     step = 0.2 * min(gaps, default=0.2) / max(1, len(others) - 1)  # side by side, so that no bar hides another
     for i, method in enumerate(others):
         look, offset = looks[method], step * (i - (len(others) - 1) / 2)
-        for panel in (by_share, by_time):
+        for panel in (by_share, *by_time):
             points = []
             for ratio in sorted({r["ratio"] for r in rows if r["method"] == method}):
                 own = [r for r in rows if r["method"] == method and r["ratio"] == ratio]
@@ -146,16 +148,17 @@ def _by_ratio(result: dict[str, Any]) -> Figure:
                 values = [100 * r["test_accuracy"] for r in own]
                 points.append((x, mean(values)))
                 panel.plot([x, x], [min(values), max(values)], color=look["color"], linewidth=2.5, alpha=0.5)
-                if panel is by_time and ratio > 0:
+                if panel is not by_share and ratio > 0:
                     tops[ratio] = max(tops.get(ratio, (0.0, 0.0)), (max(values), x))
             if points:
                 panel.plot(*zip(*points, strict=True), **look, label=names[method])
-    for ratio, (top, x) in tops.items():
-        by_time.annotate(f"{ratio:g}", (x, top), (0, 3), textcoords="offset points", ha="center", fontsize=8)
     accuracy = "Test accuracy after the last epoch (%)"
     by_share.set(xlabel="Share of full training's examples left out (r, for as many epochs)", ylabel=accuracy)
     by_share.set_xticks(ratios)
-    by_time.set(xlabel="Training time / that of full data (numbers: r)", ylabel=accuracy)
+    for panel in by_time:
+        panel.set(xlabel="Training time / that of full data (numbers: r)", ylabel=accuracy)
+        for ratio, (top, x) in tops.items():
+            panel.annotate(f"{ratio:g}", (x, top), (0, 3), textcoords="offset points", ha="center", fontsize=8)
     legend_below(figure, by_share)
     epochs = result["settings"]["base"]["epochs"]
     figure.suptitle(f"Accuracy after {epochs} epochs (bars: {counts_text(counts)})\n{title(result)}")
