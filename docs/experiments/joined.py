@@ -17,7 +17,8 @@ from rich.console import Console
 
 from sadp_fast.report import write_json
 from sadp_fast.study.registry import STUDIES
-from sadp_fast.study.training_runs import set_time_ratios
+from sadp_fast.study.study import each_once
+from sadp_fast.study.training_runs import run_name, set_time_ratios
 
 LISTS = ("methods", "ratios", "seeds")  # of the settings: what the studies may differ in
 
@@ -40,13 +41,12 @@ def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
     for key in LISTS:
         values = dict.fromkeys(value for result in results for value in result["settings"][key])
         settings[key] = list(values) if key == "methods" else sorted(values)
-    where = [entry for result in results for entry in result["environments"]]
     missing = dict.fromkeys(name for result in results for name in result["missing_runs"])
-    found = {f"{method}, r = {ratio:g}, seed {seed}" for method, ratio, seed in rows}
+    found = {run_name(*cell) for cell in rows}
     return {
         **first,
         "settings": settings,
-        "environments": [entry for i, entry in enumerate(where) if entry not in where[:i]],
+        "environments": each_once([entry for result in results for entry in result["environments"]]),
         "missing_runs": [name for name in missing if name not in found],
         "accuracies": [rows[cell] for cell in sorted(rows, key=lambda cell: cell[2])],
     }

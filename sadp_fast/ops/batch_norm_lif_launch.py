@@ -28,7 +28,7 @@ from .batch_norm_lif_kernels import (
     _forward_kernel,
 )
 from .launch import Launch, keep, multiprocessors
-from .layout import has_strides
+from .layout import Sequence, has_strides
 
 # Steps of a tile are held in registers; longer sequences take the separate operators.
 MAX_STEPS = 16
@@ -325,8 +325,8 @@ class _Fire:
     ) -> None:
         shape, neuron = layer.shape, layer.neuron
         cut = shape.cut(config)
-        self.out_shape, self.out_strides, self.alike = layer.out_shape, layer.out_strides, layer.out_is_like_x
-        self.want_v, self.energies = want_v, (shape.examples, cut.parts) if want_energy else None
+        self.out, self.repeated, self.want_v = layer.out, layer.repeated, want_v
+        self.energies = (shape.examples, cut.parts) if want_energy else None
         numbers = (
             *shape.cut_numbers(cut, (0, 0) if residual_strides is None else residual_strides),
             neuron.keep,
@@ -348,10 +348,11 @@ class _Fire:
     def __call__(
         self, x: Tensor, constants: Tensor, reciprocal_tau: Tensor | None, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        out = torch.empty_like(x) if self.alike else x.new_empty_strided(self.out_shape, self.out_strides)
+        like = self.out
+        out = x.new_empty_strided(like.shape, like.strides) if self.repeated else like.empty(x, x.dtype)
         v = energy = None
         if self.want_v:
-            v = x.new_empty_strided(self.out_shape[1:], self.out_strides[1:], dtype=torch.float32)
+            v = x.new_empty_strided(like.shape[1:], like.strides[1:], dtype=torch.float32)
         if self.energies is not None:
             energy = x.new_empty(self.energies, dtype=torch.float32)
         self.launch(
@@ -409,7 +410,7 @@ class _Gradients:
             "SUM": does.sums,
             "NORM": does.norm,
             "WRITE": does.write,
-            "BATCH_STATISTICS": layer.use_batch,
+            "BATCH_STATISTICS": layer.kind.use_batch,
             "SOFT_RESET": neuron.soft_reset,
             "DETACH_RESET": neuron.detach_reset,
             "SURROGATE": neuron.surrogate,
@@ -455,20 +456,15 @@ class Layer:
         shape: of x.
         steps: T of the output.
         repeated: whether every step has the same x.
-        use_batch: whether x is normalised by its own statistics.
-        out_shape, out_strides: of the output, and of what has its layout.
+        out: makes tensors of the output's shape and layout.
     """
 
     def __init__(self, x: Tensor, repeat: int | None, neuron: Neuron, kind: NormalisationKind) -> None:
         self.repeated = repeat is not None
         self.shape = Shape.of(x, self.repeated)
         self.steps = self.shape.steps if repeat is None else repeat
-        self.neuron, self.kind, self.use_batch = neuron, kind, kind.use_batch
-        inner = tuple(x.shape[0 if self.repeated else 1 :])
-        size = math.prod(inner[1:])
-        self.out_shape = (self.steps, *inner)
-        self.out_strides = (inner[0] * size, size, *x.stride()[1 if self.repeated else 2 :])
-        self.out_is_like_x = not self.repeated and x.stride() == self.out_strides
+        self.neuron, self.kind = neuron, kind
+        self.out = Sequence(x.expand(self.steps, *x.shape) if self.repeated else x)
         self._statistics = _Stage(
             "statistics", self.shape.steps, self.shape, lambda config: _Statistics(self.shape, config)
         )
@@ -488,7 +484,7 @@ class Layer:
         constants = x.new_empty((4, self.shape.channels), dtype=torch.float32)
         count = partial = constants
         slots, kind = 0, self.kind
-        if self.use_batch:
+        if kind.use_batch:
             count, partial = self._statistics(x)
             slots = count.shape[0]
         key = (slots, norm.eps, 0.0 if norm.momentum is None else norm.momentum)
@@ -573,11 +569,11 @@ class Layer:
         return backward, grad
 
     def _has_inner_order(self, t: Tensor) -> bool:
-        return has_strides(t, self.out_strides, 2)
+        return has_strides(t, self.out.strides, 2)
 
     def _in_order(self, t: Tensor) -> Tensor:
         """A copy of t with the output's layout."""
-        return t.new_empty_strided(self.out_shape, self.out_strides).copy_(t)
+        return t.new_empty_strided(self.out.shape, self.out.strides).copy_(t)
 
 
 class Backward:
@@ -590,12 +586,12 @@ class Backward:
 
     def __init__(self, layer: Layer, grad: Tensor, scored: bool, wants_grad_tau: bool) -> None:
         self._layer, self._scored = layer, scored
-        self.keeps_sums, self.both = layer.kind.affine or wants_grad_tau, not layer.use_batch
+        self.keeps_sums, self.both = layer.kind.affine or wants_grad_tau, not layer.kind.use_batch
         strides = grad.stride()[:2]
         flow = (layer.steps, layer.neuron, layer.repeated, strides, grad.dtype)
 
         def stage(kernel: str, does: Does) -> _Stage:
-            key = (layer.shape, *flow, *does, layer.use_batch)
+            key = (layer.shape, *flow, *does, layer.kind.use_batch)
             return _Stage(kernel, layer.steps, key, lambda config: _Gradients(layer, strides, does, config))
 
         self._first = stage("sums", Does(sums=True, norm=scored, write=self.both, grad_tau=wants_grad_tau))
@@ -622,7 +618,8 @@ class Backward:
         if self.keeps_sums:
             grad_weight = x.new_empty(channels, dtype=torch.float32)
             grad_bias = x.new_empty(channels, dtype=torch.float32)
-        grad_x = torch.empty_like(x) if layer.out_is_like_x else self._like_x(x)
+        out = layer.out
+        grad_x = x.new_empty_strided(x.shape, out.strides[1:]) if layer.repeated else out.empty(x, x.dtype)
         given = (grad, grad_x, constants, reciprocal_tau, coefficients)
         sums, norm, leak = self._first(x, *given)
         key = (sums.shape[1], 0 if energy is None else energy.shape[1], 0 if norm is None else norm.shape[1])
@@ -645,11 +642,6 @@ class Backward:
         if not self.both:
             self._second(x, *given)
         return grad_x, grad_weight, grad_bias, leak
-
-    def _like_x(self, x: Tensor) -> Tensor:
-        layer = self._layer
-        first = 1 if layer.repeated else 0
-        return x.new_empty_strided(x.shape, layer.out_strides[first:])
 
     def _finish_launch(self, slots: int, energy_parts: int, norm_parts: int) -> Launch:
         shape, neuron = self._layer.shape, self._layer.neuron

@@ -21,6 +21,24 @@ def sequence_strides(x: Tensor) -> tuple[int, ...]:
     return (x.shape[1] * size, size, *x.stride()[2:])
 
 
+class Sequence:
+    """Makes tensors of one shape and layout: that of x [T, N, *], but dense, in x's inner order.
+
+    Attributes:
+        shape, strides: of these tensors.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.shape, self.strides = x.shape, sequence_strides(x)
+        self._alike = x.stride() == self.strides
+
+    def empty(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """One on x's device; x has the shape and strides that this was made for."""
+        if self._alike:
+            return torch.empty_like(x, dtype=dtype)
+        return torch.empty_strided(self.shape, self.strides, dtype=dtype, device=x.device)
+
+
 def v_like(x: Tensor) -> Tensor:
     return x.new_empty_strided(x.shape[1:], v_strides(x), dtype=torch.float32)
 

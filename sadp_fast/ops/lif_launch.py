@@ -20,10 +20,10 @@ from .autotune import Choices, at_the_start
 from .equations import LEAK, LEAK_WITH_INPUT_DECAY, LEARNED_RECIPROCAL, NO_LEAK, POWER_OF_TWO, TIME_CONSTANT
 from .launch import Launch, early_launch, keep, multiprocessors
 from .layout import (
+    Sequence,
     has_strides,
     inner_is_dense,
     laid_out,
-    sequence_strides,
     v_like,
     v_strides,
     with_dense_inner,
@@ -192,19 +192,6 @@ class _Grid:
         }
 
 
-class _Sequence:
-    """Makes tensors of x's shape [T, N, *], dense, in x's inner order."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.shape, self.strides = x.shape, sequence_strides(x)
-        self.alike = x.stride() == self.strides
-
-    def empty(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.alike:
-            return torch.empty_like(x, dtype=dtype)
-        return torch.empty_strided(self.shape, self.strides, dtype=dtype, device=x.device)
-
-
 class _ForwardPlan:
     """A forward pass prepared for one shape, layout, dtype and neuron."""
 
@@ -218,7 +205,7 @@ class _ForwardPlan:
         stores: Stores,
     ) -> None:
         grid = _Grid(x, configuration)
-        self.stores, self.sequence, self.v_strides = stores, _Sequence(x), v_strides(x)
+        self.stores, self.sequence, self.v_strides = stores, Sequence(x), v_strides(x)
         self.checkpoints = (triton.cdiv(grid.steps, grid.chunk) - 1, *x.shape[1:]) if stores.checkpoints else None
         self.partials = grid.partials
         self.launch = None
@@ -268,7 +255,7 @@ class _BackwardPlan:
         grid = _Grid(x, configuration)
         detach_reset, surrogate, alpha = options
         has_v_init, learned_tau, has_grad_v, has_grad_v_seq, has_channel_scale = has
-        self.sequence, self.v_strides = _Sequence(x), v_strides(x)
+        self.sequence, self.v_strides = Sequence(x), v_strides(x)
         self.wants_grad_v_init = wanted.grad_v_init
         self.partials = grid.partials if wanted.norms else None
         self.programs = grid.programs if wanted.grad_tau else None

@@ -51,9 +51,14 @@ class Files:
                 "seeds": list(plan.seeds),
                 "size": asdict(plan.size),
             },
-            "environments": [entry for i, entry in enumerate(where) if entry not in where[:i]],
+            "environments": each_once(where),
             "missing_runs": self.missing,
         }
+
+
+def each_once(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries in their order, equal ones once."""
+    return [entry for i, entry in enumerate(entries) if entry not in entries[:i]]
 
 
 class Study:

@@ -23,8 +23,7 @@ def training_runs(runs: Runs, files: Files) -> list[dict[str, Any]]:
     plan, rows = runs.plan, []
     for seed in plan.seeds:  # a whole table for one seed first, and methods side by side in time
         for method, ratio in plan.cells():
-            name = f"{method}, r = {ratio:g}, seed {seed}"
-            file = files.take(runs.training(method, ratio, seed), name)
+            file = files.take(runs.training(method, ratio, seed), run_name(method, ratio, seed))
             runs.display.advance()
             if file:
                 history, count = file["history"], file["data_set"]["train_examples"]
@@ -39,6 +38,11 @@ def training_runs(runs: Runs, files: Files) -> list[dict[str, Any]]:
                 )
     set_time_ratios(rows)
     return rows
+
+
+def run_name(method: str, ratio: float, seed: int) -> str:
+    """By which a result says that a run is missing."""
+    return f"{method}, r = {ratio:g}, seed {seed}"
 
 
 def set_time_ratios(rows: list[dict[str, Any]]) -> None:
