@@ -169,7 +169,8 @@ def table(report: dict[str, Any]) -> list[str]:
         f"torch {facts['torch']}, triton {facts['triton']}, sadp_fast {facts['sadp_fast']}",
         f"Copy bandwidth measured in this run: {report['copy']['bytes_per_second'] / 1e9:,.1f} GB/s, read + written"
         + (f" ({at_end / 1e9:,.1f} at its end)." if at_end else "."),
-        "Floor: the time in which that bandwidth moves the bytes that any implementation must move. Times are medians.",
+        "Floor: the time in which that bandwidth moves the bytes that any implementation must move; of host time, what "
+        "x + 1 takes. Times are medians.",
     ]
     if facts["load_average_at_start"] > (facts["cpu_count"] or 1):
         lines.append(

@@ -1,4 +1,8 @@
-"""What one eager forward and backward pass of a layer of LIF neurons costs the host: a small tensor, an idle device."""
+"""What one eager forward and backward pass of a layer of LIF neurons costs the host: a small tensor, an idle device.
+
+Its floor is the same of x + 1: no operator that PyTorch differentiates costs less. One that is written in Python, as
+ours is, costs at least as much as an autograd.Function that computes nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,10 @@ import time
 
 import pytest
 import torch
-from bench_report import set_value
+from bench_report import set_value, shown
 from lif_layers import Peer, from_rest, our_node, peers
 
+MEASURE = "host time of LIF forward + backward"
 SHAPE, DTYPE = (4, 8, 64), torch.float32  # [T, N, *]: so small that the device is done before the host is
 REPETITIONS = 300
 OURS = (("LIFNode", False), ("LIFNode with statistics", True))
@@ -18,7 +23,7 @@ GOAL = "host" if torch.cuda.is_available() else ""
 
 
 def run(benchmark, bench, name: str, role: str, layer, goal: str = "") -> None:
-    with bench.row("Host time", "host time of LIF forward + backward", name, role) as row:
+    with bench.row("Host time", MEASURE, name, role) as row:
         device = bench.device
         x = torch.randn(SHAPE, device=device.type, dtype=DTYPE, generator=device.generator(0)).requires_grad_()
         gradient = torch.ones_like(x)
@@ -59,3 +64,41 @@ def test_host_time(benchmark, bench, name: str, with_statistics: bool) -> None:
 @pytest.mark.parametrize("peer", peers(DTYPE), ids=lambda peer: peer.name.replace(" ", "-"))
 def test_host_time_peer(benchmark, bench, peer: Peer) -> None:
     run(benchmark, bench, peer.name, "peer", peer.build(DTYPE))
+
+
+# ------------------------------------------------------------------------------------------------------------ floor
+
+
+class _Nothing(torch.autograd.Function):
+    """A tensor saved, one made in either pass, and no kernel."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return torch.empty_like(x)
+
+
+FLOOR = "x + 1"
+YARDSTICKS = {FLOOR: lambda x: x + 1, "an autograd.Function that computes nothing": _Nothing.apply}
+
+
+@pytest.mark.parametrize("name", YARDSTICKS, ids=lambda name: name.replace(" ", "-"))
+def test_host_time_floor(benchmark, bench, name: str) -> None:
+    run(benchmark, bench, name, "yardstick", YARDSTICKS[name])
+    set_floors(bench)
+
+
+def set_floors(bench) -> None:
+    """The floor of every host time measured so far, once that is known."""
+    rows = [row for row in bench.rows if row["measure"] == MEASURE and "value" in row]
+    yardsticks = {row["implementation"]: row["value"] for row in rows if row["role"] == "yardstick"}
+    if FLOOR in yardsticks:
+        others = [f"{name} {shown(value, 's')}" for name, value in yardsticks.items() if name != FLOOR]
+        for row in rows:
+            row["floor"], row["share"] = yardsticks[FLOOR], yardsticks[FLOOR] / row["value"]
+            row["further"] = ", ".join(others) or "-"

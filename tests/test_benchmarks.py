@@ -315,7 +315,8 @@ def test_results_hold_device_versions_and_rows(tmp_path):
     assert report["environment"]["torch"] == torch.__version__ and report["copy"]["bytes_per_second"] > 0
     assert set(report["test_seconds"]) >= {"test_host_time.py::test_host_time[LIFNode-False]"}
     values = {row["implementation"]: row["value"] for row in report["rows"] if "value" in row}
-    assert {"LIFNode", "torch loop"} <= set(values) and all(value > 0 for value in values.values())
+    assert {"LIFNode", "torch loop", "x + 1"} <= set(values) and all(value > 0 for value in values.values())
+    assert all(row["floor"] == values["x + 1"] for row in report["rows"] if row["suite"] == "Host time")
 
 
 def test_what_ncu_prints_is_read_with_its_units():
