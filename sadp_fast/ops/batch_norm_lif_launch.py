@@ -89,16 +89,16 @@ class Configuration:
 _REGISTERS = 65536  # of one multiprocessor
 
 # For tiles of up to 4 steps of half-precision values; chosen on an H100.
-STATISTICS = Configuration(elements=8, warps=1, programs=16)
+STATISTICS = Configuration(elements=16, warps=1, programs=16)
 FORWARD = Configuration(elements=8, warps=4, programs=5)
 SUMS = Configuration(elements=4, warps=1, programs=24)
-GRADIENT = Configuration(elements=4, warps=1, programs=28)
+GRADIENT = Configuration(elements=4, warps=1, programs=32)
 # What an ``autotune`` measures beside the curated one: elements, warps and programs.
 _OTHERS = {
-    "statistics": ((4, 1, 24), (8, 1, 8), (8, 2, 8), (8, 4, 4), (16, 1, 8)),
-    "forward": ((4, 1, 24), (4, 4, 8), (8, 1, 16), (8, 2, 10), (8, 4, 3)),
-    "sums": ((2, 1, 32), (4, 1, 16), (4, 2, 12), (4, 4, 6), (8, 1, 12)),
-    "gradient": ((2, 1, 32), (4, 1, 20), (4, 2, 14), (4, 4, 7), (8, 1, 14)),
+    "statistics": ((8, 1, 16), (8, 1, 24), (8, 4, 4), (16, 1, 12), (32, 1, 12)),
+    "forward": ((4, 1, 24), (8, 1, 16), (8, 2, 10), (8, 4, 6), (8, 8, 3)),
+    "sums": ((2, 1, 32), (4, 1, 28), (4, 2, 12), (4, 4, 6), (8, 1, 12)),
+    "gradient": ((2, 1, 32), (4, 1, 28), (4, 2, 16), (4, 8, 4), (8, 1, 14)),
 }
 # Of the kernels that add partial sums; more or all of them at once, or fewer, take as long.
 _FINISH = {"SLOTS": 1024, "CHANNELS": GROUP.value, "num_warps": 8}
