@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -68,6 +69,10 @@ class _BatchNormNode(BaseNode):
     def _uses_batch_statistics(self) -> bool:
         return self.training or self.running_mean is None
 
+    @property
+    def _updates_running_statistics(self) -> bool:
+        return self.training and self.track_running_stats
+
     def _check(self, x: Tensor, residual: Tensor | None, repeat: int | None) -> None:
         channel = 1 if repeat is not None or self.step_mode == "s" else 2
         if x.ndim <= channel or x.shape[channel] != self.num_features:
@@ -121,10 +126,11 @@ class _BatchNormNode(BaseNode):
             return None
         if residual is not None and (residual.dtype != x.dtype or residual.device != x.device):
             return None
-        weight, bias = self.weight, self.bias
-        if any(t is not None and t.dtype != torch.float32 for t in (weight, bias, self.running_mean)):
+        if not all(map(self._fits, (self.weight, self.bias, self.running_mean, self.running_var))):
             return None
-        if (weight is None) != (bias is None):
+        if (self.weight is None) != (self.bias is None):
+            return None
+        if math.prod(x.shape[2 if repeat is None else 1 :]) >= 2**31:  # the kernels count an example in 32 bits
             return None
         if self.running_mean is not None and (self.running_var is None or self.num_batches_tracked is None):
             return None
@@ -134,6 +140,10 @@ class _BatchNormNode(BaseNode):
         from .ops.batch_norm_lif_launch import MAX_STEPS  # with Triton, which CPU users need not have
 
         return surrogate if (x.shape[0] if repeat is None else repeat) <= MAX_STEPS else None
+
+    def _fits(self, t: Tensor | None) -> bool:
+        """Whether this is one number a channel as the kernels read it, or nothing."""
+        return t is None or (t.dtype == torch.float32 and t.shape == (self.num_features,) and t.is_contiguous())
 
     def _run_fused(self, x: Tensor, residual: Tensor | None, repeat: int | None, surrogate: int) -> Tensor:
         from .ops.batch_norm_lif import batch_norm_lif
@@ -155,7 +165,7 @@ class _BatchNormNode(BaseNode):
                 self.running_var,
                 self.num_batches_tracked,
                 use_batch=self._uses_batch_statistics,
-                update=self.training,
+                update=self._updates_running_statistics,
             ),
             Neuron.of(self.dynamics, surrogate, self.surrogate_function.alpha),  # type: ignore[union-attr]
             reciprocal_tau=self._reciprocal_tau(x),
@@ -171,11 +181,20 @@ class _BatchNormNode(BaseNode):
             return None
         if self.energy_buffers is not None:
             energies = CallEnergies(*self.energy_buffers)
-            if any(t.shape != (examples,) or t.dtype != torch.float32 for t in energies):
+            if any(
+                t.shape != (examples,) or t.dtype != torch.float32 or t.device != device or not t.is_contiguous()
+                for t in energies
+            ):
                 raise ValueError(
-                    f"energy_buffers must be two float32 tensors [N] with N = {examples} examples, got "
-                    f"{[(t.dtype, tuple(t.shape)) for t in energies]}; set them for this batch, or to None"
+                    f"energy_buffers must be two contiguous float32 tensors [N] on {device} with N = {examples} "
+                    f"examples, got {[(t.dtype, tuple(t.shape), t.stride(), str(t.device)) for t in energies]}; set "
+                    "them for this batch, or to None"
                 )
+        elif torch.compiler.is_compiling():
+            raise RuntimeError(
+                "collect_statistics under torch.compile writes into existing tensors: set energy_buffers to two "
+                f"float32 tensors [N] with N = {examples} examples before"
+            )
         else:
             energies = CallEnergies(*torch.full((2, examples), torch.nan, device=device))
         self.energies = [energies] if self.step_mode == "m" else [*self.energies, energies]
@@ -207,15 +226,15 @@ class _BatchNormNode(BaseNode):
 
     def _normalise(self, x: Tensor) -> Tensor:
         """Batch normalisation of x [M, C, *]."""
-        momentum = self.momentum
-        if self.training and self.num_batches_tracked is not None:
+        momentum, updates = self.momentum, self._updates_running_statistics
+        if updates and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
         return nn.functional.batch_norm(
             x,
-            self.running_mean,
-            self.running_var,
+            self.running_mean if updates or not self.training else None,
+            self.running_var if updates or not self.training else None,
             self.weight,
             self.bias,
             self._uses_batch_statistics,

@@ -70,11 +70,15 @@ class GraphedStep:
         self._eager_steps: Counter[_Kind | None] = Counter()
         self._recorded: dict[_Kind, _Recorded] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        self._side_stream = torch.cuda.Stream()
+        self._side_stream = torch.cuda.Stream(sadp.device)
         sadp._weigh_all = not sadp.passive
 
     def __call__(self, index: Tensor) -> Tensor:
         """The step's loss, 0-dim; the next call overwrites it."""
+        with torch.cuda.device(self._sadp.device):
+            return self._run(index)
+
+    def _run(self, index: Tensor) -> Tensor:
         kind = self._sadp.batch_kind
         recorded = None if kind is None else self._recorded.get(kind)
         if recorded is not None:

@@ -6,11 +6,13 @@ Thin modules: the state and the choice of path live here, the mathematics in ``o
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -31,16 +33,29 @@ def _check_tau(name: str, tau: float) -> None:
         raise ValueError(f"{name} must be a float > 1.0, got {tau!r}; {remedy}")
 
 
+def _check_constant(name: str, value: Any) -> None:
+    """Raises TypeError or ValueError for what this constant of the dynamics cannot be."""
+    if name == "tau":
+        _check_tau(name, value)
+    elif name == "v_threshold" and not isinstance(value, float):
+        raise TypeError(f"v_threshold must be a float, got {value!r}; 1.0 is the default")
+    elif name == "v_reset" and not (value is None or isinstance(value, float)):
+        raise TypeError(f"v_reset must be a float or None (soft reset), got {value!r}")
+    elif name in ("decay_input", "detach_reset") and not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def _constant(name: str) -> Any:
     """A constant of the dynamics as an attribute that reads and writes, as SpikingJelly's do."""
 
-    def get(node: BaseNode) -> Any:
+    def read(node: BaseNode) -> Any:
         return getattr(node.dynamics, name)
 
-    def set(node: BaseNode, value: Any) -> None:
+    def write(node: BaseNode, value: Any) -> None:
+        _check_constant(name, value)
         node.dynamics = replace(node.dynamics, **{name: value})
 
-    return property(get, set)
+    return property(read, write)
 
 
 class CallStatistics:
@@ -65,6 +80,15 @@ class CallStatistics:
     def record_norms(self, sums: Tensor) -> None:
         """Take the backward pass's sums of squares, float32 [T, N] or partial sums [N, programs, T]."""
         self._norms = sums
+
+    @property
+    def examples(self) -> int:
+        """N."""
+        return self._spikes.shape[1 if self._spikes.ndim == 2 else 0]
+
+    def awaits(self, norms: Tensor | None) -> bool:
+        """Whether this is the tensor that the backward pass writes, or has written, the norms into."""
+        return norms is not None and self._norms is norms
 
     @property
     def spike_count(self) -> Tensor:
@@ -130,12 +154,9 @@ class BaseNode(nn.Module):
         learned_tau: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(v_threshold, float):
-            raise TypeError(f"v_threshold must be a float, got {v_threshold!r}; 1.0 is the default")
-        if v_reset is not None and not isinstance(v_reset, float):
-            raise TypeError(f"v_reset must be a float or None (soft reset), got {v_reset!r}")
-        if not isinstance(detach_reset, bool):
-            raise TypeError(f"detach_reset must be True or False, got {detach_reset!r}")
+        given = dict(decay_input=decay_input, v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset)
+        for name, value in given.items():
+            _check_constant(name, value)
         # A class would be called in forward as if it were its instance.
         if surrogate_function is not None and (
             not callable(surrogate_function) or isinstance(surrogate_function, type)
@@ -170,7 +191,8 @@ class BaseNode(nn.Module):
     @property
     def backend(self) -> str | None:
         """Which path runs. None (and 'cupy', so that SpikingJelly code runs unchanged): the fused kernels wherever they
-        can; 'triton': the fused kernels or an error; 'torch': the reference."""
+        can; 'triton': the same, and an error without a GPU; 'torch': the reference. What the kernels do not take
+        (float64, input without a batch dimension, surrogates that are not fused) runs by the reference."""
         return self._backend
 
     @backend.setter
@@ -211,7 +233,9 @@ class BaseNode(nn.Module):
 
     @v.setter
     def v(self, value: Tensor | float) -> None:
-        self._state.v = value
+        if not isinstance(value, (Tensor, Real)):
+            raise TypeError(f"v must be a number or a tensor of the shape of one step, got {value!r}; or call reset()")
+        self._state.v = value if isinstance(value, Tensor) else float(value)
 
     @property
     def v_seq(self) -> Tensor | None:
@@ -244,6 +268,11 @@ class BaseNode(nn.Module):
         if self.v_seq is not None:
             self.v_seq = self.v_seq.detach()
 
+    def _replicate_for_data_parallel(self) -> BaseNode:
+        replica = super()._replicate_for_data_parallel()
+        replica._state = copy.copy(self._state)  # each has its own part of the batch
+        return replica
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BaseNode:
         if isinstance(self.v, Tensor):
             self.v = fn(self.v)
@@ -260,6 +289,8 @@ class BaseNode(nn.Module):
             return float(v)
         if v.shape != x_seq.shape[1:]:
             return self.dynamics.v_rest
+        if v.is_inference() and not torch.is_inference_mode_enabled():
+            v = v.clone()  # left by a call in inference mode: autograd cannot keep it
         return v.to(device=x_seq.device, dtype=reference.state_dtype(x_seq.dtype))
 
     # ------------------------------------------------------------------------------------------------- statistics
@@ -295,6 +326,11 @@ class BaseNode(nn.Module):
                 "collect_statistics under torch.compile writes into an existing buffer: run one forward pass with "
                 f"this [T, N] = {tuple(x_seq.shape[:2])} uncompiled first"
             )
+        elif self._step_mode == "s" and any(call.awaits(self._last_gradient_buffer) for call in self._state.calls):
+            raise RuntimeError(
+                "collect_statistics under torch.compile has one buffer, which an earlier call since the last reset "
+                "writes its gradient norms into: take all steps in one call (step_mode='m'), or run uncompiled"
+            )
         return self._last_gradient_buffer
 
     def _has_buffer_for(self, x_seq: Tensor) -> bool:
@@ -313,6 +349,8 @@ class BaseNode(nn.Module):
                 "backend='triton' needs a CUDA tensor, got one on the CPU; use backend=None for the plain torch path"
             )
         if not runs_kernels or x.ndim < 2 or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return None
+        if torch.jit.is_tracing():  # sizes are tensors then
             return None
         surrogate = self.surrogate_function
         index = surrogates.fused_index(surrogate)
@@ -339,7 +377,10 @@ class BaseNode(nn.Module):
             binary = True
         state = self._state
         if statistics is not None:
-            state.calls = [statistics] if self._step_mode == "m" else [*state.calls, statistics]
+            earlier_calls = state.calls if self._step_mode == "s" else []
+            if earlier_calls and earlier_calls[-1].examples != statistics.examples:
+                earlier_calls = []  # another batch: v and v_seq start anew, too
+            state.calls = [*earlier_calls, statistics]
         if v_seq is not None:
             earlier = state.v_seq if self._step_mode == "s" else None
             grows = earlier is not None and (earlier.shape[1:], earlier.dtype, earlier.device) == (
@@ -360,7 +401,7 @@ class BaseNode(nn.Module):
             v = torch.full_like(x_seq[0], v, dtype=reference.state_dtype(x_seq.dtype), requires_grad=False)
         norms, reciprocal_tau = self._gradient_buffer(x_seq), self._reciprocal_tau(x_seq)
         if norms is not None:
-            x_seq = reference.GradientNormTap.apply(x_seq, norms, self.channel_scale, reciprocal_tau)
+            x_seq = reference.GradientNormTap.apply(x_seq, norms, self.channel_scale, reciprocal_tau, v)
         spikes, self._state.v, v_seq = reference.multi_step(
             x_seq, v, self.dynamics, self.surrogate_function, self._store_v_seq, reciprocal_tau
         )

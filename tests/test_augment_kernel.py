@@ -193,8 +193,9 @@ def test_an_index_out_of_range_is_never_read(kernel, kernel_device):
     draws = torch.full((5, len(index)), 0.5, device=kernel_device)
     out = kernel(images, index, draws, mean, std, 4, 16, torch.float32, torch.channels_last)
     assert (out[0] == 0).all() and out[1:].isnan().all()
-    with pytest.raises(IndexError):
-        crop_flip_normalise(images.cpu(), index[2:].cpu(), None, mean.cpu(), std.cpu())
+    for wrong in (index[1:2], index[2:]):
+        with pytest.raises(IndexError):
+            crop_flip_normalise(images.cpu(), wrong.cpu(), None, mean.cpu(), std.cpu())
 
 
 def test_an_empty_batch(kernel, kernel_device):

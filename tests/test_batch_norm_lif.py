@@ -1035,14 +1035,64 @@ def test_energy_buffers(backend, kernel_device):
         (fresh(x) * factor).sum().backward()
         assert torch.equal(store[:, call], torch.stack(fresh.energies[0]))
         assert torch.isnan(store[:, call + 1 :]).all()
-    with pytest.raises(ValueError, match=r"energy_buffers must be two float32 tensors \[N\] with N = 3 examples"):
+    with pytest.raises(
+        ValueError, match=r"energy_buffers must be two contiguous float32 tensors \[N\] .*N = 3 examples"
+    ):
         layer(input_current((3, 3, 5, 6)).to(kernel_device))
     layer.energy_buffers = (torch.zeros(4, dtype=torch.float64, device=kernel_device),) * 2
     with pytest.raises(ValueError, match=r"energy_buffers .*float64.*set them for this batch, or to None"):
         layer(x)
+    layer.energy_buffers = tuple(torch.zeros(5, 2, device=kernel_device).unbind(1))
+    with pytest.raises(ValueError, match=r"energy_buffers must be two contiguous"):
+        layer(x)
     layer.energy_buffers = None
     layer(x)
-    assert layer.energies[0].output.shape == (4,)
+    assert layer.energies[0].output.shape == (5,)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_numbers_of_the_channels_in_any_layout(name, kernel_device, fused_calls):
+    """Columns of a matrix: not what the kernels read, so that the layer runs unfused."""
+    columns = torch.rand(5, 2, device=kernel_device) + 0.5
+    layer, expected = (make(5).to(kernel_device).train(name in ("weight", "bias")) for _ in range(2))
+    for one, values in ((layer, columns[:, 0]), (expected, columns[:, 0].clone())):
+        setattr(one, name, nn.Parameter(values) if name in ("weight", "bias") else values)
+    x = input_current((3, 2, 5, 6)).to(kernel_device)
+    out = layer(x)
+    assert not fused_calls
+    assert torch.equal(out, expected(x)) and fused_calls
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_statistics_that_are_no_longer_tracked(backend, kernel_device):
+    """As nn.BatchNorm2d: neither read in training nor updated."""
+    layer = make(5, backend=backend).to(kernel_device)
+    theirs = nn.BatchNorm2d(5).to(kernel_device)
+    x = input_current((3, 2, 5, 6, 4)).to(kernel_device)
+    for track in (True, False):
+        layer.track_running_stats = theirs.track_running_stats = track
+        layer.reset()
+        layer(x)
+        theirs(x.flatten(0, 1))
+        torch.testing.assert_close(layer.running_mean, theirs.running_mean)
+        torch.testing.assert_close(layer.running_var, theirs.running_var)
+        assert layer.num_batches_tracked == theirs.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_an_infinite_tau_has_a_gradient_of_zero(backend, kernel_device):
+    layer = make(5, backend=backend, tau=float("inf")).to(kernel_device)
+    x = input_current((3, 2, 5, 6)).to(kernel_device).requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad.isfinite().all() and x.grad.abs().max() < 1e-6
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_energies_under_compile_want_buffers(kernel_device):
+    layer = make(5, backend="torch").to(kernel_device)
+    layer.collect_statistics = True
+    with pytest.raises(Exception, match="set energy_buffers to two float32 tensors"):
+        torch.compile(layer, backend="aot_eager", fullgraph=True)(input_current((3, 2, 5, 6)).to(kernel_device))
 
 
 def test_energies_of_several_calls(kernel_device):

@@ -541,6 +541,22 @@ def test_compiled_statistics_without_a_buffer_are_a_clear_error(uncompiled_examp
         compiled(model, device)(data(device))
 
 
+def test_compiled_statistics_of_several_single_steps_are_a_clear_error(path):
+    """They would all write into one buffer."""
+    from sadp_fast import LIFNode
+
+    device, backend = path
+    node = LIFNode(backend=backend).to(device)
+    node.collect_statistics = True
+    x = torch.randn(2, 3, 6, device=device)
+    node(x[0])
+    node.reset()
+    run = torch.compile(node, backend="aot_eager" if device == "cpu" else "inductor")
+    run(x[0].requires_grad_())
+    with pytest.raises(Exception, match=r"one buffer, which an earlier call since the last reset.*step_mode='m'"):
+        run(x[1])
+
+
 # ---------------------------------------------------------------------------------------------------------- autocast
 
 

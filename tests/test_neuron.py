@@ -11,11 +11,14 @@ import warnings
 import weakref
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import sadp_fast.surrogate as surrogates
+from sadp_fast.batch_norm_lif import BatchNormLIF
 from sadp_fast.neuron import IFNode, LIFNode, ParametricLIFNode, neurons, reset
 
 
@@ -859,6 +862,95 @@ def test_a_surrogate_can_be_exchanged(path):
     assert gradients == pytest.approx([4 * q[0] * (1 - q[0]), q[1] * (1 - q[1]), 1 / 1.5**2], rel=1e-5)
 
 
+@pytest.mark.parametrize("step_mode", ["s", "m"])
+def test_replicas_of_data_parallel_have_a_state_of_their_own(step_mode, path):
+    node = LIFNode(step_mode=step_mode, backend=path.backend)
+    x = current(3, 2, 7).to(path.device)
+    replicas = [node._replicate_for_data_parallel() for _ in range(2)]
+    first, second = (run(replica, x) for replica in replicas)
+    assert torch.equal(first, second) and node.v == 0.0
+    assert torch.equal(replicas[0].v, replicas[1].v)
+
+
+@pytest.mark.parametrize("kind", ["LIF", "BatchNorm + LIF"])
+def test_training_goes_on_from_a_state_of_inference_mode(kind, path):
+    node = LIFNode(step_mode="m", backend=path.backend) if kind == "LIF" else BatchNormLIF(7, backend=path.backend)
+    node.to(path.device)
+    x = current(3, 2, 7).to(path.device)
+    with torch.inference_mode():
+        node(x)
+    x = x.clone().requires_grad_()
+    node(x).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), 1, True])
+def test_v_takes_any_number(value, path):
+    node = LIFNode(step_mode="m", backend=path.backend)
+    node.v = value
+    spikes = node(current(3, 2, 7).to(path.device))
+    other = LIFNode(step_mode="m", backend=path.backend)
+    other.v = float(value)
+    assert torch.equal(spikes, other(current(3, 2, 7).to(path.device)))
+
+
+def test_v_takes_nothing_else():
+    with pytest.raises(TypeError, match=r"v must be a number or a tensor .*got None.*reset\(\)"):
+        LIFNode().v = None
+
+
+@pytest.mark.parametrize(
+    "name, value, error, message",
+    [
+        ("tau", 0.5, ValueError, "tau must be a float > 1.0, got 0.5"),
+        ("tau", torch.tensor(3.0), ValueError, "tau must be a float > 1.0, got tensor"),
+        ("v_threshold", np.float32(0.7), TypeError, "v_threshold must be a float"),
+        ("v_threshold", torch.tensor(0.7), TypeError, "v_threshold must be a float, got tensor"),
+        ("v_reset", 0, TypeError, "v_reset must be a float or None"),
+        ("detach_reset", 1, TypeError, "detach_reset must be True or False, got 1"),
+        ("decay_input", "no", TypeError, "decay_input must be True or False, got 'no'"),
+    ],
+)
+def test_constants_that_are_set_are_checked_as_the_constructors(name, value, error, message):
+    node = LIFNode()
+    before = getattr(node, name)
+    with pytest.raises(error, match=message):
+        setattr(node, name, value)
+    assert getattr(node, name) == before
+    with pytest.raises(error, match=message):
+        LIFNode(**{name: value})
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("kind", ["LIF", "BatchNorm + LIF"])
+def test_traced_by_torchscript(kind, path):
+    """By the reference: to the tracer, sizes are tensors."""
+    node = LIFNode(step_mode="m", backend=path.backend) if kind == "LIF" else BatchNormLIF(5, backend=path.backend)
+    node.to(path.device).eval()
+    x = current(3, 2, 5).to(path.device)
+    with torch.no_grad():
+        traced = torch.jit.trace(node, x, check_trace=False)
+        node.reset()
+        expected = node(x)
+        assert expected.mean() > 0 and torch.equal(traced(x), expected)
+
+
+def test_forward_mode_differentiation_is_refused(path):
+    """Torch's own refusal; a tangent that is lost would be a gradient of zero."""
+    x = current(3, 2, 7).to(path.device)
+    with forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError), match=r"forward|jvp|vmap"):
+        LIFNode(step_mode="m", backend=path.backend)(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+@pytest.mark.parametrize("cls", [LIFNode, ParametricLIFNode])
+def test_integers_as_input(cls, path):
+    """Spikes are of the state's dtype, as SpikingJelly's are; a learned tau gets its gradient."""
+    x = (current(3, 2, 7) * 2).round().to(path.device)
+    spikes, expected = (cls(step_mode="m", backend=path.backend).to(path.device)(values) for values in (x.int(), x))
+    assert spikes.dtype == torch.float32 and torch.equal(spikes, expected) and 0 < spikes.mean() < 1
+    assert spikes.requires_grad == (cls is ParametricLIFNode)
+
+
 # -------------------------------------------------------------------------------------------------------- statistics
 
 
@@ -975,6 +1067,41 @@ def test_channel_scale(step_mode, channels_last, path):
     (spikes * weights(spikes)).sum().backward()
     scaled = (x.grad * node.channel_scale.view(3, 1, 1)).double()
     torch.testing.assert_close(node.grad_norm_sq.double(), scaled.square().sum((2, 3, 4)), rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["strided", "expanded", "float64"])
+def test_channel_scale_in_any_layout(kind, path):
+    scale = torch.tensor([[0.5, 9.0], [-2.0, 9.0], [3.0, 9.0]], device=path.device)[:, 0]
+    if kind == "expanded":
+        scale = scale[:1].expand(3)
+    elif kind == "float64":
+        scale = scale.double()
+    node = statistics_node(path)
+    x = leaf(current(2, 2, 3, 4), path)
+    for scaled_by in (torch.ones(3, device=path.device), scale):  # the launch is prepared by the first
+        node.channel_scale, x.grad = scaled_by, None
+        node.reset()
+        node(x).sum().backward()
+        scaled = (x.grad * scaled_by.view(3, 1)).double()
+        torch.testing.assert_close(node.grad_norm_sq.double(), scaled.square().sum((2, 3)), rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("step_mode", ["s", "m"])
+def test_statistics_where_only_the_initial_potential_wants_a_gradient(step_mode, path):
+    node = statistics_node(path, step_mode)
+    v = torch.zeros(2, 7, device=path.device, requires_grad=True)
+    node.v = v
+    run(node, current(1, 2, 7).to(path.device)).sum().backward()
+    assert v.grad.norm() > 0 and node.grad_norm_sq.shape == (1, 2) and (node.grad_norm_sq > 0).all()
+
+
+def test_statistics_of_single_steps_start_anew_with_another_batch(path):
+    node = statistics_node(path, "s")
+    x = current(3, 4, 7).to(path.device)
+    node(x[0]), node(x[1])
+    assert node.spike_count.shape == (2, 4)
+    node(x[2, :1])
+    assert node.spike_count.shape == (1, 1) and node.grad_norm_sq.shape == (1, 1)
 
 
 def test_statistics_need_a_batch_dimension(path):

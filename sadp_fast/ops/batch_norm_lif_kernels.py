@@ -109,7 +109,7 @@ def _tile_offsets(channel, pixel, channels, pixels, CHANNELS_LAST: tl.constexpr)
 # with two numbers a channel. Every kernel computes it by these functions.
 
 
-# Of a learned gain, by which sums are divided again: 1 / tau becomes 0 where it is learned to be nearly so.
+# Of a gain, by which sums are divided again: 1 / tau becomes 0 where tau is infinite, or learned to be nearly so.
 SMALLEST_GAIN = tl.constexpr(1e-30)
 
 

@@ -21,6 +21,7 @@ from ..dynamics import Dynamics
 from .autotune import Choices, at_the_start
 from .batch_norm_lif_kernels import (
     GROUP,
+    SMALLEST_GAIN,
     _backward_kernel,
     _channel_statistics_kernel,
     _constants_kernel,
@@ -210,7 +211,7 @@ class Neuron(NamedTuple):
         """From the dynamics, and the surrogate's position in ``surrogate.FUSED`` with its steepness."""
         tau = d.constant_tau
         keep = 1.0 if tau is None else 1.0 - 1.0 / tau
-        gain = 1.0 / tau if tau is not None and d.decay_input else 1.0
+        gain = max(1.0 / tau, SMALLEST_GAIN.value) if tau is not None and d.decay_input else 1.0
         learned = (d.learned_tau, d.learned_tau and d.decay_input)
         return cls(keep, gain, d.v_threshold, d.v_rest, d.v_reset is None, d.detach_reset, surrogate, alpha, *learned)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..dynamics import Dynamics
 from .layout import sequence_like, sequence_strides, v_like, with_dense_inner
@@ -335,7 +336,8 @@ def multi_step(
     v_init, v_init_value = (v, 0.0) if isinstance(v, Tensor) else (None, float(v))
     neuron = constants_of(dynamics, v_init_value)
     inputs = (x, v_init, reciprocal_tau)
-    if not _will_backward(*inputs):
+    # In forward-mode differentiation torch has to be asked, which refuses it.
+    if not _will_backward(*inputs) and forward_ad._current_level < 0:
         stores = Stores(v_seq=store_v_seq, counts=count_spikes)
         spikes, v_final, v_seq, _, count = run_forward(*inputs, neuron, stores)
         return spikes, v_final, v_seq, count  # type: ignore[return-value]
@@ -366,9 +368,12 @@ def check(
         raise ValueError(f"v must have the shape of one step, {tuple(x.shape[1:])}, got {tuple(v.shape)}")
     if math.prod(x.shape[2:]) >= 2**31:
         raise ValueError(f"one example of x must have fewer than 2^31 elements, got {math.prod(x.shape[2:])}; split it")
-    if channel_scale is not None and channel_scale.shape != x.shape[2:3]:
+    if channel_scale is not None and (
+        x.ndim < 3 or channel_scale.shape != x.shape[2:3] or channel_scale.device != x.device
+    ):
         raise ValueError(
-            f"channel_scale must have shape {tuple(x.shape[2:3])} (dimension 2 of x), got {tuple(channel_scale.shape)}"
+            f"channel_scale must have shape {tuple(x.shape[2:3])} (dimension 2 of x [T, N, C, *]) on {x.device}, got "
+            f"{tuple(channel_scale.shape)} on {channel_scale.device}; move it with the input, or set it to None"
         )
     dynamics.check_reciprocal_tau(reciprocal_tau is not None)
     if reciprocal_tau is not None and (
@@ -405,15 +410,16 @@ def lif(
         count_spikes: whether to return the number of spikes of each example and step.
         grad_norm_sq: float32 [T, N], contiguous; the backward pass writes into it the squared L2 norm of the gradient
             with respect to x[t, n] (times ``channel_scale`` along x's dimension 2, where given).
-        channel_scale: float32 [x.shape[2]].
+        channel_scale: [x.shape[2]], used as float32.
 
     Returns:
         spikes (x's shape and dtype), final v (float32 [N, *]), v_seq (float32 [T, N, *]) or None, spike count
         (int32 [T, N]) or None.
 
     Raises:
-        ValueError: x has another dtype, fewer than two dimensions or no steps, v does not have the shape of x[0], or
-            reciprocal_tau is not as above, missing, or given without ``dynamics.learned_tau``.
+        ValueError: x has another dtype, fewer than two dimensions or no steps, v does not have the shape of x[0],
+            channel_scale does not fit x, or reciprocal_tau is not as above, missing, or given without
+            ``dynamics.learned_tau``.
     """
     check(x, v, reciprocal_tau, dynamics, channel_scale)
     if runs_directly():

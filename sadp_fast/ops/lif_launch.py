@@ -299,6 +299,7 @@ class _BackwardPlan:
         channel_scale: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         v_init, grad_v = laid_out(v_init, self.v_strides), laid_out(grad_v, self.v_strides)
+        channel_scale = laid_out(channel_scale, (1,))
         # What was saved with x fits its layout, unless a hook gave x back in another one.
         checkpoints, grad_v_seq = (laid_out(t, self.sequence.strides) for t in (checkpoints, grad_v_seq))
         grad_x = self.sequence.empty(x, x.dtype)

@@ -65,7 +65,7 @@ def crop_flip_normalise(
 ) -> Tensor:
     """What ``sadp_fast.augmentation.crop_flip_normalise`` says; float64 ``mean`` and ``std`` compute in float64."""
     if index is not None:
-        images = images[index]
+        images = images.index_select(0, index)  # which refuses negative indices, as the kernel does
     if draws is not None:
         images = crop_flip(images, draws, padding)
     x = normalise(images, mean, std)

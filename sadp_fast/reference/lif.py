@@ -52,25 +52,27 @@ def multi_step(
     """Run T steps.
 
     Args:
-        x_seq: input current, [T, N, *], floating.
+        x_seq: input current, [T, N, *].
         v: initial membrane potential, [N, *], of ``state_dtype(x_seq.dtype)``.
         surrogate: maps h - v_threshold to spikes, differentiable.
         store_v_seq: whether to return the membrane potential of every step.
         reciprocal_tau: 1 / tau of ``dynamics.learned_tau``, 0-dim, differentiable.
 
     Returns:
-        spikes [T, N, *] in x_seq's dtype, final v [N, *], and v_seq [T, N, *] or None, both in v's dtype.
+        spikes [T, N, *] in x_seq's dtype (v's, where x_seq holds integers), final v [N, *], and v_seq [T, N, *] or
+        None, both in v's dtype.
 
     Raises:
         ValueError: reciprocal_tau is missing, or given without ``dynamics.learned_tau``.
     """
     dynamics.check_reciprocal_tau(reciprocal_tau is not None)
+    dtype = x_seq.dtype if x_seq.is_floating_point() else v.dtype
     spikes, potentials = [], []
     for x in x_seq.unbind(0):
         h = charge(x.to(v.dtype), v, dynamics, reciprocal_tau)
         spike = surrogate(h - dynamics.v_threshold)
         v = reset(h, spike, dynamics)
-        spikes.append(spike.to(x_seq.dtype))
+        spikes.append(spike.to(dtype))
         if store_v_seq:
             potentials.append(v)
     return torch.stack(spikes), v, torch.stack(potentials) if store_v_seq else None
@@ -98,18 +100,16 @@ def spike_count(spikes: Tensor) -> Tensor:
 class GradientNormTap(torch.autograd.Function):
     """Identity whose backward writes ``squared_norm_per_example`` of the gradient into ``buffer`` [T, N].
 
-    ``parameter`` is a parameter of what comes behind it, or None: if it wants a gradient there is a backward pass, also
-    where x wants none.
+    ``others`` go into what comes behind it, beside x (parameters, initial states), or are None: if one of them wants a
+    gradient there is a backward pass, also where x wants none.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, buffer: Tensor, channel_scale: Tensor | None, parameter: Tensor | None = None
-    ) -> Tensor:
-        ctx.buffer, ctx.channel_scale = buffer, channel_scale
+    def forward(ctx: Any, x: Tensor, buffer: Tensor, channel_scale: Tensor | None, *others: Tensor | None) -> Tensor:
+        ctx.buffer, ctx.channel_scale, ctx.others = buffer, channel_scale, len(others)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ctx.buffer.copy_(squared_norm_per_example(grad, ctx.channel_scale))
-        return grad, None, None, None
+        return grad, *([None] * (2 + ctx.others))
