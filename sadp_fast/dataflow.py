@@ -31,6 +31,21 @@ _MOVES = {"Transpose", "Permute"}
 Edge = tuple[Any, int]  # (autograd node, number of its output)
 
 
+def keeps_energies(node: nn.Module) -> bool:
+    """Whether a neuron keeps ``CallEnergies``: one with a normalisation of its own."""
+    return hasattr(node, "energy_buffers")
+
+
+def first_input(inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> Tensor:
+    """A module's input, however it was passed."""
+    return inputs[0] if inputs else next(iter(named.values()))
+
+
+def trainable_layers(model: nn.Module) -> list[str]:
+    """Names of the weight layers whose weight is trained now."""
+    return [n for n, m in model.named_modules() if isinstance(m, WEIGHT_LAYERS) and m.weight.requires_grad]
+
+
 @dataclass(frozen=True)
 class WeightLayer:
     """How one weight layer's two energies are measured.
@@ -105,7 +120,7 @@ class Probe:
         for name, module in self.model.named_modules():
             calls = self._calls_of(module)
             if calls is not None:
-                handles.append(module.register_forward_hook(self._recorder(name, calls)))
+                handles.append(module.register_forward_hook(self._recorder(name, calls), with_kwargs=True))
         return handles
 
     def forget(self) -> None:
@@ -130,9 +145,9 @@ class Probe:
             energies = getattr(module, "energies", None)
             return {"energies": energies[-1] if energies else None}
 
-        def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def record(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
             if torch.is_grad_enabled():
-                x = inputs[0]
+                x = first_input(inputs, named)
                 edges = _edge(x), _edge(output)
                 calls.append(Call(name, *edges, x.shape, output.shape, **measured(module, x.detach(), output)))
 
@@ -157,8 +172,11 @@ class Probe:
             source = graph.walk_back(call.input, layer_of | norm_of, alone=True, moves=False)
             if source is None:
                 continue
-            if source in norm_at and not _channels_line_up(norm_at[source].output_shape, call.input_shape):
-                continue
+            if source in norm_at:
+                # A neuron with a normalisation of its own knows the gradient in front of that one alone.
+                lines_up = _channels_line_up(norm_at[source].output_shape, call.input_shape)
+                if not lines_up or keeps_energies(modules[call.name]):
+                    continue
             neuron_behind[source] = call.name
 
         for call in self.neurons:

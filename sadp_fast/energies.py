@@ -15,16 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from .batch_norm_lif import CallEnergies
-from .dataflow import Probe, WeightLayer, batch_norm_scale
+from .dataflow import Probe, WeightLayer, batch_norm_scale, first_input, keeps_energies
 from .neuron import BaseNode, CallStatistics
 from .reference.lif import squared_norm_per_example
 
 _Row = tuple[str, str]  # ("output" or "delta", neuron), or ("input" or "gradient", layer)
-
-
-def keeps_energies(node: nn.Module) -> bool:
-    """Whether a neuron keeps ``CallEnergies``: one with a normalisation of its own."""
-    return hasattr(node, "energy_buffers")
 
 
 class EnergyTaps:
@@ -117,7 +112,7 @@ class EnergyTaps:
         for layer in self.layers:
             if layer.input_neuron is None:
                 module = self._model.get_submodule(layer.name)
-                handles.append(module.register_forward_hook(self._input_hook(active, layer)))
+                handles.append(module.register_forward_hook(self._input_hook(active, layer), with_kwargs=True))
             if layer.output_neuron is None or layer.norm is not None:
                 module = self._model.get_submodule(layer.gradient_site)
                 handles.append(module.register_forward_hook(self._site_hook(active, layer)))
@@ -131,9 +126,9 @@ class EnergyTaps:
         return hook
 
     def _input_hook(self, active: Callable[[], bool], layer: WeightLayer) -> Callable[..., None]:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], _output: Tensor) -> None:
             if active():
-                self._saw_input(layer, inputs[0])
+                self._saw_input(layer, first_input(inputs, named))
 
         return hook
 
@@ -157,17 +152,25 @@ class EnergyTaps:
 
     def start(self) -> None:
         """Begin a batch."""
+        self._batch = object()
         self._calls: dict[str, list[CallStatistics]] = {}
         self._written: set[str] = set()  # neurons whose first call writes its rows ...
         self._energies: dict[str, list[CallEnergies]] = {}  # ... and all their other calls
         self._reduced: set[_Row] = set()
 
     def _saw_neuron(self, name: str, node: Any, output: Tensor) -> None:
-        examples = output.shape[1 if node.step_mode == "m" else 0]
+        multi_step = node.step_mode == "m"
+        examples = output.shape[1 if multi_step else 0]
         if examples != self.batch_size:
+            remedy = (
+                "put time first, x.repeat(T, 1, ...) for T equal steps, or loop over the steps with step_mode='s'"
+                if multi_step
+                else "if that is [T, N, *], set step_mode='m'"
+            )
             raise ValueError(
-                f"the neuron {name} was called with {examples} examples in a batch of {self.batch_size}: scores need "
-                "the batch as it was drawn; use score='loss' or 'el2n' for this model"
+                f"the neuron {name} (step_mode='{node.step_mode}') was called on {list(output.shape)}, which it reads "
+                f"as {'[T, N, *]' if multi_step else '[N, *]'} with N = {examples}, in a batch of {self.batch_size}: "
+                f"{remedy}; a model that splits its batches can use score='loss' or 'el2n'"
             )
         if name not in self._buffers:
             self._calls.setdefault(name, []).append(node.calls[-1])
@@ -184,15 +187,19 @@ class EnergyTaps:
         scale = batch_norm_scale(module, output) if layer.norm is not None else None
         if layer.output_neuron is None:
             hook = self._gradient_hook(layer, scale, 0)
-            output.register_hook(lambda grad: hook((grad,)))
+            if output.requires_grad:
+                output.register_hook(lambda grad: hook((grad,)))
         elif scale is not None:
             self.neurons[layer.output_neuron].channel_scale = scale
 
     def _gradient_hook(
         self, layer: WeightLayer, scale: Tensor | None, number: int
     ) -> Callable[[tuple[Tensor, ...]], None]:
+        batch = self._batch
+
         def hook(grads: tuple[Tensor, ...]) -> None:
-            if grads[number] is not None:
+            # A backward pass that comes after its batch is over would write into another batch's row.
+            if grads[number] is not None and batch is self._batch:
                 self._reduce(("gradient", layer.name), grads[number], scale)
 
         return hook

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from .batching import Drawn, EpochBatches, pack, shuffled
-from .dataflow import Probe, WeightLayer
-from .energies import EnergyTaps, keeps_energies
+from .dataflow import Probe, WeightLayer, keeps_energies, trainable_layers
+from .energies import EnergyTaps
 from .sampling import sample
 from .score import el2n_score, spike_aware_score
 from .selection import inclusion_probabilities, prune_ratios
@@ -62,7 +62,7 @@ class _Batch:
     loss_gradient: Tensor | None = (
         None  # d(what backward() was called on) / d(loss): a GradScaler's factor, 1/accumulation
     )
-    mean_factor: float = 1.0  # 1/B where the loss is a mean
+    mean_factor: float | Tensor = 1.0  # what the criterion multiplies the sum of the examples' losses with: 1/B, ...
     awaits_backward: bool = False  # whether scores will be those of a loss that has not been differentiated yet
     direct_score: Tensor | None = None  # "loss", "el2n" and "given" need no backward pass
     collected: bool = False
@@ -158,8 +158,8 @@ class SADP:
         for name, epochs_of in (("warmup_epochs", warmup_epochs), ("tail_epochs", tail_epochs)):
             if not isinstance(epochs_of, (int, Integral, type(None))):
                 raise TypeError(f"{name} must be an integer or None, got {epochs_of!r}: pass a number of epochs")
-        if not isinstance(seed, (int, Integral)) or seed < 0:
-            raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
+        if not isinstance(seed, (int, Integral)) or not 0 <= seed < 2**64:
+            raise ValueError(f"seed must be an integer in [0, 2**64), got {seed!r}")
         if score not in SCORES:
             raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
         if weights not in (None, *WEIGHTS):
@@ -173,7 +173,10 @@ class SADP:
                 f"score={score!r} reads the model's autograd graph, which torch.compile hides: pass and train the "
                 "uncompiled model (its neurons are fused all the same), or use score='loss'"
             )
+        # NumPy's integers overflow where Python's do not, and cannot be loaded from a checkpoint.
+        num_examples, epochs, seed = int(num_examples), int(epochs), int(seed)
         weights, warmup_epochs, tail_epochs = settle(policy, epochs, weights, warmup_epochs, tail_epochs)
+        warmup_epochs, tail_epochs = int(warmup_epochs), int(tail_epochs)
         self.ratios = prune_ratios(
             prune_ratio, epochs, schedule=schedule, warmup_epochs=warmup_epochs, tail_epochs=tail_epochs
         )
@@ -209,11 +212,12 @@ class SADP:
         self.probabilities = torch.ones(num_examples, device=self.device)
         self._carried = self._nothing_drawn()
         self._batch: _Batch | None = None
-        self._scores_before: Tensor | None = None  # under torch.distributed, the scores that all ranks know
+        self._scores_before: Tensor | None = None  # those before the running epoch, which all ranks know
         self._weigh_all = False  # multiply by weights of 1 too, so that all batches run the same operations
         # The model's dataflow, read in the first scored batch.
         self._probe: Probe | None = None
         self._layers: list[WeightLayer] | None = None  # those that are scored
+        self._trainable: list[str] = []  # the weight layers that could be, when it was read
         self._steps = 1  # time steps that one call of the model's neurons covers
         self._taps: EnergyTaps | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []  # for the running epoch
@@ -255,6 +259,8 @@ class SADP:
 
     def describe(self) -> str:
         """How each weight layer is measured, one line each; known after the first scored batch."""
+        if self.score not in _GRADIENT_SCORES or self.passive:
+            return f"score={self.score!r} measures no layer" + (", since nothing is pruned" if self.passive else "")
         if self._layers is None:
             return "the model's dataflow is read in the first scored batch"
         return "\n".join(layer.describe() for layer in self._layers)
@@ -305,11 +311,12 @@ class SADP:
         if self._scores_looked_at or self._trained < self.num_examples:
             return
         self._scores_looked_at = True
-        known, zero = (int(found.sum()) for found in (self.scores.isfinite(), self.scores == 0))
+        usable = self.scores.isfinite() & (self.scores >= 0)
+        known, zero = (int(found.sum()) for found in (usable, self.scores == 0))
         if known < self.num_examples / 2:
-            cause = (
-                "call sadp.give(scores)" if self.score == "given" else "train on sadp.loss(criterion, output, target)"
-            )
+            cause = "train on sadp.loss(criterion, output, target)"
+            if self.score == "given":
+                cause = "call sadp.give(scores), with scores >= 0 (negative ones count as none),"
             warnings.warn(
                 f"{known} of {self.num_examples} examples have a finite score, too few to prune by, so that "
                 f"examples are drawn nearly uniformly: {cause} in every batch, and look for NaN in the data",
@@ -326,7 +333,7 @@ class SADP:
     def _share_scores(self) -> None:
         """Let every rank know the scores that the others took since the running epoch began; no-op on one rank."""
         before, self._scores_before = self._scores_before, None
-        if before is None:
+        if before is None or _rank_and_world()[1] == 1:
             return
         taken = (self.scores != before) & self.scores.isfinite()
         # Each rank trains on other examples, so a sum of what was taken is what was taken, to the bit, but for an
@@ -355,7 +362,7 @@ class SADP:
         if scored and self.score in _GRADIENT_SCORES:
             self._attach(batch_size)
         _, world = _rank_and_world()
-        self._scores_before = self.scores.clone() if scored and world > 1 else None
+        self._scores_before = self.scores.clone() if scored else None
         self._trained_now = 0
         try:
             for k in range(count):
@@ -368,6 +375,8 @@ class SADP:
                 self.collect()
             self._share_scores()
         finally:
+            if world == 1:  # else the ranks have to meet first, at the next draw
+                self._scores_before = None
             self._batch = None
             self._detach()
             self._carried = self._next_carried
@@ -411,6 +420,8 @@ class SADP:
     # Hooks exist only while an epoch runs, and act only between a batch's start and its loss.
 
     def _attach(self, batch_size: int) -> None:
+        if self._layers is not None and self._trainable != trainable_layers(self.model):
+            self._layers = self._taps = None  # layers were frozen or unfrozen: the dataflow is read anew
         if self._layers is None:
             self._probe = Probe(self.model)
             self._hooks = self._probe.hooks()
@@ -490,7 +501,7 @@ class SADP:
                 "steps is not known: put sadp_fast.LIFNode in the place of other neurons, or use score='loss' or 'el2n'"
             ) from error
         self._detach()
-        self._layers = layers
+        self._layers, self._trainable = layers, trainable_layers(self.model)
         self._attach(batch.size)
 
     def _warn_of_uncovered(self, layers: list[WeightLayer]) -> None:
@@ -524,8 +535,9 @@ class SADP:
             target: what the criterion compares it with.
 
         Returns:
-            scalar: ``criterion(output, target)`` itself where every weight is 1, else ``sum_i w_i loss_i / B`` (without
-            1/B for reduction "sum").
+            scalar: ``criterion(output, target)`` itself where every weight is 1, else ``sum_i w_i loss_i`` over what
+            the criterion divides by: B for a mean, the sum of the class weights (where targets are not ignored) for
+            cross entropy and nll_loss, 1 for reduction "sum".
 
         Raises:
             RuntimeError: no batch of this SADP is being trained on, or scores would be taken from two losses of it.
@@ -553,17 +565,20 @@ class SADP:
         if self.passive and batch.weights is None:
             return criterion(output, target)
         reduction, unreduced = _without_reduction(criterion)
-        batch.mean_factor = 1.0 if reduction == "sum" else 1.0 / batch.size
+        if batch.weights is not None or batch.scored:
+            batch.mean_factor = _mean_factor(criterion, reduction, target, batch.size)
         if batch.weights is None:
             loss = criterion(output, target)
             loss = loss.mean() if reduction == "none" else loss
         else:
-            losses = _per_example(unreduced(output, target), batch.size)
-            loss = (losses * batch.weights.to(losses)).sum() * batch.mean_factor
+            losses = _per_example(unreduced(output, target), batch.size, reduction)
+            factor = batch.mean_factor
+            loss = (losses * batch.weights.to(losses)).sum()
+            loss = loss * (factor.to(loss) if isinstance(factor, Tensor) else factor)
         if batch.scored and self.score != "given":
             if self.score == "loss":
                 with torch.no_grad():
-                    batch.direct_score = _per_example(unreduced(output, target), batch.size)
+                    batch.direct_score = _per_example(unreduced(output, target), batch.size, reduction)
             elif self.score == "el2n":
                 batch.direct_score = el2n_score(output, target)
             elif loss.requires_grad and self._layers is None:
@@ -582,10 +597,11 @@ class SADP:
         """Hand in the scores of the batch at hand, for score="given", at any time before the next batch.
 
         Args:
-            scores: float [B], >= 0, in the batch's order; what is NaN or infinite leaves the old score. Where
-                ``wants_scores`` is false they are not needed, and not kept.
+            scores: float [B], >= 0, in the batch's order; what is NaN or infinite leaves the old score, and what is
+                negative counts as none. Where ``wants_scores`` is false they are not needed, and not kept.
 
         Raises:
+            TypeError: they are no tensor.
             RuntimeError: no batch of this SADP is being trained on.
             ValueError: another score than "given", or another shape than [B].
         """
@@ -594,6 +610,8 @@ class SADP:
             raise ValueError(f"give() is for score='given', but this SADP was built with score={self.score!r}")
         if batch is None:
             raise RuntimeError("sadp.give() belongs inside a loop over sadp.loader(...) or sadp.batches(...)")
+        if not isinstance(scores, Tensor):
+            raise TypeError(f"scores must be a tensor, got {_name_of(scores)}: pass torch.as_tensor(scores)")
         if scores.shape != (batch.size,):
             raise ValueError(f"scores must have shape [{batch.size}], one per example, got {list(scores.shape)}")
         batch.direct_score = scores.detach()
@@ -619,6 +637,9 @@ class SADP:
         if gradient is None or taps is None:  # the batch was skipped: no loss, or no backward pass
             return
         taps.finish()
+        mean_factor = batch.mean_factor
+        if isinstance(mean_factor, Tensor):
+            gradient, mean_factor = gradient * mean_factor, 1.0
         if taps.energies.is_cuda and taps.energies.device == self._slots.device == gradient.device:
             from .ops.score import update_scores  # Triton is imported where it is used
 
@@ -627,7 +648,7 @@ class SADP:
                 taps.layer_rows,
                 taps.multiplicity,
                 gradient,
-                batch.mean_factor,
+                mean_factor,
                 batch.weights,
                 batch.indices,
                 self._slots,
@@ -638,7 +659,7 @@ class SADP:
         value = spike_aware_score(inputs, deltas, taps.multiplicity)
         taps.forget()
         # Back to the unweighted loss: out go the scaler's factor, 1/B and the example's weight.
-        factor = gradient.abs() * batch.mean_factor
+        factor = gradient.abs() * mean_factor
         self._keep(batch, value / (factor if batch.weights is None else factor * batch.weights.to(value)))
 
     def _keep(self, batch: _Batch, score: Tensor) -> None:
@@ -676,16 +697,19 @@ class SADP:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on after the last completed epoch; tensors are copies.
 
-        An epoch that is running is not part of it: after loading, it starts anew.
+        An epoch that is running is not part of it, nor are its scores: after loading, it starts anew. Under
+        torch.distributed the same holds for an epoch that was left early, until the next one is drawn: the ranks have
+        not met since.
         """
         return {
             "config": dict(self._config),
             "epoch": self.epoch,
-            "scores": self.scores.clone(),
+            "scores": (self.scores if self._scores_before is None else self._scores_before).clone(),
             "carried_indices": self._carried.indices.clone(),
             "carried_weights": self._carried.weights.clone(),
             "examples_trained": self._trained,
             "layers": None if self._layers is None else [asdict(layer) for layer in self._layers],
+            "trainable": list(self._trainable),
             "steps": self._steps,
         }
 
@@ -714,6 +738,7 @@ class SADP:
         self._taps = None
         if state["layers"] is not None:
             self._layers = [WeightLayer(**layer) for layer in state["layers"]]
+            self._trainable = list(state.get("trainable", trainable_layers(self.model)))  # older states lack it
 
 
 _LOADER_OPTIONS = (
@@ -741,10 +766,16 @@ class PrunedLoader:
         if isinstance(loader.dataset, IterableDataset):
             raise ValueError("loader must have a map-style data set: SADP draws examples by index, a stream has none")
         if loader.batch_size is None:
-            raise ValueError("loader must have a batch_size: SADP cuts the batches itself, a batch_sampler it cannot")
+            raise ValueError(
+                "loader must have a batch_size: SADP cuts the batches itself, so pass DataLoader(data_set, "
+                "batch_size=...) without a batch_sampler"
+            )
         size = len(loader.dataset)  # type: ignore[arg-type]
         if size != sadp.num_examples:
-            raise ValueError(f"loader has {size} examples, but SADP was built with num_examples={sadp.num_examples}")
+            raise ValueError(
+                f"loader has {size} examples, but SADP was built with num_examples={sadp.num_examples}: build it with "
+                "len(train_set) of the same data set"
+            )
         sampler = loader.sampler
         everything = isinstance(sampler, (SequentialSampler, DistributedSampler)) or (
             isinstance(sampler, RandomSampler) and not sampler.replacement and sampler.num_samples == size
@@ -776,17 +807,26 @@ class PrunedLoader:
         sadp = self.sadp
         sadp._check_epoch()
         if self._pruned is None:
-            sadp._trained_now, examples = 0, len(self.loader.sampler)  # type: ignore[arg-type]
-            for batch in self.loader:
-                sadp._trained_now = min(sadp._trained_now + self.batch_size, examples)
-                sadp._share_of_epoch = sadp._trained_now / examples
-                yield batch
-            sadp._complete_epoch()
+            yield from self._everything()
             return
         batches = sadp._draw(self.batch_size, pad=not self.loader.drop_last)
         self._batches = batches.indices.tolist()
         for _, batch in zip(sadp._epoch(batches), self._pruned, strict=True):
             yield batch
+
+    def _everything(self) -> Iterator[Any]:
+        """The loader's own batches, counted as an epoch."""
+        sadp, sampler = self.sadp, self.loader.sampler
+        ranks = sampler.num_replicas if isinstance(sampler, DistributedSampler) else 1
+        examples = min(len(sampler) * ranks, sadp.num_examples)  # type: ignore[arg-type] # a sampler may pad
+        sadp._trained_now = 0
+        try:
+            for batch in self.loader:
+                sadp._trained_now = min(sadp._trained_now + self.batch_size * ranks, examples)
+                sadp._share_of_epoch = sadp._trained_now / examples
+                yield batch
+        finally:
+            sadp._complete_epoch()
 
     def __len__(self) -> int:
         """Batches of the running epoch; between epochs, those expected of the next. The number varies by epoch."""
@@ -826,7 +866,12 @@ def _rank_and_world() -> tuple[int, int]:
 
 def _without_reduction(criterion: Callable[..., Tensor]) -> tuple[str, Callable[..., Tensor]]:
     """The criterion's own reduction, and the criterion without it."""
-    if isinstance(criterion, nn.Module) and hasattr(criterion, "reduction"):
+    if isinstance(criterion, type) or not callable(criterion):
+        raise TypeError(
+            f"criterion must be a loss module or function, got {_name_of(criterion)}: sadp.loss(criterion, output, "
+            "target), where criterion is nn.CrossEntropyLoss(), an instance"
+        )
+    if hasattr(criterion, "reduction"):  # a module of PyTorch's, or an object like it
         unreduced: Any = copy.copy(criterion)
         unreduced.reduction = "none"
         return str(criterion.reduction), unreduced
@@ -840,8 +885,28 @@ def _without_reduction(criterion: Callable[..., Tensor]) -> tuple[str, Callable[
     )
 
 
-def _per_example(losses: Tensor, batch_size: int) -> Tensor:
-    """Per-example losses [B], a mean over whatever else the criterion left."""
+def _per_example(losses: Tensor, batch_size: int, reduction: str) -> Tensor:
+    """Per-example losses [B]: over whatever else the criterion left the mean or, as its reduction does, the sum."""
     if losses.ndim == 0 or losses.shape[0] != batch_size:
         raise ValueError(f"criterion with reduction='none' must give [{batch_size}, *], got {tuple(losses.shape)}")
-    return losses if losses.ndim == 1 else losses.flatten(1).mean(1)
+    if losses.ndim == 1:
+        return losses
+    return losses.flatten(1).sum(1) if reduction in ("sum", "batchmean") else losses.flatten(1).mean(1)
+
+
+_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss)
+_CLASS_FUNCTIONS = (nn.functional.cross_entropy, nn.functional.nll_loss)
+
+
+def _mean_factor(criterion: Callable[..., Tensor], reduction: str, target: Tensor, batch_size: int) -> float | Tensor:
+    """What multiplies the sum of ``_per_example`` losses in the criterion's own reduction; never waits for the host."""
+    if reduction == "sum":
+        return 1.0
+    by_class = isinstance(criterion, _CLASSES) or criterion in _CLASS_FUNCTIONS
+    if reduction != "mean" or not by_class or target.is_floating_point():
+        return 1.0 / batch_size
+    # A mean over the classes' weights, where the target is not ignored.
+    weight, ignored = getattr(criterion, "weight", None), getattr(criterion, "ignore_index", -100)
+    counts = target != ignored
+    total = counts.sum() if weight is None else (weight[torch.where(counts, target, 0)] * counts).sum()
+    return target.numel() / batch_size / total

@@ -59,7 +59,15 @@ def el2n_score(output: Tensor, target: Tensor) -> Tensor:
 
     Returns:
         float32 [B].
+
+    Raises:
+        ValueError: the output is not [B, classes] with at least two of them, or the target not of the kind above.
     """
+    if output.ndim != 2 or output.shape[1] < 2 or target.shape not in (output.shape, output.shape[:1]):
+        raise ValueError(
+            f"EL2N needs logits [B, classes] of two classes or more and targets [B] or [B, classes], got "
+            f"{tuple(output.shape)} and {tuple(target.shape)}; use score='loss' or 'all' for other losses"
+        )
     error = torch.softmax(output.detach().float(), dim=1)
     labels = nn.functional.one_hot(target, output.shape[1]) if target.ndim == 1 else target
     return torch.linalg.vector_norm(error - labels, dim=1)

@@ -323,6 +323,36 @@ def test_energies_of_several_calls_are_summed(device):
     torch.testing.assert_close(scores(single, x), expected, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_normalisation_in_front_of_one(training, device):
+    """The scale of both counts: what the neuron knows is the gradient in front of its own normalisation alone."""
+
+    class Net(nn.Module):
+        def __init__(self, fused):
+            super().__init__()
+            self.a, self.first, self.c = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)
+            self.second = BatchNormLIF(8) if fused else nn.BatchNorm1d(8)
+            self.neuron = None if fused else lif()
+
+        def forward(self, x):
+            y = self.first(self.a(x))
+            if self.neuron is None:
+                return self.c(self.second(y, repeat=T)).mean(0)
+            return self.c(self.neuron(self.second(y).expand(T, -1, -1))).mean(0)
+
+    torch.manual_seed(0)
+    x, fused, plain = torch.randn(3 * N, 6, device=device) * 3, Net(True).to(device), Net(False).to(device)
+    with torch.no_grad():
+        fused.first.weight.mul_(10)
+        for _ in range(20):  # running statistics
+            fused(x)
+            reset(fused)
+    plain.load_state_dict(fused.state_dict())
+    expected = scores(plain.train(training), x)
+    assert expected.min() > 0
+    torch.testing.assert_close(scores(fused.train(training), x), expected, rtol=1e-3, atol=1e-7)
+
+
 def test_a_layer_and_a_neuron_called_twice(device):
     class Twice(nn.Module):
         def __init__(self):
@@ -360,7 +390,7 @@ def test_forward_passes_that_change_are_errors(node):
 
     for change, error, message in (
         ({"skip": True}, RuntimeError, "neuron was called in the first batch but not in this one"),
-        ({"double": True}, ValueError, "neuron was called with 8 examples in a batch of 4|N = 8 examples"),
+        ({"double": True}, ValueError, r"neuron .*with N = 8, in a batch of 4: put time first|N = 8 examples"),
     ):
         model = Changing()
         sadp = SADP(model, 12, epochs=8, warmup_epochs=2, weights="unbiased")

@@ -89,3 +89,47 @@ def test_two_ranks_train_as_one(backend, tmp_path):
             assert len({len(rows) for rows in alone[0]}) > 1, "nothing was pruned"
             assert one[1].isfinite().all()
             torch.testing.assert_close(one[1], alone[1], rtol=1e-4, atol=1e-6)
+
+
+def left_early(rank, port, folder):
+    """Each rank leaves an epoch early, saves its own state, and goes on from it; then full data by torch's sampler."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    body, x, y = model_and_data("cpu")
+    sadp = SADP(body, N, epochs=8, seed=5)
+    states = []
+    for epoch in range(3):
+        for number, row in enumerate(sadp.batches(BATCH // 2)):
+            sadp.loss(nn.CrossEntropyLoss(), body(x[row].expand(T, -1, -1)).mean(0), y[row]).backward()
+            sadp_fast.reset(body)
+            if epoch == 1 and number == 2:
+                states.append(sadp.state_dict())
+                break
+        states.append(sadp.state_dict())
+    probabilities = []
+    for state in states:
+        other = SADP(body, N, epochs=8, seed=5)
+        other.load_state_dict(state)
+        count = len(list(other.batches(BATCH // 2)))
+        probabilities.append((count, other.probabilities))
+    full = SADP(body, N, epochs=2, prune_ratio=0.0)
+    data = torch.utils.data.TensorDataset(x, y)
+    loader = torch.utils.data.DataLoader(data, 4, sampler=torch.utils.data.DistributedSampler(data))
+    list(full.loader(loader))
+    torch.save((probabilities, full.examples_trained), os.path.join(folder, f"{rank}.pt"))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch was built without torch.distributed")
+def test_ranks_that_save_their_own_states_go_on_alike(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(left_early, (port, str(tmp_path)), nprocs=2)
+    (first, trained), (second, also) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert trained == also == N  # by all ranks together
+    assert len(first) == 4
+    for (count, p), (other_count, q) in zip(first, second, strict=True):
+        assert count == other_count and torch.equal(p, q)
+    assert any(p.unique().numel() > 2 for _, p in first), "nothing was pruned by scores"

@@ -3,6 +3,7 @@
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -123,10 +124,12 @@ def test_progress_counts_examples_and_a_state_saved_within_an_epoch_does_not(dat
 
     passive = SADP(Net(), N, epochs=2, prune_ratio=0.0)
     loader = passive.loader(DataLoader(data, batch_size=16))
-    next(iter(loader))
+    running = iter(loader)
+    next(running)
     assert passive.progress == 16 / N / 2 and passive.state_dict()["examples_trained"] == 0
-    for _ in range(2):
-        list(loader)
+    running.close()  # an epoch that is left early has ended, as a pruned one has
+    assert passive.progress == 0.5 and passive.state_dict()["examples_trained"] == 16
+    list(loader)
     assert passive.progress == 1
 
 
@@ -510,7 +513,7 @@ def test_same_draws_on_every_device(data, device):
         ({"prune_ratio": 1.0}, r"prune_ratio must be a number in \[0, 1\), got 1\.0"),
         ({"prune_ratio": -0.1}, "prune_ratio must be"),
         ({"prune_ratio": "0.5"}, "prune_ratio must be a number"),
-        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
+        ({"seed": -1}, r"seed must be an integer in \[0, 2\*\*64\), got -1"),
         ({"score": "entropy"}, "score must be one of all, last, loss, .*static_random, got 'entropy'"),
         ({"policy": "best"}, "policy"),
         ({"smoothing": 2.0}, "smoothing"),
@@ -695,3 +698,255 @@ def test_neurons_are_left_as_they_were(data):
     handle.remove()
     assert scales[-1].shape == (16,)  # the normalisation's scale is lent to the neuron for the forward pass ...
     assert node.channel_scale is None and not node.collect_statistics and not node._forward_hooks  # ... and taken back
+
+
+# ----------------------------------------------------------------------------------------------- the criterion's mean
+
+
+def with_functions():
+    F = nn.functional
+    classes = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    soft = nn.KLDivLoss(reduction="batchmean")
+    return {
+        "cross entropy": (nn.CrossEntropyLoss(), False),
+        "label smoothing": (nn.CrossEntropyLoss(label_smoothing=0.1), False),
+        "class weights": (nn.CrossEntropyLoss(weight=classes), False),
+        "class weights and label smoothing": (nn.CrossEntropyLoss(weight=classes, label_smoothing=0.1), False),
+        "ignored class": (nn.CrossEntropyLoss(ignore_index=1), False),
+        "summed": (nn.CrossEntropyLoss(reduction="sum"), False),
+        "soft targets": (nn.CrossEntropyLoss(), True),
+        "function": (F.cross_entropy, False),
+        "MSE": (nn.MSELoss(), True),
+        "MSE, summed": (nn.MSELoss(reduction="sum"), True),
+        "BCE": (nn.BCEWithLogitsLoss(pos_weight=classes), True),
+        "KL, batchmean": (lambda output, target, reduction="batchmean": _kl(soft, output, target, reduction), True),
+    }
+
+
+def _kl(module, output, target, reduction):
+    module = copy.copy(module)
+    module.reduction = reduction
+    return module(output.log_softmax(1), target)
+
+
+@pytest.mark.parametrize("name", with_functions())
+def test_the_loss_keeps_its_scale_where_pruning_begins(data, name):
+    """With weights of 1 it is the criterion's own number, in a pruned epoch as in the warm-up; scores too."""
+    loss_of, soft = with_functions()[name]
+    model = Net()
+    sadp = SADP(model, N, epochs=4, prune_ratio=0.5, warmup_epochs=1, score="all")
+    loader = sadp.loader(DataLoader(data, batch_size=16, drop_last=True))
+    for _ in range(2):
+        for x, y in loader:
+            y = nn.functional.one_hot(y, CLASSES) * 0.8 + 0.05 if soft else y
+            output = model(x)
+            loss = sadp.loss(loss_of, output, y)
+            torch.testing.assert_close(loss, loss_of(output, y), rtol=1e-6, atol=0)
+            loss.backward()
+            sadp_fast.reset(model)
+    assert sadp.epoch == 2
+
+
+@pytest.mark.parametrize("name", ["class weights", "ignored class", "summed", "MSE, summed", "KL, batchmean"])
+def test_scores_do_not_depend_on_the_batch_that_an_example_came_in(data, name):
+    """Nor on whether its epoch was pruned: each is that of its own loss, not divided by a batch's class weights."""
+    loss_of, soft = with_functions()[name]
+    found = []
+    for seed in (0, 1):
+        model = Net()
+        sadp = SADP(model, N, epochs=8, prune_ratio=0.5, warmup_epochs=2, seed=seed, weights="unbiased")
+        loader = sadp.loader(DataLoader(data, batch_size=16))
+        for _ in range(1 + seed * 3):  # the second one's last scores are of pruned epochs, with weights and padding
+            for x, y in loader:
+                y = nn.functional.one_hot(y, CLASSES) * 0.8 + 0.05 if soft else y
+                sadp.loss(loss_of, model(x), y).backward()  # nothing is trained
+                sadp_fast.reset(model)
+        found.append(sadp.scores)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-7)
+
+
+# -------------------------------------------------------------------------------------------------- changes on the way
+
+
+@pytest.mark.parametrize("first", ["frozen", "trained"])
+def test_layers_that_are_frozen_or_unfrozen_between_epochs(data, first):
+    """The dataflow is read anew: scores go on, over the layers that are trained then."""
+    model = Net()
+    layer = model.body[0].requires_grad_(first == "trained")
+    sadp = SADP(model, N, epochs=8, prune_ratio=0.5)
+    loader = sadp.loader(DataLoader(data, batch_size=16))
+    for epoch in range(4):
+        if epoch == 2:
+            layer.requires_grad_(first == "frozen")
+            before = sadp.scores.clone()
+        train(sadp, model, loader, 1)
+        assert ("body.0" in sadp.describe()) == layer.weight.requires_grad
+    assert (sadp.scores != before).sum() > N / 4
+
+
+def test_a_backward_pass_that_comes_late_writes_into_no_other_batch(data):
+    """One backward pass for two batches: the first one is not scored, the second one as if it were alone."""
+    scores = []
+    for late in (False, True):
+        model = Net()
+        sadp = SADP(model, N, epochs=8, prune_ratio=0.5, warmup_epochs=2)
+        list(train_once(sadp, model, data))  # the first scored batch is measured in another way
+        before = sadp.scores.clone()
+        with torch.no_grad():
+            model.body[0].weight.mul_(1.5)
+        total = torch.zeros(())
+        for k, row in enumerate(rows := sadp.batches(8)):
+            sadp_fast.reset(model)
+            loss = sadp.loss(criterion, model(data.tensors[0][row]), data.tensors[1][row])
+            if late:
+                total = total + loss
+                if k % 2 == 1:
+                    total.backward()
+                    total = torch.zeros(())
+            elif k % 2 == 1:
+                loss.backward()
+            if k == 3:
+                break
+        rows.close()
+        scores.append(sadp.scores.clone())
+    assert 8 < (scores[0] != before).sum() <= 8 + 16
+    torch.testing.assert_close(*scores, rtol=0, atol=0, equal_nan=True)
+
+
+def train_once(sadp, model, data):
+    for row in sadp.batches(8):
+        sadp.loss(criterion, model(data.tensors[0][row]), data.tensors[1][row]).backward()
+        sadp_fast.reset(model)
+        yield row
+
+
+def test_a_state_saved_within_an_epoch_has_the_scores_before_it(data):
+    model = Net()
+    sadp = SADP(model, N, epochs=6, prune_ratio=0.5)
+    loader = sadp.loader(DataLoader(data, batch_size=16))
+    train(sadp, model, loader, 2)
+    before = sadp.state_dict()["scores"]
+    for k, (x, y) in enumerate(loader):
+        sadp.loss(criterion, model(x), y).backward()
+        sadp_fast.reset(model)
+        if k == 1:
+            break_state = sadp.state_dict()
+    assert torch.equal(break_state["scores"], before) and break_state["epoch"] == 2
+    after = sadp.state_dict()
+    assert not torch.equal(after["scores"], before) and torch.equal(after["scores"], sadp.scores)
+
+
+def test_numpys_integers(data, tmp_path):
+    sadp = SADP(
+        Net(),
+        np.int64(N),
+        epochs=np.int32(4),
+        prune_ratio=0.5,
+        seed=np.int64(7),
+        warmup_epochs=np.int64(1),
+        score="random",
+    )
+    for _ in range(4):
+        list(sadp.batches(16))
+    torch.save(sadp.state_dict(), tmp_path / "state.pt")
+    SADP(Net(), N, epochs=4, seed=7, warmup_epochs=1, score="random").load_state_dict(torch.load(tmp_path / "state.pt"))
+
+
+def test_inputs_passed_by_name(data):
+    class ByName(Net):
+        def forward(self, x):
+            x = x.expand(T, *x.shape)
+            for module in self.body:
+                x = module(input=x) if isinstance(module, nn.Linear) else module(x)
+            return x.mean(0)
+
+    scores = []
+    for model in (Net(), ByName()):
+        sadp = SADP(model, N, epochs=8, prune_ratio=0.5, warmup_epochs=2)
+        train(sadp, model, sadp.loader(DataLoader(data, batch_size=16)), 2)
+        scores.append(sadp.scores)
+    assert torch.equal(*scores)
+
+
+# ------------------------------------------------------------------------------------------------- what users mistake
+
+
+def test_negative_scores_are_warned_of(data):
+    sadp = SADP(Net(), N, epochs=4, prune_ratio=0.5, score="given")
+    loader = sadp.loader(DataLoader(data, batch_size=16))
+    for x, _ in loader:
+        sadp.give(-torch.rand(len(x)) - 0.1)
+    with pytest.warns(UserWarning, match=r"scores >= 0 \(negative ones count as none\)"):
+        list(loader)
+
+
+def test_an_object_with_a_reduction_is_a_criterion(data):
+    """As the losses of snnTorch, which are no modules."""
+
+    class Loss:
+        reduction = "mean"
+
+        def __call__(self, output, target):
+            return nn.functional.cross_entropy(output, target, reduction=self.reduction)
+
+    model = Net()
+    sadp = SADP(model, N, epochs=4, prune_ratio=0.5)
+    loader = sadp.loader(DataLoader(data, batch_size=16, drop_last=True))
+    for _ in range(2):
+        for x, y in loader:
+            output = model(x)
+            loss = sadp.loss(Loss(), output, y)
+            torch.testing.assert_close(loss, criterion(output, y))
+            loss.backward()
+            sadp_fast.reset(model)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (lambda output, y: (output, y, criterion), "criterion must be a loss module or function, got Tensor"),
+        (lambda output, y: (nn.CrossEntropyLoss, output, y), "got the class CrossEntropyLoss.*an instance"),
+    ],
+    ids=["order", "class"],
+)
+def test_what_is_no_criterion(data, arguments, message):
+    model = Net()
+    sadp = SADP(model, N, epochs=4, prune_ratio=0.5)
+    for x, y in sadp.loader(DataLoader(data, batch_size=16)):
+        with pytest.raises(TypeError, match=message):
+            sadp.loss(*arguments(model(x), y))
+        break
+
+
+def test_given_scores_must_be_a_tensor(data):
+    sadp = SADP(Net(), N, epochs=4, prune_ratio=0.5, score="given")
+    for _ in sadp.batches(16):
+        with pytest.raises(TypeError, match=r"scores must be a tensor, got ndarray: pass torch.as_tensor"):
+            sadp.give(np.ones(16))
+        break
+
+
+@pytest.mark.parametrize("score, text", [("loss", "measures no layer"), ("all", "read in the first scored batch")])
+def test_what_describe_says_before_the_first_batch(score, text):
+    assert text in SADP(Net(), N, epochs=4, score=score).describe()
+
+
+@pytest.mark.parametrize("step_mode, remedy", [("m", r"reads as \[T, N, \*\].*put time first"), ("s", "step_mode='m'")])
+def test_a_neuron_without_its_time_axis(data, step_mode, remedy):
+    """A batch taken for time, or time for the batch: the message says how the neuron read it."""
+    model = nn.Sequential(nn.Linear(FEATURES, 8), LIFNode(step_mode=step_mode), nn.Linear(8, CLASSES))
+    sadp = SADP(model, N, epochs=4, prune_ratio=0.5)
+    with pytest.raises(ValueError, match=remedy):
+        for _ in range(2):
+            for x, y in sadp.loader(DataLoader(data, batch_size=16)):
+                output = model(x) if step_mode == "m" else model(x.expand(T, *x.shape)).mean(0)
+                sadp.loss(criterion, output, y).backward()
+                sadp_fast.reset(model)
+
+
+@pytest.mark.parametrize(
+    "output, target", [((8, 1), (8, 1)), ((8,), (8,)), ((8, 3, 5), (8, 5)), ((8, 3), (8, 2))], ids=str
+)
+def test_el2n_wants_two_classes(output, target):
+    with pytest.raises(ValueError, match=r"EL2N needs logits \[B, classes\] of two classes or more"):
+        sadp_fast.score.el2n_score(torch.zeros(output), torch.zeros(target))
