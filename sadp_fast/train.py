@@ -355,7 +355,7 @@ class Trainer:
             "device_generator": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
+        partial = path.with_suffix(f".{os.getpid()}.partial")
         torch.save(state, partial)
         os.replace(partial, path)
 

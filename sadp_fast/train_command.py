@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -93,7 +94,7 @@ def run(given: dict[str, Any]) -> int:
         except ValueError as error:
             raise CommandError(f"{method}: {error}") from error
     if not plan.resume:
-        _begin(plan)
+        plan = _begin(plan)
 
     console, config, folder = Console(highlight=False), plan.config, plan.folder
     if not quiet:
@@ -147,6 +148,7 @@ class Plan:
     data_dir: str | None
     folder: Path
     resume: bool
+    named: bool = True  # whether the folder is one that the user named
 
 
 def _planned(given: dict[str, Any]) -> Plan:
@@ -157,12 +159,13 @@ def _planned(given: dict[str, Any]) -> Plan:
     methods = _without_pruning(methods) if options.get("prune_ratio") == 0 else [*methods, "sadp"]
     options = with_defaults(options, data_dir)
     dataset = options["dataset"]
+    named = folder is not None
     folder = folder or Path("runs") / f"{dataset}-{options['model']}-{datetime.now():%Y%m%d-%H%M%S}"
     if folder.exists() and not folder.is_dir():
         raise CommandError(f"{folder} is a file: name a new folder with --out")
-    if folder.exists() and any(folder.iterdir()):
+    if named and folder.exists() and any(folder.iterdir()):
         raise CommandError(f"{folder} is not empty: name a new folder, or continue its run with --resume {folder}")
-    return Plan(TrainConfig(**options), methods, data_dir, folder, resume=False)
+    return Plan(TrainConfig(**options), methods, data_dir, folder, resume=False, named=named)
 
 
 def _without_pruning(compared: list[str]) -> list[str]:
@@ -218,20 +221,30 @@ def _asked_folder(options: dict[str, Any]) -> Path | None:
     return Path(places[0]).expanduser() if places else None
 
 
-def _begin(plan: Plan) -> None:
-    """Make the run's folder and write down what is run there."""
+def _begin(plan: Plan) -> Plan:
+    """Make the run's folder and write down what is run there; the plan, in a folder that is no other run's."""
     run = {
         "config": asdict(plan.config),
         "methods": plan.methods,
         "data_dir": plan.data_dir and os.path.abspath(os.path.expanduser(plan.data_dir)),
     }
-    try:
-        plan.folder.mkdir(parents=True, exist_ok=True)
-        (plan.folder / "run.json").write_text(json.dumps(run) + "\n")
-    except OSError as error:
-        raise CommandError(
-            f"the run's folder {plan.folder} cannot be made ({error}): name another with --out"
-        ) from error
+    others = (plan.folder.with_name(f"{plan.folder.name}-{number}") for number in itertools.count(2))
+    for folder in itertools.chain([plan.folder], others):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "run.json").open("x") as file:  # of runs that begin at the same time, one gets it
+                file.write(json.dumps(run) + "\n")
+            break
+        except FileExistsError as error:
+            if plan.named:
+                raise CommandError(
+                    f"another run has begun in {folder}: name a new folder, or continue it with --resume {folder}"
+                ) from error
+        except OSError as error:
+            raise CommandError(
+                f"the run's folder {folder} cannot be made ({error}): name another with --out"
+            ) from error
+    return replace(plan, folder=folder)
 
 
 # -------------------------------------------------------------------------------------------------------- progress

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -356,6 +357,24 @@ def test_quiet_run_without_comparison_in_the_default_folder(capsys):
     assert "epoch" not in output and "SADP (all)" in output
     figures = json.loads((folder / "results.json").read_text())["methods"]
     assert list(figures) == ["sadp"] and figures["sadp"]["time_ratio"] is None
+
+
+def test_runs_that_begin_at_the_same_time_have_folders_of_their_own(monkeypatch):
+    class Noon:
+        @staticmethod
+        def now():
+            return datetime(2026, 11, 27, 12)
+
+    monkeypatch.setattr(train_command, "datetime", Noon)
+    plans = [train_command._begin(train_command._planned({"epochs": 4, "seed": seed})) for seed in range(3)]
+    assert [plan.folder.name.removeprefix("digits-conv-20261127-120000") for plan in plans] == ["", "-2", "-3"]
+    assert [json.loads((plan.folder / "run.json").read_text())["config"]["seed"] for plan in plans] == [0, 1, 2]
+
+    both = [train_command._planned({"epochs": 4, "seed": seed, "out": "mine"}) for seed in range(2)]
+    train_command._begin(both[0])
+    with pytest.raises(options.CommandError, match=r"another run has begun in mine: name a new folder, or .*--resume"):
+        train_command._begin(both[1])
+    assert json.loads(Path("mine/run.json").read_text())["config"]["seed"] == 0
 
 
 @pytest.mark.parametrize("compared", ["full", "none", "full:epochs=2"])

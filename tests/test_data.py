@@ -263,6 +263,10 @@ WRONG_FILES = {
     "key missing": (spoil(test_y=None), "no array 'test_y'"),
     "float images": (spoil(train_x=lambda x: x / 255), "float64"),
     "images of two sizes": (spoil(test_x=lambda x: x[:, 1:]), "one common shape"),
+    "channels first": (
+        spoil(train_x=lambda x: x[:, None], test_x=lambda x: x[:, None]),
+        r"\(20, 1, .* look like NCHW, but NHWC is expected: store x.transpose\(0, 2, 3, 1\)",
+    ),
     "no test images": (spoil(test_x=lambda x: x[:0], test_y=lambda y: y[:0]), "one common shape"),
     "too few labels": (spoil(train_y=lambda y: y[1:]), r"\(19,\) for 20 images"),
     "float labels": (spoil(train_y=lambda y: y / 2), "float64"),

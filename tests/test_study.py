@@ -3,9 +3,11 @@
 import ast
 import json
 import math
+import os
 import re
 import shutil
 import threading
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -462,6 +464,40 @@ def test_processes_share_the_work(finished, monkeypatch, capsys):
     rows, whole = (json.loads(Path(f, "accuracy.json").read_text())["accuracies"] for f in (folder, finished))
     assert [r["test_accuracy"] for r in rows] == [r["test_accuracy"] for r in whole]
     assert not list((folder / "unfinished").iterdir())
+
+
+def test_a_claim_is_one_process_alone(tmp_path):
+    """A holds it, B waits, A lets go without a result: C, that comes then, must not hold it beside B."""
+    store, held, log = Store(tmp_path), threading.Event(), []
+
+    def waits():
+        with claim(store, "run", {}, True) as mine:
+            log.append(mine)
+            held.set()
+            assert ended.wait(60)
+
+    claim, ended, b = Store.claim, threading.Event(), threading.Thread(target=waits)
+    lock = tmp_path / "unfinished" / f"{store.path('run', {}).stem}.lock"
+    with claim(store, "run", {}, False) as a:
+        assert a
+        b.start()
+        while len([fd for fd in Path("/proc/self/fd").iterdir() if _leads_to(fd, lock)]) < 2:
+            time.sleep(0.01)
+    assert held.wait(60) and log == [True]
+    with claim(store, "run", {}, False) as c:
+        assert not c
+    ended.set()
+    b.join()
+    with claim(store, "run", {}, False) as d:
+        assert d
+    assert not list(lock.parent.iterdir())
+
+
+def _leads_to(fd, path):
+    try:
+        return os.readlink(fd) == str(path)
+    except OSError:
+        return False
 
 
 VARIED = ["--methods", "full,full:epochs=2,random,sadp,sadp:weights=unbiased:smoothing=0.1", "--ratios", "0.5"]

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .. import report
 from ..config import TrainConfig
@@ -105,16 +106,20 @@ class Store:
         """
         path = self.folder / "unfinished" / f"{self.path(name, identity).stem}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
+        while True:
+            with path.open("w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    yield False
+                    return
+                if not _is_at(lock, path):  # another process has let go since, and a third one may hold a new file
+                    continue
+                try:
+                    yield True
+                finally:
+                    path.unlink(missing_ok=True)
                 return
-            try:
-                yield True
-            finally:
-                path.unlink(missing_ok=True)
 
     def expected_seconds(self, identity: dict[str, Any], device: str) -> float | None:
         """How long such a run will take, all in all, by the runs on the same kind of device; None where there are none.
@@ -170,3 +175,11 @@ def read_file(path: Path) -> dict[str, Any]:
             f"the run file {path} is damaged ({error}): delete it, and the same command runs it again"
         ) from error
     return value
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether this open file is the one that the path names now."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
