@@ -65,12 +65,13 @@ class CallStatistics:
 
     Args:
         awaits_norms: whether there may be a backward pass.
+        in_buffer: whether that writes into the node's buffer for compiled calls.
     """
 
-    __slots__ = ("_awaits_norms", "_norms", "_spikes")
+    __slots__ = ("_awaits_norms", "_norms", "_spikes", "in_buffer")
 
-    def __init__(self, awaits_norms: bool) -> None:
-        self._awaits_norms = awaits_norms
+    def __init__(self, awaits_norms: bool, in_buffer: bool = False) -> None:
+        self._awaits_norms, self.in_buffer = awaits_norms, in_buffer
         self._norms: Tensor | None = None
 
     def record_spikes(self, sums: Tensor) -> None:
@@ -85,10 +86,6 @@ class CallStatistics:
     def examples(self) -> int:
         """N."""
         return self._spikes.shape[1 if self._spikes.ndim == 2 else 0]
-
-    def awaits(self, norms: Tensor | None) -> bool:
-        """Whether this is the tensor that the backward pass writes, or has written, the norms into."""
-        return norms is not None and self._norms is norms
 
     @property
     def spike_count(self) -> Tensor:
@@ -289,7 +286,7 @@ class BaseNode(nn.Module):
             return float(v)
         if v.shape != x_seq.shape[1:]:
             return self.dynamics.v_rest
-        if v.is_inference() and not torch.is_inference_mode_enabled():
+        if not torch.compiler.is_compiling() and v.is_inference() and not torch.is_inference_mode_enabled():
             v = v.clone()  # left by a call in inference mode: autograd cannot keep it
         return v.to(device=x_seq.device, dtype=reference.state_dtype(x_seq.dtype))
 
@@ -326,7 +323,7 @@ class BaseNode(nn.Module):
                 "collect_statistics under torch.compile writes into an existing buffer: run one forward pass with "
                 f"this [T, N] = {tuple(x_seq.shape[:2])} uncompiled first"
             )
-        elif self._step_mode == "s" and any(call.awaits(self._last_gradient_buffer) for call in self._state.calls):
+        elif self._step_mode == "s" and any(call.in_buffer for call in self._state.calls):
             raise RuntimeError(
                 "collect_statistics under torch.compile has one buffer, which an earlier call since the last reset "
                 "writes its gradient norms into: take all steps in one call (step_mode='m'), or run uncompiled"
@@ -410,7 +407,7 @@ class BaseNode(nn.Module):
         return spikes, v_seq, self._statistics(reference.spike_count(spikes), norms)
 
     def _statistics(self, spike_count: Tensor, norms: Tensor | None) -> CallStatistics:
-        statistics = CallStatistics(norms is not None)
+        statistics = CallStatistics(norms is not None, in_buffer=norms is not None)
         statistics.record_spikes(spike_count)
         if norms is not None:
             statistics.record_norms(norms)

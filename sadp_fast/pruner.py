@@ -505,7 +505,10 @@ class SADP:
         self._attach(batch.size)
 
     def _warn_of_uncovered(self, layers: list[WeightLayer]) -> None:
-        covered = {id(self.model.get_submodule(layer.name).weight) for layer in layers}
+        modules = [self.model.get_submodule(layer.name) for layer in layers]
+        covered = {id(module.weight) for module in modules}
+        for module in modules:  # a weight_norm's or spectral_norm's weight is made of others
+            covered |= {id(p) for p in getattr(module, "parametrizations", nn.Module()).parameters()}
         weights = ((n, p) for n, p in self.model.named_parameters() if p.requires_grad and p.ndim > 1)
         missed = [name for name, parameter in weights if id(parameter) not in covered]
         if missed:

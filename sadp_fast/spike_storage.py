@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from .ops.layout import is_dense
 from .reference import spike_bits as reference
 
 MAX_PLANES = 4  # values of more bits are kept as they are
@@ -145,20 +146,7 @@ def _block_to_pack(tensor: Tensor, owner: Tensor) -> Tensor | None:
     if not packs:
         return None
     # Repeated elements (stride 0) and gaps: the whole of the owner, which other views then share.
-    return next((candidate for candidate in (tensor, owner) if _is_dense(candidate)), None)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one block of memory, in any order of dimensions."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
+    return next((candidate for candidate in (tensor, owner) if is_dense(candidate)), None)
 
 
 def _pack_bits(flat: Tensor, max_count: int) -> Tensor:

@@ -1042,12 +1042,12 @@ def test_energy_buffers(backend, kernel_device):
     layer.energy_buffers = (torch.zeros(4, dtype=torch.float64, device=kernel_device),) * 2
     with pytest.raises(ValueError, match=r"energy_buffers .*float64.*set them for this batch, or to None"):
         layer(x)
-    layer.energy_buffers = tuple(torch.zeros(5, 2, device=kernel_device).unbind(1))
+    layer.energy_buffers = tuple(torch.zeros(4, 2, device=kernel_device).unbind(1))
     with pytest.raises(ValueError, match=r"energy_buffers must be two contiguous"):
         layer(x)
     layer.energy_buffers = None
     layer(x)
-    assert layer.energies[0].output.shape == (5,)
+    assert layer.energies[0].output.shape == (4,)
 
 
 @pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
@@ -1068,6 +1068,7 @@ def test_statistics_that_are_no_longer_tracked(backend, kernel_device):
     """As nn.BatchNorm2d: neither read in training nor updated."""
     layer = make(5, backend=backend).to(kernel_device)
     theirs = nn.BatchNorm2d(5).to(kernel_device)
+    theirs.load_state_dict(layer.state_dict())
     x = input_current((3, 2, 5, 6, 4)).to(kernel_device)
     for track in (True, False):
         layer.track_running_stats = theirs.track_running_stats = track
@@ -1081,7 +1082,7 @@ def test_statistics_that_are_no_longer_tracked(backend, kernel_device):
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_an_infinite_tau_has_a_gradient_of_zero(backend, kernel_device):
-    layer = make(5, backend=backend, tau=float("inf")).to(kernel_device)
+    layer = make(5, replace(LIF, tau=math.inf), backend=backend).to(kernel_device)
     x = input_current((3, 2, 5, 6)).to(kernel_device).requires_grad_()
     layer(x).sum().backward()
     assert x.grad.isfinite().all() and x.grad.abs().max() < 1e-6

@@ -868,6 +868,15 @@ def test_inputs_passed_by_name(data):
     assert torch.equal(*scores)
 
 
+def test_a_parametrised_weight_is_covered(data, recwarn):
+    model = Net()
+    nn.utils.parametrizations.weight_norm(model.body[2])
+    sadp = SADP(model, N, epochs=4, prune_ratio=0.5)
+    train(sadp, model, sadp.loader(DataLoader(data, batch_size=16)), 1)
+    assert sadp.scores.isfinite().all() and "body.2" in sadp.describe()
+    assert not [w for w in recwarn if "leaves out" in str(w.message)]
+
+
 # ------------------------------------------------------------------------------------------------- what users mistake
 
 

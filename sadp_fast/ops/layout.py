@@ -47,17 +47,23 @@ def sequence_like(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.new_empty_strided(x.shape, sequence_strides(x), dtype=dtype)
 
 
-def inner_is_dense(x: Tensor) -> bool:
-    """Whether the elements of each x[t, n] fill one block of memory, in any order of dimensions."""
-    if x.is_contiguous():
+def is_dense(t: Tensor, first: int = 0) -> bool:
+    """Whether the elements fill one block of memory, in any order of dimensions; from dimension ``first`` on, those of
+    each index in front of it."""
+    if t.is_contiguous():
         return True
     expected = 1
-    for stride, size in sorted(zip(x.stride()[2:], x.shape[2:], strict=True)):
+    for stride, size in sorted(zip(t.stride()[first:], t.shape[first:], strict=True)):
         if size != 1:
             if stride != expected:
                 return False
             expected *= size
     return True
+
+
+def inner_is_dense(x: Tensor) -> bool:
+    """Whether the elements of each x[t, n] fill one block of memory, in any order of dimensions."""
+    return is_dense(x, 2)
 
 
 def with_dense_inner(x: Tensor) -> Tensor:
