@@ -42,6 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "sadp": {},
 }
 SCORES = tuple("grad_norm" if score == "given" else score for score in pruner.SCORES)
+AUGMENT = ("auto", "crop-flip", "crop", "none")
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # What decides nothing where nothing is pruned ...
@@ -95,6 +96,7 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
     "lr": ABOVE_ZERO,
     "weight_decay": AT_LEAST_ZERO,
     "label_smoothing": SHARE,
+    "augment": one_of(*AUGMENT),
     "cutout": NATURAL,
     "amp": one_of(*AMP),
     "low_memory": lambda text: one_of("true", "false")(text) == "true",
@@ -115,9 +117,10 @@ class TrainConfig:
 
     `method` is one of METHODS, whose changes `of` makes. `score` is one of SADP's, or "grad_norm": the exact norm of
     each example's gradient, at a cost that only small networks can bear. `weight_decay` is the optimizer's; None: 5e-4
-    for the networks that are trained by SGD, torch's default for those by AdamW. `cutout` is the side in pixels of the
-    square that is hidden in every training image (see `augmentation.crop_flip_normalise`). `low_memory` keeps as bits
-    the spikes that wait for the backward pass, with the same results.
+    for the networks that are trained by SGD, torch's default for those by AdamW. `augment` is how training images are
+    changed at random, "auto" being "crop-flip" for images of three colours and else "none"; `cutout` is the side in
+    pixels of the square that is then hidden in each (see `augmentation.crop_flip_normalise`). `low_memory` keeps as
+    bits the spikes that wait for the backward pass, with the same results.
     """
 
     dataset: str = "digits"
@@ -130,6 +133,7 @@ class TrainConfig:
     lr: float = 2e-3
     weight_decay: float | None = None
     label_smoothing: float = 0.0
+    augment: str = "auto"
     cutout: int = 0
     amp: str = "off"
     low_memory: bool = False

@@ -13,6 +13,7 @@ from .config import (
     ABOVE_ZERO,
     AMP,
     AT_LEAST_ZERO,
+    AUGMENT,
     BELOW_ONE,
     NATURAL,
     POSITIVE,
@@ -133,10 +134,16 @@ def add_settings(command: argparse.ArgumentParser) -> dict[str, Any]:
     )
     option("--label-smoothing", type=SHARE, metavar="S", help="label smoothing, 0 to 1 (default: 0)")
     option(
+        "--augment",
+        choices=AUGMENT,
+        help="crop training images at random by up to four pixels, and mirror half of them (default: auto, crop-flip "
+        "for images of three colours, else none)",
+    )
+    option(
         "--cutout",
         type=NATURAL,
         metavar="PIXELS",
-        help="side of a square hidden at random in every training image of three colours (default: cifar 8; else none)",
+        help="side of a square hidden at random in every augmented training image (default: cifar 8; else none)",
     )
     option("--amp", choices=tuple(AMP), help="mixed precision (default: bf16 on a GPU, off on the CPU)")
     option("--low-memory", action="store_true", help="keep spikes as bits for the backward pass: a third less memory")

@@ -147,11 +147,18 @@ def check(config: TrainConfig, data: Dataset) -> None:
         raise ValueError(
             f"the batch size {config.batch_size} is above the number of training examples, {count}: lower it"
         )
-    if config.cutout > 0 and not data.augmented:
+    if config.cutout > 0 and augmentation(config, data) == "none":
         raise ValueError(
-            f"cutout is {config.cutout}, but examples of {data.name} are not augmented (only images with three colours "
-            "are): leave cutout out"
+            f"cutout is {config.cutout}, but examples of {data.name} are not augmented (by default only images with "
+            "three colours are): leave cutout out, or set augment"
         )
+
+
+def augmentation(config: TrainConfig, data: Dataset) -> str:
+    """How training images are changed at random: "crop-flip", "crop" or "none"."""
+    if config.augment != "auto":
+        return config.augment
+    return "crop-flip" if data.augmented else "none"
 
 
 def learning_rate(peak: float, done: float) -> float:
@@ -288,13 +295,20 @@ class Trainer:
                 group["lr"] = lr
         return self.run_step(index)
 
+    def _draws(self, count: int) -> Tensor | None:
+        """Random numbers for the augmentation of so many images; None where they stay as they are."""
+        kind = augmentation(self.config, self.data)
+        if kind == "none":
+            return None
+        draws = draw_augmentation(count, self.generator, cutout=self.config.cutout > 0)
+        if kind == "crop":
+            draws[2].zero_()  # which flips no image
+        return draws
+
     def _step(self, index: Tensor) -> Tensor:
         # First of all, so that no gradient takes up memory while the activations do.
         self.optimizer.zero_grad(set_to_none=True)
-        draws = None
-        if self.data.augmented:
-            draws = draw_augmentation(len(index), self.generator, cutout=self.config.cutout > 0)
-        x, labels = self.inputs(self.data.train_images, index, draws), self.data.train_labels[index]
+        x, labels = self.inputs(self.data.train_images, index, self._draws(len(index))), self.data.train_labels[index]
         if self.config.score == "grad_norm" and self.sadp.wants_scores:
             self.sadp.give(gradient_norms(self.model, x, labels, self.criterion))
         with packed_spikes() if self.config.low_memory else nullcontext():

@@ -263,12 +263,12 @@ def test_a_run_begun_with_other_defaults_is_not_gone_on_with_by_todays(capsys):
     assert "saved with weights='unbiased', but SADP was built with 'none': start a new run" in capsys.readouterr().err
 
 
-def test_a_run_begun_before_weight_decay_and_cutout_were_settings_goes_on(capsys):
+def test_a_run_begun_before_some_settings_goes_on(capsys):
     assert cli.main([*FAST, "--out", "here", "--quiet", "--compare", "none", "--prune-ratio", "0.3"]) == 0
     began = json.loads(Path("here/run.json").read_text())
     state = torch.load("here/sadp/checkpoint.pt", weights_only=True)
     for config in (began["config"], state["config"]):
-        del config["weight_decay"], config["cutout"]
+        del config["weight_decay"], config["augment"], config["cutout"]
     Path("here/run.json").write_text(json.dumps(began))
     torch.save(state, "here/sadp/checkpoint.pt")
     assert cli.main(["train", "--resume", "here", "--quiet"]) == 0
@@ -590,6 +590,6 @@ def test_help_names_every_option(capsys):
         *("dataset", "data-dir", "model", "prune-ratio", "score", "policy", "smoothing", "schedule", "warmup-epochs"),
         *("tail-epochs", "epochs", "time-steps", "batch-size", "lr", "amp", "compare", "seed", "device", "resume"),
         *("out", "name", "quiet", "image-size", "split-by", "label-smoothing", "low-memory"),
-        *("weights", "score-momentum", "weight-decay", "cutout"),
+        *("weights", "score-momentum", "weight-decay", "augment", "cutout"),
     ):
         assert f"--{option} " in text

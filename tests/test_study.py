@@ -209,12 +209,12 @@ def test_parts_of_epochs_of_one_batch():
 
 def test_a_figures_head_names_what_is_no_default():
     result = {
-        "settings": {"base": asdict(TrainConfig(cutout=8, weight_decay=0.0))},
+        "settings": {"base": asdict(TrainConfig(cutout=8, weight_decay=0.0, augment="crop"))},
         "data_set": {"name": "digits"},
         "environments": [{"device": "A"}, {"device": "B"}, {"device": "A"}],
     }
-    assert title(result) == "digits, conv, T = 4, weight decay 0, cutout 8 pixels (A, B)"
-    del result["settings"]["base"]["cutout"]  # of before there was cutout
+    assert title(result) == "digits, conv, T = 4, weight decay 0, augmentation crop, cutout 8 pixels (A, B)"
+    del result["settings"]["base"]["cutout"], result["settings"]["base"]["augment"]  # of before there were these
     result["settings"]["base"]["weight_decay"] = None
     assert title(result) == "digits, conv, T = 4 (A, B)"
 
@@ -239,13 +239,13 @@ def test_conditions_are_what_decides_a_result():
 def test_runs_older_than_a_setting_are_found():
     """A field added to TrainConfig counts as its default, which is how the older run was made."""
     config = TrainConfig(lr=0.5).of("sadp")
-    newer = {"score_momentum", "weight_decay", "cutout"}
+    newer = {"score_momentum", "weight_decay", "augment", "cutout"}
     older = {key: value for key, value in config.conditions().items() if key not in newer}
     store = Store(Path("here"))
     store.produce("name", {"kind": "training", "config": older}, "cpu", lambda folder: {"history": [1]})
     assert store.read("name", training_identity(config), ("history",))["history"] == [1]
     assert store.read("another", training_identity(config), ("history",))["history"] == [1]  # names are for people
-    for change in ({"score_momentum": 0.5}, {"weight_decay": 0.0}, {"cutout": 4}, {"lr": 0.1}):
+    for change in ({"score_momentum": 0.5}, {"weight_decay": 0.0}, {"cutout": 4}, {"augment": "none"}, {"lr": 0.1}):
         other = replace(config, **change)
         assert store.read("name", training_identity(other), ("history",)) is None
 

@@ -333,6 +333,30 @@ def test_training_images_are_augmented_and_test_images_are_not(monkeypatch, meth
     assert sides == [side, side, 0]
 
 
+@pytest.mark.parametrize("augment", ["auto", "crop-flip", "crop", "none"])
+@pytest.mark.parametrize("augmented", [True, False])
+def test_how_images_are_augmented(monkeypatch, augment, augmented):
+    draws = []
+
+    def record(images, index, drawn, *args, **options):
+        if index is not None:  # training
+            draws.append(drawn)
+        return crop_flip_normalise(images, index, drawn, *args, **options)
+
+    monkeypatch.setattr(train, "crop_flip_normalise", record)
+    data = replace(colour_data(), augmented=augmented)
+    trainer = Trainer(replace(CONFIG, augment=augment), data)
+    trainer.throw_away_steps()
+    crops = augment in ("crop-flip", "crop") or (augment == "auto" and augmented)
+    assert draws and all((drawn is not None) == crops for drawn in draws)
+    if crops:
+        flipped = torch.stack(draws)[:, 2] >= 0.5
+        assert 0 < flipped.sum() < flipped.numel() if augment != "crop" else not flipped.any()
+        shifted = torch.stack(draws)[:, :2]
+        assert shifted.min() < 0.2 and shifted.max() > 0.8
+        train.prepare(replace(CONFIG, augment=augment, cutout=3), data)
+
+
 @pytest.mark.parametrize(
     ("model", "optimizer", "default"),
     [("sew_resnet18", torch.optim.SGD, 5e-4), ("mlp", torch.optim.AdamW, 1e-2)],
@@ -367,7 +391,7 @@ def test_cutout_is_for_data_that_are_augmented():
     config, grey = replace(CONFIG, cutout=3), replace(colour_data(), augmented=False)
     Trainer(config, colour_data())
     Trainer(CONFIG, grey)
-    message = r"cutout is 3, but examples of colours are not augmented \(only .* are\): leave cutout out"
+    message = r"cutout is 3, but examples of colours are not augmented \(by default .* are\): leave cutout out, or set"
     for start in (Trainer, train.prepare):
         with pytest.raises(ValueError, match=message):
             start(config, grey)

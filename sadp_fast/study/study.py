@@ -90,6 +90,7 @@ class Study:
 REGULARISATION = {
     "weight_decay": "weight decay {:g}",
     "label_smoothing": "label smoothing {:g}",
+    "augment": "augmentation {}",
     "cutout": "cutout {:g} pixels",
 }
 
