@@ -6,11 +6,9 @@ model during the forward pass, the weighted loss, and, once the user's backward 
 
 from __future__ import annotations
 
-import copy
-import inspect
 import math
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from numbers import Integral, Real
@@ -18,11 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader
 
 from .batching import Drawn, EpochBatches, pack, shuffled
+from .criterion import mean_factor, per_example, without_reduction
 from .dataflow import Probe, WeightLayer, keeps_energies, trainable_layers
 from .energies import EnergyTaps
+from .errors import name_of
+from .loader import PrunedLoader
 from .sampling import sample
 from .score import el2n_score, spike_aware_score
 from .selection import inclusion_probabilities, prune_ratios
@@ -148,11 +149,11 @@ class SADP:
         device: torch.device | str | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {_name_of(model)}: pass the network itself")
+            raise TypeError(f"model must be a torch.nn.Module, got {name_of(model)}: pass the network itself")
         for name, count in (("num_examples", num_examples), ("epochs", epochs)):
             if not isinstance(count, Integral):
                 remedy = "len(train_set)" if name == "num_examples" else "the number of epochs you train"
-                raise TypeError(f"{name} must be an integer, got {_name_of(count)}: pass {remedy}")
+                raise TypeError(f"{name} must be an integer, got {name_of(count)}: pass {remedy}")
         if not isinstance(prune_ratio, (float, Real)) or not 0 <= prune_ratio < 1:
             raise ValueError(f"prune_ratio must be a number in [0, 1), got {prune_ratio!r}: 0.5 leaves out half")
         for name, epochs_of in (("warmup_epochs", warmup_epochs), ("tail_epochs", tail_epochs)):
@@ -247,6 +248,11 @@ class SADP:
         """
         running = self._share_of_epoch * (1 - self.ratios[self.epoch]) if self.epoch < len(self.ratios) else 0.0
         return (self._kept_before[self.epoch] + running) / self._kept_before[-1]
+
+    @property
+    def running(self) -> bool:
+        """Whether a batch of a pruned training is at hand."""
+        return self._batch is not None
 
     @property
     def passive(self) -> bool:
@@ -382,6 +388,18 @@ class SADP:
             self._carried = self._next_carried
             self._complete_epoch()
 
+    def _unpruned_epoch(self, batches: Iterable[Any], batch_size: int, examples: int) -> Iterator[Any]:
+        """Yield an epoch's batches as they are, of so many examples each and in all (a sampler may pad)."""
+        examples = min(examples, self.num_examples)
+        self._trained_now = 0
+        try:
+            for batch in batches:
+                self._trained_now = min(self._trained_now + batch_size, examples)
+                self._share_of_epoch = self._trained_now / examples
+                yield batch
+        finally:
+            self._complete_epoch()
+
     def _complete_epoch(self) -> None:
         self._trained, self._trained_now, self._share_of_epoch = self.examples_trained, 0, 0.0
         self.epoch += 1
@@ -400,6 +418,13 @@ class SADP:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         yield from self._epoch(self._draw(batch_size, pad=False))
+
+    def _expected_batches(self, batch_size: int, drop_last: bool) -> int:
+        """How many batches the next epoch should have; how many it has varies with the draw."""
+        last = self.epoch == len(self.ratios) - 1
+        expected = (1 - self.ratios[self.epoch]) * self.num_examples + len(self._carried.indices)
+        batches = expected / (batch_size * _rank_and_world()[1])
+        return max(1, math.ceil(batches) if last or not drop_last else math.floor(batches))
 
     def loader(self, loader: DataLoader) -> PrunedLoader:
         """The same DataLoader (data set, workers, collation, pinning), whose batches SADP draws.
@@ -567,21 +592,21 @@ class SADP:
             )
         if self.passive and batch.weights is None:
             return criterion(output, target)
-        reduction, unreduced = _without_reduction(criterion)
+        reduction, unreduced = without_reduction(criterion)
         if batch.weights is not None or batch.scored:
-            batch.mean_factor = _mean_factor(criterion, reduction, target, batch.size)
+            batch.mean_factor = mean_factor(criterion, reduction, target, batch.size)
         if batch.weights is None:
             loss = criterion(output, target)
             loss = loss.mean() if reduction == "none" else loss
         else:
-            losses = _per_example(unreduced(output, target), batch.size, reduction)
+            losses = per_example(unreduced(output, target), batch.size, reduction)
             factor = batch.mean_factor
             loss = (losses * batch.weights.to(losses)).sum()
             loss = loss * (factor.to(loss) if isinstance(factor, Tensor) else factor)
         if batch.scored and self.score != "given":
             if self.score == "loss":
                 with torch.no_grad():
-                    batch.direct_score = _per_example(unreduced(output, target), batch.size, reduction)
+                    batch.direct_score = per_example(unreduced(output, target), batch.size, reduction)
             elif self.score == "el2n":
                 batch.direct_score = el2n_score(output, target)
             elif loss.requires_grad and self._layers is None:
@@ -614,7 +639,7 @@ class SADP:
         if batch is None:
             raise RuntimeError("sadp.give() belongs inside a loop over sadp.loader(...) or sadp.batches(...)")
         if not isinstance(scores, Tensor):
-            raise TypeError(f"scores must be a tensor, got {_name_of(scores)}: pass torch.as_tensor(scores)")
+            raise TypeError(f"scores must be a tensor, got {name_of(scores)}: pass torch.as_tensor(scores)")
         if scores.shape != (batch.size,):
             raise ValueError(f"scores must have shape [{batch.size}], one per example, got {list(scores.shape)}")
         batch.direct_score = scores.detach()
@@ -725,7 +750,7 @@ class SADP:
         """
         before_these = {"weights": "unbiased", "score_momentum": 0.0}  # what states older than these settings had
         if not isinstance(state, dict) or not {"config", "epoch", "scores"} <= set(state):
-            found = f"a dict with {', '.join(map(str, state))}" if isinstance(state, dict) else _name_of(state)
+            found = f"a dict with {', '.join(map(str, state))}" if isinstance(state, dict) else name_of(state)
             raise ValueError(f"state must be what SADP.state_dict() returned, got {found}: pass SADP's part of it")
         for name, saved in {**before_these, **state["config"]}.items():
             if self._config[name] != saved:
@@ -744,172 +769,7 @@ class SADP:
             self._trainable = list(state.get("trainable", trainable_layers(self.model)))  # older states lack it
 
 
-_LOADER_OPTIONS = (
-    "num_workers",
-    "collate_fn",
-    "pin_memory",
-    "timeout",
-    "worker_init_fn",
-    "multiprocessing_context",
-    "generator",
-    "prefetch_factor",
-    "persistent_workers",
-    "pin_memory_device",
-)
-
-
-class PrunedLoader:
-    """A DataLoader's batches as SADP draws them: one iteration is one epoch. Made by ``SADP.loader``."""
-
-    def __init__(self, sadp: SADP, loader: DataLoader) -> None:
-        if not isinstance(loader, DataLoader):
-            raise TypeError(
-                f"loader must be a torch DataLoader, got {_name_of(loader)}: pass DataLoader(data_set, ...)"
-            )
-        if isinstance(loader.dataset, IterableDataset):
-            raise ValueError("loader must have a map-style data set: SADP draws examples by index, a stream has none")
-        if loader.batch_size is None:
-            raise ValueError(
-                "loader must have a batch_size: SADP cuts the batches itself, so pass DataLoader(data_set, "
-                "batch_size=...) without a batch_sampler"
-            )
-        size = len(loader.dataset)  # type: ignore[arg-type]
-        if size != sadp.num_examples:
-            raise ValueError(
-                f"loader has {size} examples, but SADP was built with num_examples={sadp.num_examples}: build it with "
-                "len(train_set) of the same data set"
-            )
-        sampler = loader.sampler
-        everything = isinstance(sampler, (SequentialSampler, DistributedSampler)) or (
-            isinstance(sampler, RandomSampler) and not sampler.replacement and sampler.num_samples == size
-        )
-        if not sadp.passive and not everything:
-            raise ValueError(
-                f"loader has a {_name_of(sampler)}, in whose place SADP draws: leave it out, and for a part of the "
-                "data pass a torch.utils.data.Subset"
-            )
-        self.sadp = sadp
-        self.loader = loader
-        self.batch_size: int = loader.batch_size
-        self._batches: list[list[int]] = []
-        self._pruned = None if sadp.passive else self._with_own_batches()
-
-    def _with_own_batches(self) -> DataLoader:
-        options = {name: getattr(self.loader, name) for name in _LOADER_OPTIONS if hasattr(self.loader, name)}
-        if not options.get("pin_memory_device"):
-            options.pop("pin_memory_device", None)  # its mere presence warns in newer versions of torch
-        return DataLoader(self.loader.dataset, batch_sampler=_Rows(self), **options)
-
-    def __getattr__(self, name: str) -> Any:
-        # What else one asks a DataLoader for: dataset, num_workers, drop_last, sampler, ...
-        if "loader" in self.__dict__:
-            return getattr(self.loader, name)
-        raise AttributeError(name)
-
-    def __iter__(self) -> Iterator[Any]:
-        sadp = self.sadp
-        sadp._check_epoch()
-        if self._pruned is None:
-            yield from self._everything()
-            return
-        batches = sadp._draw(self.batch_size, pad=not self.loader.drop_last)
-        self._batches = batches.indices.tolist()
-        for _, batch in zip(sadp._epoch(batches), self._pruned, strict=True):
-            yield batch
-
-    def _everything(self) -> Iterator[Any]:
-        """The loader's own batches, counted as an epoch."""
-        sadp, sampler = self.sadp, self.loader.sampler
-        ranks = sampler.num_replicas if isinstance(sampler, DistributedSampler) else 1
-        examples = min(len(sampler) * ranks, sadp.num_examples)  # type: ignore[arg-type] # a sampler may pad
-        sadp._trained_now = 0
-        try:
-            for batch in self.loader:
-                sadp._trained_now = min(sadp._trained_now + self.batch_size * ranks, examples)
-                sadp._share_of_epoch = sadp._trained_now / examples
-                yield batch
-        finally:
-            sadp._complete_epoch()
-
-    def __len__(self) -> int:
-        """Batches of the running epoch; between epochs, those expected of the next. The number varies by epoch."""
-        sadp = self.sadp
-        if self._pruned is None:
-            return len(self.loader)
-        if sadp._batch is not None or sadp.epoch >= len(sadp.ratios):
-            return len(self._batches)
-        last = sadp.epoch == len(sadp.ratios) - 1
-        expected = (1 - sadp.ratios[sadp.epoch]) * sadp.num_examples + len(sadp._carried.indices)
-        batches = expected / (self.batch_size * _rank_and_world()[1])
-        return max(1, math.ceil(batches) if last or not self.loader.drop_last else math.floor(batches))
-
-
-class _Rows:
-    """The batch sampler behind a PrunedLoader: the drawn batches, as lists of indices."""
-
-    def __init__(self, owner: PrunedLoader) -> None:
-        self._owner = owner
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._owner._batches)
-
-    def __len__(self) -> int:
-        return len(self._owner._batches)
-
-
-def _name_of(thing: Any) -> str:
-    return f"the class {thing.__name__}" if isinstance(thing, type) else type(thing).__name__
-
-
 def _rank_and_world() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
-
-
-def _without_reduction(criterion: Callable[..., Tensor]) -> tuple[str, Callable[..., Tensor]]:
-    """The criterion's own reduction, and the criterion without it."""
-    if isinstance(criterion, type) or not callable(criterion):
-        raise TypeError(
-            f"criterion must be a loss module or function, got {_name_of(criterion)}: sadp.loss(criterion, output, "
-            "target), where criterion is nn.CrossEntropyLoss(), an instance"
-        )
-    if hasattr(criterion, "reduction"):  # a module of PyTorch's, or an object like it
-        unreduced: Any = copy.copy(criterion)
-        unreduced.reduction = "none"
-        return str(criterion.reduction), unreduced
-    if not isinstance(criterion, nn.Module):
-        parameters = inspect.signature(criterion).parameters
-        if "reduction" in parameters:
-            return parameters["reduction"].default, lambda output, target: criterion(output, target, reduction="none")
-    raise TypeError(
-        f"criterion {criterion!r} has no `reduction`: SADP needs each example's loss; give it reduction= in the manner "
-        "of torch.nn.functional.cross_entropy"
-    )
-
-
-def _per_example(losses: Tensor, batch_size: int, reduction: str) -> Tensor:
-    """Per-example losses [B]: over whatever else the criterion left the mean or, as its reduction does, the sum."""
-    if losses.ndim == 0 or losses.shape[0] != batch_size:
-        raise ValueError(f"criterion with reduction='none' must give [{batch_size}, *], got {tuple(losses.shape)}")
-    if losses.ndim == 1:
-        return losses
-    return losses.flatten(1).sum(1) if reduction in ("sum", "batchmean") else losses.flatten(1).mean(1)
-
-
-_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss)
-_CLASS_FUNCTIONS = (nn.functional.cross_entropy, nn.functional.nll_loss)
-
-
-def _mean_factor(criterion: Callable[..., Tensor], reduction: str, target: Tensor, batch_size: int) -> float | Tensor:
-    """What multiplies the sum of ``_per_example`` losses in the criterion's own reduction; never waits for the host."""
-    if reduction == "sum":
-        return 1.0
-    by_class = isinstance(criterion, _CLASSES) or criterion in _CLASS_FUNCTIONS
-    if reduction != "mean" or not by_class or target.is_floating_point():
-        return 1.0 / batch_size
-    # A mean over the classes' weights, where the target is not ignored.
-    weight, ignored = getattr(criterion, "weight", None), getattr(criterion, "ignore_index", -100)
-    counts = target != ignored
-    total = counts.sum() if weight is None else (weight[torch.where(counts, target, 0)] * counts).sum()
-    return target.numel() / batch_size / total
