@@ -52,7 +52,7 @@ def mean_factor(criterion: Callable[..., Tensor], reduction: str, target: Tensor
     if reduction == "sum":
         return 1.0
     by_class = isinstance(criterion, _CLASSES) or criterion in _CLASS_FUNCTIONS
-    if reduction != "mean" or not by_class or target.is_floating_point():
+    if reduction != "mean" or not by_class or not isinstance(target, Tensor) or target.is_floating_point():
         return 1.0 / batch_size
     # A mean over the classes' weights, where the target is not ignored.
     weight, ignored = getattr(criterion, "weight", None), getattr(criterion, "ignore_index", -100)
