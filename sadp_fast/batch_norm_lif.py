@@ -209,7 +209,8 @@ class _BatchNormNode(BaseNode):
         y = self._normalise(time_folded)
         energies = self._new_energies(x.shape[0 if single or repeat is not None else 1], x.device)
         if energies is not None:
-            y = _DeltaTap.apply(y, energies.delta, self._gain(time_folded), self._reciprocal_tau(y))
+            v = self.v if isinstance(self.v, Tensor) else None
+            y = _DeltaTap.apply(y, energies.delta, self._gain(time_folded), self._reciprocal_tau(y), v)
         if repeat is not None:
             y = y.expand(repeat, *y.shape)
         elif not single:
@@ -287,18 +288,18 @@ def _energy(t: Tensor, gain: Tensor | None = None) -> Tensor:
 class _DeltaTap(torch.autograd.Function):
     """Identity on y [T * N, C, *] that writes, in its backward pass, the energy of the gradient times ``gain``.
 
-    ``parameter`` as in ``GradientNormTap``.
+    ``others`` as in ``GradientNormTap``.
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, buffer: Tensor, gain: Tensor, parameter: Tensor | None) -> Tensor:
-        ctx.buffer, ctx.gain = buffer, gain
+    def forward(ctx: Any, y: Tensor, buffer: Tensor, gain: Tensor, *others: Tensor | None) -> Tensor:
+        ctx.buffer, ctx.gain, ctx.others = buffer, gain, len(others)
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ctx.buffer.copy_(_energy(grad.unflatten(0, (-1, ctx.buffer.shape[0])), ctx.gain))
-        return grad, None, None, None
+        return grad, *([None] * (2 + ctx.others))
 
 
 class BatchNormLIF(_BatchNormNode, LIFNode):

@@ -153,6 +153,8 @@ class TrainConfig:
     def of(self, variant: str) -> TrainConfig:
         """The same conditions for a method or a variant of one (see `read_variant`)."""
         method, changes = read_variant(variant)
+        if changes.get("augment") == "none":
+            changes = {"cutout": 0, **changes}
         return replace(self, method=method, **{**METHODS[method], **changes})
 
     def settled(self) -> TrainConfig:

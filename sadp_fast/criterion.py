@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -43,19 +44,34 @@ def per_example(losses: Tensor, batch_size: int, reduction: str) -> Tensor:
     return losses.flatten(1).sum(1) if reduction in ("sum", "batchmean") else losses.flatten(1).mean(1)
 
 
-_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss)
+_CLASS_FORWARDS = (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward)
 _CLASS_FUNCTIONS = (nn.functional.cross_entropy, nn.functional.nll_loss)
 
 
 def mean_factor(criterion: Callable[..., Tensor], reduction: str, target: Tensor, batch_size: int) -> float | Tensor:
-    """What multiplies the sum of ``per_example`` losses in the criterion's own reduction; never waits for the host."""
+    """What multiplies the sum of ``per_example`` losses in the criterion's own reduction; never waits for the host.
+
+    1 / B of a mean, but for cross entropy and nll_loss (modules, functions and partials of these), which divide by the
+    classes' weights where the target is not ignored: there, a 0-dim tensor.
+    """
     if reduction == "sum":
         return 1.0
-    by_class = isinstance(criterion, _CLASSES) or criterion in _CLASS_FUNCTIONS
-    if reduction != "mean" or not by_class or not isinstance(target, Tensor) or target.is_floating_point():
+    named = _class_options(criterion)
+    if reduction != "mean" or named is None or not isinstance(target, Tensor) or target.is_floating_point():
         return 1.0 / batch_size
-    # A mean over the classes' weights, where the target is not ignored.
-    weight, ignored = getattr(criterion, "weight", None), getattr(criterion, "ignore_index", -100)
-    counts = target != ignored
-    total = counts.sum() if weight is None else (weight[torch.where(counts, target, 0)] * counts).sum()
-    return target.numel() / batch_size / total
+    weight, classes = named.get("weight"), target.long()  # bytes would be a mask
+    counts = classes != named.get("ignore_index", -100)
+    total = counts.sum() if weight is None else (weight[torch.where(counts, classes, 0)] * counts).sum()
+    return target.numel() / batch_size / total.double()
+
+
+def _class_options(criterion: Callable[..., Tensor]) -> dict[str, Any] | None:
+    """weight and ignore_index of cross entropy or nll_loss; None of another criterion."""
+    named: dict[str, Any] = {}
+    while isinstance(criterion, functools.partial):
+        named, criterion = {**criterion.keywords, **named}, criterion.func
+    criterion = getattr(criterion, "_orig_mod", criterion)  # torch.compile's wrapper
+    if isinstance(criterion, nn.Module):
+        known = type(criterion).forward in _CLASS_FORWARDS
+        return {"weight": criterion.weight, "ignore_index": criterion.ignore_index} if known else None
+    return named if criterion in _CLASS_FUNCTIONS else None

@@ -321,7 +321,7 @@ def _dataset(name: str, arrays: tuple[np.ndarray, ...], num_classes: int, where:
                 f"{where}: {split} images are {images.dtype} of shape {images.shape}: "
                 "they must be uint8 of shape NHW, NHWC or NTCHW"
             )
-        if images.ndim == 4 and images.shape[1] <= 4 < images.shape[3]:
+        if images.ndim == 4 and images.shape[1] <= 4 < images.shape[2] == images.shape[3]:
             raise DataError(
                 f"{where}: {split} images of shape {images.shape} look like NCHW, but NHWC is expected: store "
                 "x.transpose(0, 2, 3, 1)"

@@ -41,9 +41,18 @@ def first_input(inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> Tensor:
     return inputs[0] if inputs else next(iter(named.values()))
 
 
+def is_trained(layer: nn.Module) -> bool:
+    """Whether a weight layer's weight is trained now, or what it is made of (pruning, weight or spectral norms)."""
+    weight = layer._parameters.get("weight")
+    if weight is not None:
+        return weight.requires_grad
+    parts = ("weight_", "parametrizations.weight.")  # not layer.weight: what the last forward pass made, or made anew
+    return any(p.requires_grad for name, p in layer.named_parameters() if name.startswith(parts))
+
+
 def trainable_layers(model: nn.Module) -> list[str]:
-    """Names of the weight layers whose weight is trained now."""
-    return [n for n, m in model.named_modules() if isinstance(m, WEIGHT_LAYERS) and m.weight.requires_grad]
+    """Names of the weight layers that are trained now."""
+    return [name for name, m in model.named_modules() if isinstance(m, WEIGHT_LAYERS) and is_trained(m)]
 
 
 @dataclass(frozen=True)
@@ -132,7 +141,7 @@ class Probe:
         if isinstance(module, BaseNode):
             return self.neurons
         if isinstance(module, WEIGHT_LAYERS):
-            return self.layers if module.weight.requires_grad else None
+            return self.layers if is_trained(module) else None
         return self.norms if isinstance(module, _BatchNorm) else None
 
     def _recorder(self, name: str, calls: list[Call]) -> Callable[..., None]:

@@ -79,7 +79,10 @@ class PrunedLoader:
         if self._pruned is None:
             sampler = self.loader.sampler
             ranks = sampler.num_replicas if isinstance(sampler, DistributedSampler) else 1
-            yield from sadp._unpruned_epoch(self.loader, self.batch_size * ranks, len(sampler) * ranks)  # type: ignore[arg-type]
+            examples = len(sampler)  # type: ignore[arg-type]
+            if ranks > 1:
+                examples = min(examples * ranks, sadp.num_examples)  # what pads the ranks' shares counts once
+            yield from sadp._unpruned_epoch(self.loader, self.batch_size * ranks, examples)
             return
         batches = sadp._draw(self.batch_size, pad=not self.loader.drop_last)
         self._batches = batches.indices.tolist()

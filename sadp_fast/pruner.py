@@ -223,6 +223,7 @@ class SADP:
         self._taps: EnergyTaps | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []  # for the running epoch
         self._measuring = False  # whether neurons collect statistics
+        self._unpruned: object = None  # the newest epoch of unpruned training
 
     def __getattr__(self, name: str) -> Any:
         # The settings read as attributes: sadp.prune_ratio, sadp.seed, ...
@@ -363,6 +364,7 @@ class SADP:
     def _epoch(self, batches: EpochBatches) -> Iterator[Tensor]:
         """Yield the index rows of one epoch, taking scores in between."""
         scored = self.score not in _UNIFORM_SCORES and any(self.ratios[self.epoch + 1 :])
+        scored = scored and self._has_layers_to_score()
         weighted = self._weigh_all or self.ratios[self.epoch] > 0 or self._carried.indices.shape[0] > 0
         count, batch_size = batches.indices.shape
         if scored and self.score in _GRADIENT_SCORES:
@@ -379,6 +381,9 @@ class SADP:
                 self._share_of_epoch = (k + 1) / count
                 yield batches.indices[k]
                 self.collect()
+                if self._taps is None and self._layers is not None and scored and self.score in _GRADIENT_SCORES:
+                    self._detach()
+                    self._attach(batch_size)
             self._share_scores()
         finally:
             if world == 1:  # else the ranks have to meet first, at the next draw
@@ -388,9 +393,19 @@ class SADP:
             self._carried = self._next_carried
             self._complete_epoch()
 
+    def _has_layers_to_score(self) -> bool:
+        """False, with a warning, once no weight layer is trained any more: examples then keep their scores."""
+        if self.score not in _GRADIENT_SCORES or self._layers is None or trainable_layers(self.model):
+            return True
+        warnings.warn(
+            f"no weight layer is trained any more, so score={self.score!r} takes no new scores: examples keep theirs",
+            stacklevel=4,
+        )
+        return False
+
     def _unpruned_epoch(self, batches: Iterable[Any], batch_size: int, examples: int) -> Iterator[Any]:
-        """Yield an epoch's batches as they are, of so many examples each and in all (a sampler may pad)."""
-        examples = min(examples, self.num_examples)
+        """Yield an epoch's batches as they are, of so many examples each and in all."""
+        this = self._unpruned = object()
         self._trained_now = 0
         try:
             for batch in batches:
@@ -398,7 +413,8 @@ class SADP:
                 self._share_of_epoch = self._trained_now / examples
                 yield batch
         finally:
-            self._complete_epoch()
+            if self._unpruned is this:  # an older loop that ends now has been overtaken
+                self._complete_epoch()
 
     def _complete_epoch(self) -> None:
         self._trained, self._trained_now, self._share_of_epoch = self.examples_trained, 0, 0.0
@@ -662,12 +678,14 @@ class SADP:
                 self._keep(batch, batch.direct_score)
             return
         gradient, taps = batch.loss_gradient, batch.taps
+        if batch.awaits_backward:  # should that come yet, it writes into this batch's taps, which no other may use
+            self._taps = None
         if gradient is None or taps is None:  # the batch was skipped: no loss, or no backward pass
             return
         taps.finish()
         mean_factor = batch.mean_factor
         if isinstance(mean_factor, Tensor):
-            gradient, mean_factor = gradient * mean_factor, 1.0
+            gradient, mean_factor = gradient.float() * mean_factor.float(), 1.0
         if taps.energies.is_cuda and taps.energies.device == self._slots.device == gradient.device:
             from .ops.score import update_scores  # Triton is imported where it is used
 
@@ -763,10 +781,12 @@ class SADP:
         self._trained, self._trained_now, self._share_of_epoch = int(state["examples_trained"]), 0, 0.0
         # A first batch is measured in another way, equal up to rounding: resumed, there is no first batch.
         self._steps = state["steps"]
-        self._taps = None
+        self._taps = self._scores_before = None
         if state["layers"] is not None:
             self._layers = [WeightLayer(**layer) for layer in state["layers"]]
-            self._trainable = list(state.get("trainable", trainable_layers(self.model)))  # older states lack it
+            now = trainable_layers(self.model)
+            unchanged = all(layer.name in now for layer in self._layers)
+            self._trainable = list(state.get("trainable", now if unchanged else []))  # older states lack it
 
 
 def _rank_and_world() -> tuple[int, int]:

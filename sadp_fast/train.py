@@ -150,7 +150,7 @@ def check(config: TrainConfig, data: Dataset) -> None:
     if config.cutout > 0 and augmentation(config, data) == "none":
         raise ValueError(
             f"cutout is {config.cutout}, but examples of {data.name} are not augmented (by default only images with "
-            "three colours are): leave cutout out, or set augment"
+            "three colours are): set cutout to 0, or augment to crop-flip"
         )
 
 

@@ -232,14 +232,15 @@ def _begin(plan: Plan) -> Plan:
     for folder in itertools.chain([plan.folder], others):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with (folder / "run.json").open("x") as file:  # of runs that begin at the same time, one gets it
-                file.write(json.dumps(run) + "\n")
-            break
-        except FileExistsError as error:
-            if plan.named:
-                raise CommandError(
-                    f"another run has begun in {folder}: name a new folder, or continue it with --resume {folder}"
-                ) from error
+            try:
+                with (folder / "run.json").open("x") as file:  # of runs that begin at the same time, one gets it
+                    file.write(json.dumps(run) + "\n")
+                break
+            except FileExistsError as error:
+                if plan.named:
+                    raise CommandError(
+                        f"another run has begun in {folder}: name a new folder, or continue it with --resume {folder}"
+                    ) from error
         except OSError as error:
             raise CommandError(
                 f"the run's folder {folder} cannot be made ({error}): name another with --out"

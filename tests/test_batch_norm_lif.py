@@ -1018,6 +1018,16 @@ def test_energies_by_their_definition(repeat, training, backend, kernel_device):
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_energies_where_only_the_initial_potential_wants_a_gradient(backend, kernel_device):
+    layer = make(5, affine=False, backend=backend).to(kernel_device)
+    layer.collect_statistics = True
+    v = torch.zeros(2, 5, 6, device=kernel_device, requires_grad=True)
+    layer.v = v
+    layer(input_current((1, 2, 5, 6)).to(kernel_device)).sum().backward()
+    assert v.grad.norm() > 0 and (layer.energies[0].delta > 0).all()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_energy_buffers(backend, kernel_device):
     """Written into; columns of a larger tensor too, call after call."""
     layer = make(5, backend=backend).to(kernel_device)

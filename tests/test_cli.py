@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -282,6 +283,7 @@ def test_cifar_is_trained_with_cutout_unless_told_otherwise():
         data_dir = None if dataset == "digits" else "data"
         assert TrainConfig(**options.with_defaults(given, data_dir)).cutout == pixels
         assert TrainConfig(**options.with_defaults({**given, "cutout": 3}, data_dir)).cutout == 3
+        assert TrainConfig(**options.with_defaults({**given, "augment": "none"}, data_dir)).cutout == 0
 
 
 def test_every_method_has_a_label_and_a_colour():
@@ -375,6 +377,10 @@ def test_runs_that_begin_at_the_same_time_have_folders_of_their_own(monkeypatch)
     with pytest.raises(options.CommandError, match=r"another run has begun in mine: name a new folder, or .*--resume"):
         train_command._begin(both[1])
     assert json.loads(Path("mine/run.json").read_text())["config"]["seed"] == 0
+    shutil.rmtree("runs")
+    Path("runs").symlink_to("nowhere")
+    with pytest.raises(options.CommandError, match=r"the run's folder runs/.* cannot be made"):
+        train_command._begin(train_command._planned({"epochs": 4}))
 
 
 @pytest.mark.parametrize("compared", ["full", "none", "full:epochs=2"])

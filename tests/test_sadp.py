@@ -1,12 +1,15 @@
 """SADP around a training loop: what it must leave alone, what it must divide out, and what it must not lose."""
 
 import copy
+import functools
 import itertools
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 import sadp_fast
@@ -719,8 +722,18 @@ def with_functions():
         "MSE": (nn.MSELoss(), True),
         "MSE, summed": (nn.MSELoss(reduction="sum"), True),
         "BCE": (nn.BCEWithLogitsLoss(pos_weight=classes), True),
+        "partial": (functools.partial(F.cross_entropy, weight=classes, ignore_index=2), False),
+        "subclass with a mean of its own": (PlainMean(weight=classes), False),
         "KL, batchmean": (lambda output, target, reduction="batchmean": _kl(soft, output, target, reduction), True),
     }
+
+
+class PlainMean(nn.CrossEntropyLoss):
+    """Weighted losses, of which the mean is over the examples."""
+
+    def forward(self, output, target):
+        losses = nn.functional.cross_entropy(output, target, weight=self.weight, reduction="none")
+        return losses if self.reduction == "none" else losses.mean()
 
 
 def _kl(module, output, target, reduction):
@@ -745,6 +758,35 @@ def test_the_loss_keeps_its_scale_where_pruning_begins(data, name):
             loss.backward()
             sadp_fast.reset(model)
     assert sadp.epoch == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_targets_in_other_integers(dtype):
+    """Bytes index as a mask, and -100 is one of their values; the factor is a float64's."""
+    weights, target = torch.rand(200) + 0.5, torch.tensor([0, 3, 156, 7, 156], dtype=dtype)
+    for criterion_ in (nn.CrossEntropyLoss(weights), nn.CrossEntropyLoss()):
+        weight = torch.ones(200) if criterion_.weight is None else weights
+        factor = sadp_fast.criterion.mean_factor(criterion_, "mean", target, 5)
+        torch.testing.assert_close(factor, 1 / weight[target.long()].sum().double(), rtol=1e-7, atol=0)
+
+
+def test_a_tuple_as_target_is_the_criterions_own_business(data):
+    """As in a loss for mixup."""
+
+    class Mix(nn.CrossEntropyLoss):
+        def forward(self, output, target):
+            return 0.3 * super().forward(output, target[0]) + 0.7 * super().forward(output, target[1])
+
+    model = Net()
+    sadp = SADP(model, N, epochs=4, prune_ratio=0.5)
+    loader = sadp.loader(DataLoader(data, batch_size=16, drop_last=True))
+    for _ in range(2):
+        for x, y in loader:
+            output = model(x)
+            loss = sadp.loss(Mix(), output, (y, y.flip(0)))
+            torch.testing.assert_close(loss, Mix()(output, (y, y.flip(0))))
+            loss.backward()
+            sadp_fast.reset(model)
 
 
 @pytest.mark.parametrize("name", ["class weights", "ignored class", "summed", "MSE, summed", "KL, batchmean"])
@@ -784,11 +826,22 @@ def test_layers_that_are_frozen_or_unfrozen_between_epochs(data, first):
     assert (sadp.scores != before).sum() > N / 4
 
 
-def test_a_backward_pass_that_comes_late_writes_into_no_other_batch(data):
+class FusedNet(Net):
+    """With neurons whose kernels write the energies themselves."""
+
+    def __init__(self):
+        super().__init__()
+        for place, width in ((1, 16), (3, 16)):
+            self.body[place] = sadp_fast.BatchNormLIF(width, v_threshold=0.5)
+        self.eval()  # statistics that do not depend on the batch
+
+
+@pytest.mark.parametrize("network", [Net, FusedNet])
+def test_a_backward_pass_that_comes_late_writes_into_no_other_batch(data, network):
     """One backward pass for two batches: the first one is not scored, the second one as if it were alone."""
     scores = []
     for late in (False, True):
-        model = Net()
+        model = network()
         sadp = SADP(model, N, epochs=8, prune_ratio=0.5, warmup_epochs=2)
         list(train_once(sadp, model, data))  # the first scored batch is measured in another way
         before = sadp.scores.clone()
@@ -818,6 +871,79 @@ def train_once(sadp, model, data):
         sadp.loss(criterion, model(data.tensors[0][row]), data.tensors[1][row]).backward()
         sadp_fast.reset(model)
         yield row
+
+
+def test_training_goes_on_where_no_weight_layer_is_trained_any_more(data):
+    """As for biases alone: examples keep their scores."""
+    model = Net()
+    sadp = SADP(model, N, epochs=6, prune_ratio=0.5)
+    loader = sadp.loader(DataLoader(data, batch_size=16))
+    train(sadp, model, loader, 2)
+    for layer in model.body[::2]:
+        layer.weight.requires_grad_(False)
+    before = sadp.scores.clone()
+    with pytest.warns(UserWarning, match="no weight layer is trained any more"):
+        train(sadp, model, loader, 1)
+    assert torch.equal(sadp.scores, before) and sadp.epoch == 3
+
+
+def test_a_state_of_before_layers_were_noted(data):
+    """It lacks "trainable": what it scored, and is frozen now, is found out all the same."""
+    model = Net()
+    sadp = SADP(model, N, epochs=6, prune_ratio=0.5)
+    train(sadp, model, sadp.loader(DataLoader(data, batch_size=16)), 2)
+    state = sadp.state_dict()
+    del state["trainable"]
+    model.body[0].requires_grad_(False)
+    other = SADP(model, N, epochs=6, prune_ratio=0.5)
+    other.load_state_dict(state)
+    train(other, model, other.loader(DataLoader(data, batch_size=16)), 1)
+    assert (other.scores != state["scores"]).sum() > N / 4 and "body.0" not in other.describe()
+
+
+@pytest.mark.parametrize("kind", ["pruned", "weight norm"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weights_that_are_made_of_others_stay_scored_after_an_evaluation(data, kind):
+    """What the last forward pass made of them, without gradients, says nothing of what is trained."""
+    model = Net()
+    for layer in model.body[::2]:
+        prune.random_unstructured(layer, "weight", 0.2) if kind == "pruned" else nn.utils.weight_norm(layer)
+    sadp = SADP(model, N, epochs=6, prune_ratio=0.5)
+    loader = sadp.loader(DataLoader(data, batch_size=16))
+    for _ in range(3):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is left out: the parts are no module's weight
+            train(sadp, model, loader, 1)
+        layers = sadp.describe().count("\n") + 1
+        with torch.no_grad():
+            model(data.tensors[0])
+        sadp_fast.reset(model)
+        assert layers == 3
+
+
+def test_unpruned_epochs_of_any_sampler(data):
+    """More draws than examples, and a loop that was overtaken by another one."""
+    sampler = torch.utils.data.RandomSampler(data, replacement=True, num_samples=4 * 96)
+    sadp = SADP(Net(), N, epochs=2, prune_ratio=0.0)
+    loader = sadp.loader(DataLoader(data, batch_size=96, sampler=sampler))
+    assert [sadp.progress for _ in loader] == [1 / 8, 2 / 8, 3 / 8, 4 / 8] and sadp.examples_trained == 4 * 96
+    first = iter(loader)
+    next(first)
+    list(loader)
+    first.close()
+    assert sadp.epoch == 2 and sadp.progress == 1
+
+
+def test_a_state_loaded_within_an_epoch_is_what_is_saved(data):
+    model = Net()
+    sadp = SADP(model, N, epochs=6, prune_ratio=0.5)
+    loader = sadp.loader(DataLoader(data, batch_size=16))
+    train(sadp, model, loader, 1)
+    state = sadp.state_dict() | {"scores": torch.full((N,), 7.0)}
+    for _ in loader:
+        sadp.load_state_dict(state)
+        assert (sadp.state_dict()["scores"] == 7).all()
+        break
 
 
 def test_a_state_saved_within_an_epoch_has_the_scores_before_it(data):

@@ -355,6 +355,7 @@ def test_how_images_are_augmented(monkeypatch, augment, augmented):
         shifted = torch.stack(draws)[:, :2]
         assert shifted.min() < 0.2 and shifted.max() > 0.8
         train.prepare(replace(CONFIG, augment=augment, cutout=3), data)
+    train.prepare(replace(CONFIG, cutout=3).of("full:augment=none"), data)  # nothing is left to be hidden
 
 
 @pytest.mark.parametrize(
@@ -391,7 +392,7 @@ def test_cutout_is_for_data_that_are_augmented():
     config, grey = replace(CONFIG, cutout=3), replace(colour_data(), augmented=False)
     Trainer(config, colour_data())
     Trainer(CONFIG, grey)
-    message = r"cutout is 3, but examples of colours are not augmented \(by default .* are\): leave cutout out, or set"
+    message = r"cutout is 3, but examples of colours are not augmented \(by default .* are\): set cutout to 0, or"
     for start in (Trainer, train.prepare):
         with pytest.raises(ValueError, match=message):
             start(config, grey)
