@@ -76,6 +76,12 @@ class Bench:
             row["floor"] = self.device.floor_seconds(moved_bytes)
             row["share"] = row["floor"] / row["value"]
 
+    def set_measured_floor(self, measure: str, floor: float, further: str) -> None:
+        """A time that was measured as the floor of all rows of a measure so far."""
+        for row in self.rows:
+            if row["measure"] == measure and "value" in row:
+                row.update(floor=floor, share=floor / row["value"], further=further)
+
     @cached_property
     def environment(self) -> dict[str, Any]:
         return {**environment(self.device), "load_average_at_start": self.load_average}

@@ -95,10 +95,8 @@ def test_host_time_floor(benchmark, bench, name: str) -> None:
 
 def set_floors(bench) -> None:
     """The floor of every host time measured so far, once that is known."""
-    rows = [row for row in bench.rows if row["measure"] == MEASURE and "value" in row]
-    yardsticks = {row["implementation"]: row["value"] for row in rows if row["role"] == "yardstick"}
+    rows = [row for row in bench.rows if row["measure"] == MEASURE and row["role"] == "yardstick" and "value" in row]
+    yardsticks = {row["implementation"]: row["value"] for row in rows}
     if FLOOR in yardsticks:
         others = [f"{name} {shown(value, 's')}" for name, value in yardsticks.items() if name != FLOOR]
-        for row in rows:
-            row["floor"], row["share"] = yardsticks[FLOOR], yardsticks[FLOOR] / row["value"]
-            row["further"] = ", ".join(others) or "-"
+        bench.set_measured_floor(MEASURE, yardsticks[FLOOR], ", ".join(others) or "-")

@@ -397,8 +397,7 @@ def test_training_step_floor(benchmark, bench) -> None:
 
 def set_floors(bench) -> None:
     """The floor of every step measured so far, once that is known."""
-    measured = [row for row in bench.rows if row["measure"] == TIME and "value" in row]
-    for floor in [row for row in measured if row["role"] == "yardstick"]:
-        for row in measured:
-            row["floor"], row["share"] = floor["value"], floor["value"] / row["value"]
-            row["further"] = f"convolutions alone {shown(floor['convolution_seconds'], 's')}"
+    for row in bench.rows:
+        if row["measure"] == TIME and row["role"] == "yardstick" and "value" in row:
+            convolutions = f"convolutions alone {shown(row['convolution_seconds'], 's')}"
+            bench.set_measured_floor(TIME, row["value"], convolutions)

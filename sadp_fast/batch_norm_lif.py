@@ -209,8 +209,7 @@ class _BatchNormNode(BaseNode):
         y = self._normalise(time_folded)
         energies = self._new_energies(x.shape[0 if single or repeat is not None else 1], x.device)
         if energies is not None:
-            v = self.v if isinstance(self.v, Tensor) else None
-            y = _DeltaTap.apply(y, energies.delta, self._gain(time_folded), self._reciprocal_tau(y), v)
+            y = _DeltaTap.apply(y, energies.delta, self._gain(time_folded), self._reciprocal_tau(y), self.v)
         if repeat is not None:
             y = y.expand(repeat, *y.shape)
         elif not single:
@@ -232,10 +231,10 @@ class _BatchNormNode(BaseNode):
             self.num_batches_tracked.add_(1)
             if momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
+        running = (self.running_mean, self.running_var) if updates or not self.training else (None, None)
         return nn.functional.batch_norm(
             x,
-            self.running_mean if updates or not self.training else None,
-            self.running_var if updates or not self.training else None,
+            *running,
             self.weight,
             self.bias,
             self._uses_batch_statistics,
@@ -292,7 +291,7 @@ class _DeltaTap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, buffer: Tensor, gain: Tensor, *others: Tensor | None) -> Tensor:
+    def forward(ctx: Any, y: Tensor, buffer: Tensor, gain: Tensor, *others: Tensor | float | None) -> Tensor:
         ctx.buffer, ctx.gain, ctx.others = buffer, gain, len(others)
         return y.view_as(y)
 

@@ -111,6 +111,11 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
 }
 
 
+def implied_by(settings: dict[str, Any]) -> dict[str, Any]:
+    """What goes with these settings, unless they say otherwise: where images stay as they are, nothing is cut out."""
+    return {"cutout": 0} if settings.get("augment") == "none" else {}
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """All that decides a run's result, named as the options of `sadp-fast train`.
@@ -153,9 +158,7 @@ class TrainConfig:
     def of(self, variant: str) -> TrainConfig:
         """The same conditions for a method or a variant of one (see `read_variant`)."""
         method, changes = read_variant(variant)
-        if changes.get("augment") == "none":
-            changes = {"cutout": 0, **changes}
-        return replace(self, method=method, **{**METHODS[method], **changes})
+        return replace(self, method=method, **{**METHODS[method], **implied_by(changes), **changes})
 
     def settled(self) -> TrainConfig:
         """The same run, with what `SADP` takes for weights, warm-up and tail written out where they are None."""

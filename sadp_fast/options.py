@@ -20,6 +20,7 @@ from .config import (
     SCORES,
     SHARE,
     SettingError,
+    implied_by,
     read_variant,
     write_variant,
 )
@@ -161,8 +162,7 @@ def with_defaults(options: dict[str, Any], data_dir: str | None) -> dict[str, An
     if dataset not in data.EVENTS and "split_by" in options:
         raise CommandError("--split-by is for --dataset nmnist and dvs only: leave it out")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    recipe = RECIPES[dataset] | ({"cutout": 0} if options.get("augment") == "none" else {})
-    options = {"dataset": dataset, **recipe, "device": device, **options}
+    options = {"dataset": dataset, **RECIPES[dataset], **implied_by(options), "device": device, **options}
     options.setdefault("lr", LEARNING_RATES[options["model"]])
     options.setdefault("amp", "bf16" if options["device"].startswith("cuda") else "off")
     return options

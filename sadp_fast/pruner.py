@@ -365,9 +365,10 @@ class SADP:
         """Yield the index rows of one epoch, taking scores in between."""
         scored = self.score not in _UNIFORM_SCORES and any(self.ratios[self.epoch + 1 :])
         scored = scored and self._has_layers_to_score()
+        tapped = scored and self.score in _GRADIENT_SCORES
         weighted = self._weigh_all or self.ratios[self.epoch] > 0 or self._carried.indices.shape[0] > 0
         count, batch_size = batches.indices.shape
-        if scored and self.score in _GRADIENT_SCORES:
+        if tapped:
             self._attach(batch_size)
         _, world = _rank_and_world()
         self._scores_before = self.scores.clone() if scored else None
@@ -381,7 +382,7 @@ class SADP:
                 self._share_of_epoch = (k + 1) / count
                 yield batches.indices[k]
                 self.collect()
-                if self._taps is None and self._layers is not None and scored and self.score in _GRADIENT_SCORES:
+                if tapped and self._layers is not None and self._taps is None:
                     self._detach()
                     self._attach(batch_size)
             self._share_scores()

@@ -44,6 +44,12 @@ def train(model, body, x, y, batch_size, lr, epochs=EPOCHS):
     return rows, sadp.scores.cpu(), int(sadp.examples_trained), [p.detach().cpu() for p in body.parameters()]
 
 
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 def worker(rank, port, folder, backend, settings):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -65,11 +71,8 @@ def worker(rank, port, folder, backend, settings):
 def test_two_ranks_train_as_one(backend, tmp_path):
     if backend == "nccl" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     settings = {"lr": 0.0}, {"lr": 0.1, "epochs": 1}, {"lr": 0.1}
-    torch.multiprocessing.spawn(worker, (port, str(tmp_path), backend, settings), nprocs=2)
+    torch.multiprocessing.spawn(worker, (free_port(), str(tmp_path), backend, settings), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for one, other in zip(first, second, strict=True):
         torch.testing.assert_close(one[1], other[1], rtol=0, atol=0, equal_nan=True)  # scores, to the bit
@@ -123,10 +126,7 @@ def left_early(rank, port, folder):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch was built without torch.distributed")
 def test_ranks_that_save_their_own_states_go_on_alike(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(left_early, (port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(left_early, (free_port(), str(tmp_path)), nprocs=2)
     (first, trained), (second, also) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert trained == also == N  # by all ranks together
     assert len(first) == 4

@@ -742,22 +742,26 @@ def _kl(module, output, target, reduction):
     return module(output.log_softmax(1), target)
 
 
-@pytest.mark.parametrize("name", with_functions())
-def test_the_loss_keeps_its_scale_where_pruning_begins(data, name):
-    """With weights of 1 it is the criterion's own number, in a pruned epoch as in the warm-up; scores too."""
-    loss_of, soft = with_functions()[name]
+def assert_own_loss_in_warm_up_and_pruned_epoch(data, loss_of, target_of):
+    """With weights of 1 sadp.loss is the criterion's own number, in a pruned epoch as in the warm-up."""
     model = Net()
     sadp = SADP(model, N, epochs=4, prune_ratio=0.5, warmup_epochs=1, score="all")
     loader = sadp.loader(DataLoader(data, batch_size=16, drop_last=True))
     for _ in range(2):
         for x, y in loader:
-            y = nn.functional.one_hot(y, CLASSES) * 0.8 + 0.05 if soft else y
-            output = model(x)
-            loss = sadp.loss(loss_of, output, y)
-            torch.testing.assert_close(loss, loss_of(output, y), rtol=1e-6, atol=0)
+            output, target = model(x), target_of(y)
+            loss = sadp.loss(loss_of, output, target)
+            torch.testing.assert_close(loss, loss_of(output, target), rtol=1e-6, atol=0)
             loss.backward()
             sadp_fast.reset(model)
     assert sadp.epoch == 2
+
+
+@pytest.mark.parametrize("name", with_functions())
+def test_the_loss_keeps_its_scale_where_pruning_begins(data, name):
+    loss_of, soft = with_functions()[name]
+    target_of = (lambda y: nn.functional.one_hot(y, CLASSES) * 0.8 + 0.05) if soft else (lambda y: y)
+    assert_own_loss_in_warm_up_and_pruned_epoch(data, loss_of, target_of)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
@@ -777,16 +781,7 @@ def test_a_tuple_as_target_is_the_criterions_own_business(data):
         def forward(self, output, target):
             return 0.3 * super().forward(output, target[0]) + 0.7 * super().forward(output, target[1])
 
-    model = Net()
-    sadp = SADP(model, N, epochs=4, prune_ratio=0.5)
-    loader = sadp.loader(DataLoader(data, batch_size=16, drop_last=True))
-    for _ in range(2):
-        for x, y in loader:
-            output = model(x)
-            loss = sadp.loss(Mix(), output, (y, y.flip(0)))
-            torch.testing.assert_close(loss, Mix()(output, (y, y.flip(0))))
-            loss.backward()
-            sadp_fast.reset(model)
+    assert_own_loss_in_warm_up_and_pruned_epoch(data, Mix(), lambda y: (y, y.flip(0)))
 
 
 @pytest.mark.parametrize("name", ["class weights", "ignored class", "summed", "MSE, summed", "KL, batchmean"])
@@ -1024,16 +1019,7 @@ def test_an_object_with_a_reduction_is_a_criterion(data):
         def __call__(self, output, target):
             return nn.functional.cross_entropy(output, target, reduction=self.reduction)
 
-    model = Net()
-    sadp = SADP(model, N, epochs=4, prune_ratio=0.5)
-    loader = sadp.loader(DataLoader(data, batch_size=16, drop_last=True))
-    for _ in range(2):
-        for x, y in loader:
-            output = model(x)
-            loss = sadp.loss(Loss(), output, y)
-            torch.testing.assert_close(loss, criterion(output, y))
-            loss.backward()
-            sadp_fast.reset(model)
+    assert_own_loss_in_warm_up_and_pruned_epoch(data, Loss(), lambda y: y)
 
 
 @pytest.mark.parametrize(
