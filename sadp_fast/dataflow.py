@@ -41,13 +41,18 @@ def first_input(inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> Tensor:
     return inputs[0] if inputs else next(iter(named.values()))
 
 
-def is_trained(layer: nn.Module) -> bool:
-    """Whether a weight layer's weight is trained now, or what it is made of (pruning, weight or spectral norms)."""
+def weight_parameters(layer: nn.Module) -> list[nn.Parameter]:
+    """A weight layer's weight, or what it is made of: pruning, weight norms, spectral norms."""
     weight = layer._parameters.get("weight")
     if weight is not None:
-        return weight.requires_grad
+        return [weight]
     parts = ("weight_", "parametrizations.weight.")  # not layer.weight: what the last forward pass made, or made anew
-    return any(p.requires_grad for name, p in layer.named_parameters() if name.startswith(parts))
+    return [p for name, p in layer.named_parameters() if name.startswith(parts)]
+
+
+def is_trained(layer: nn.Module) -> bool:
+    """Whether a weight layer's weight is trained now."""
+    return any(p.requires_grad for p in weight_parameters(layer))
 
 
 def trainable_layers(model: nn.Module) -> list[str]:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from .batching import Drawn, EpochBatches, pack, shuffled
 from .criterion import mean_factor, per_example, without_reduction
-from .dataflow import Probe, WeightLayer, keeps_energies, trainable_layers
+from .dataflow import Probe, WeightLayer, keeps_energies, trainable_layers, weight_parameters
 from .energies import EnergyTaps
 from .errors import name_of
 from .loader import PrunedLoader
@@ -547,10 +547,7 @@ class SADP:
         self._attach(batch.size)
 
     def _warn_of_uncovered(self, layers: list[WeightLayer]) -> None:
-        modules = [self.model.get_submodule(layer.name) for layer in layers]
-        covered = {id(module.weight) for module in modules}
-        for module in modules:  # a weight_norm's or spectral_norm's weight is made of others
-            covered |= {id(p) for p in getattr(module, "parametrizations", nn.Module()).parameters()}
+        covered = {id(p) for layer in layers for p in weight_parameters(self.model.get_submodule(layer.name))}
         weights = ((n, p) for n, p in self.model.named_parameters() if p.requires_grad and p.ndim > 1)
         missed = [name for name, parameter in weights if id(parameter) not in covered]
         if missed:
