@@ -127,6 +127,7 @@ def describe(compiled, recorder: Recorder) -> dict:
         "accesses": memory_accesses(compiled.asm["ptx"]),
         "local": local_memory(compiled.asm["cubin"]),
         "shared": compiled.metadata.shared,
+        "exchanges": len(re.findall(r"\bshfl\.sync", compiled.asm["ptx"])),  # between the threads of a warp
         "operations": len(re.findall(r"\btt\.(?:load|store)\b", compiled.asm["ttir"])),
         "fma": len(re.findall(r"\bfma\.rn(?:\.ftz)?\.f32", compiled.asm["ptx"])),
     }
@@ -287,6 +288,20 @@ def test_tiles_stay_in_registers_and_are_accessed_as_a_whole(architecture, key, 
         assert "without" not in key or report["shared"] == 0
     if several_chunks(steps, dtype):
         assert report["operations"] < 10
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_of_16_steps_take_16_exchanges(architecture, dtype):
+    """And no shared memory; one by one they would take 80."""
+    import triton
+
+    if not hasattr(triton.language, "gather"):
+        pytest.skip(f"Triton {triton.__version__} has no tl.gather")
+    report = compiled_for(architecture)
+    assert report[f"backward T=16 {dtype} without statistics"]["exchanges"] == 0
+    found = report[f"backward T=16 {dtype} with statistics"]
+    assert (found["exchanges"], found["shared"]) == (16, 0)
 
 
 @pytest.mark.parametrize("dynamics", [d for d in DYNAMICS if d[0] != 2.0], ids=str)

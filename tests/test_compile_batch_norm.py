@@ -41,10 +41,11 @@ def compile_launch(launch, tensors, architecture):
     signature, aligned = {}, []
     values = [*tensors, *launch._numbers]
     unspecialised = {p.name for p in launch._kernel.params if p.do_not_specialize}
+    unaligned = {p.name for p in launch._kernel.params if p.do_not_specialize_on_alignment}
     for i, (name, value) in enumerate(zip(launch._kernel.arg_names, values)):
         if isinstance(value, torch.Tensor):
             signature[name] = f"*{kinds[value.dtype]}"
-            aligned.append(i)
+            aligned += [i] * (name not in unaligned)
         elif isinstance(value, int):
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
             if name not in unspecialised:

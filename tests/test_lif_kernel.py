@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import triton
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -736,6 +737,25 @@ def test_statistics_off_emit_nothing(kernel_device):
     x = current((2, 2, 8), torch.float32).to(kernel_device)
     _, _, v_seq, count = lif(x, 0.0, LIF, SIGMOID, 4.0)
     assert v_seq is None and count is None
+
+
+@pytest.mark.parametrize("elements", [1, 2, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("steps, size", shapes([(8, 64), (9, 64), (12, 75), (16, 64), (17, 64)], [(15, 1030), (16, 2)]))
+def test_norms_of_steps_summed_at_once(steps, size, dtype, elements, real_chunks, kernel_device, monkeypatch):
+    """Chunks of 9 to 16 steps, by programs of one warp, in layouts that depend on what a thread holds."""
+    tuned = lif_launch.Tuning(elements, warps_per_multiprocessor=0)
+    monkeypatch.setattr(lif_launch, "TUNING", {key: ((math.inf, tuned),) for key in lif_launch.TUNING})
+    _, truth = check((steps, 2, size), dtype, device=kernel_device)
+    (plan,) = lif_launch._backward_plans.values()
+    at_once = 8 < lif_launch.chunk_steps(steps, dtype.itemsize) <= 16
+    assert (plan.launch._constants["NEIGHBOURS"] > 0) == at_once or not hasattr(triton.language, "gather")
+    scale = torch.linspace(-1.5, 2.0, size)
+    grads = [upstream((steps, 2, size), truth.clear, 1, dtype), torch.zeros(2, size), torch.zeros(steps, 2, size)]
+    grad_x, _ = oracle_backward(truth, LIF, SIGMOID, 4.0, *grads)
+    x = current((steps, 2, size), dtype)
+    scaled = run_fused(x, 0.0, LIF, SIGMOID, 4.0, grads, kernel_device, channel_scale=scale)
+    assert_norms_close(scaled.grad_norm_sq, norm_sq_per_example(grad_x * scale.double()))
 
 
 @pytest.mark.parametrize("inner", shapes([(1500,)], [(3, 1_000_003), (128, 56, 56)]), ids=str)

@@ -24,7 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .equations import surrogate_gradient
+from .equations import INTERPRETED, surrogate_gradient
 
 # ----------------------------------------------------------------------------------------------- parts of the kernels
 
@@ -61,9 +61,12 @@ def _add_pairs(a0, b0, a1, b1):
 
 
 @triton.jit
-def _sums_over_pixels(a, b, CHANNELS_LAST: tl.constexpr):
-    """Sums of two tiles for each channel, by one exchange between the threads."""
-    return tl.reduce((a, b), 0 if CHANNELS_LAST else 1, _add_pairs)
+def _two_sums(a, b, AXIS: tl.constexpr):
+    """Sums of two tiles, by one exchange between the threads."""
+    if INTERPRETED:  # where such a reduction is a loop in Python over all elements
+        return tl.sum(a, axis=AXIS), tl.sum(b, axis=AXIS)
+    else:
+        return tl.reduce((a, b), AXIS, _add_pairs)
 
 
 @triton.jit
@@ -237,7 +240,7 @@ def _channel_statistics_kernel(
             tile -= team
         n -= teams
     count = (T * values).to(tl.float32)
-    totals, all_squares = _sums_over_pixels(total, squares, CHANNELS_LAST)
+    totals, all_squares = _two_sums(total, squares, 0 if CHANNELS_LAST else 1)
     shift = totals / count
     where = _pair(channel_out, slot, team * teams)
     out_offsets, out_exists = _tile_offsets(channel_out, pivot_pixel, channels, pixels, CHANNELS_LAST)
@@ -255,7 +258,11 @@ DRIVE_SCALE = tl.constexpr(2)
 DRIVE_SHIFT = tl.constexpr(3)
 
 
-@triton.jit(do_not_specialize=("slots",))
+# Both kernels that add partial sums are as long as their latencies: what they read is asked for before any of it is
+# used, and the sums are as two exchanges between the threads leave them, one value a thread, which is how they are
+# stored. For that the partial sums are loaded one by one, as what may be unaligned is; with four at a time each result
+# would go through shared memory once more (on an H100 0.4 and 0.6 us of 4).
+@triton.jit(do_not_specialize=("slots", "elements"), do_not_specialize_on_alignment=("count_ptr", "partial_ptr"))
 def _constants_kernel(
     count_ptr,
     partial_ptr,
@@ -268,6 +275,7 @@ def _constants_kernel(
     constants_ptr,
     channels,
     slots,
+    elements,  # of one channel
     momentum,
     eps,
     keep,
@@ -287,9 +295,18 @@ def _constants_kernel(
     keep, gain = _keep_and_gain(reciprocal_tau_ptr, keep, gain, LEARNED_TAU, LEARNED_GAIN)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < channels
+    bias = tl.zeros((CHANNELS,), tl.float32)
+    if AFFINE:
+        weight = tl.load(weight_ptr + channel, mask=known, other=0.0)
+        bias = tl.load(bias_ptr + channel, mask=known, other=0.0)
+    if UPDATE_RUNNING or not USE_BATCH:
+        running_mean = tl.load(running_mean_ptr + channel, mask=known, other=0.0)
+        running_var = tl.load(running_var_ptr + channel, mask=known, other=1.0)
+    counts_batches = tl.program_id(0) == 0
+    if UPDATE_RUNNING:
+        batches = tl.load(batches_ptr, mask=counts_batches | CUMULATIVE, other=0)
     if USE_BATCH:
         pivot = tl.load(partial_ptr + _pair(channel, 0, slots), mask=known, other=0.0)
-        counts = tl.zeros((SLOTS,), tl.float32)
         total = tl.zeros((SLOTS, CHANNELS), tl.float32)
         squares = tl.zeros((SLOTS, CHANNELS), tl.float32)
         start = 0
@@ -301,35 +318,30 @@ def _constants_kernel(
             part_mean = tl.load(partial_ptr + where, mask=inside, other=0.0)
             m2 = tl.load(partial_ptr + GROUP + where, mask=inside, other=0.0)
             apart = tl.where(inside, part_mean - pivot[None, :], 0.0)
-            counts += part
             total += part[:, None] * apart
             squares += m2 + part[:, None] * apart * apart
             start += SLOTS
-        count = tl.sum(counts, axis=0)
-        shift = tl.sum(total, axis=0) / count
+        totals, all_squares = _two_sums(total, squares, 0)
+        count = elements.to(tl.float32)
+        shift = totals / count
         mean = pivot + shift
-        variance = tl.sum(squares, axis=0) / count - shift * shift
+        variance = all_squares / count - shift * shift
         variance = tl.maximum(variance, 0.0, propagate_nan=tl.PropagateNan.ALL)  # a NaN in x has to be seen
         if UPDATE_RUNNING:
             if CUMULATIVE:
-                momentum = 1.0 / tl.load(batches_ptr).to(tl.float32)
+                momentum = 1.0 / batches.to(tl.float32)
             unbiased = variance * (count / tl.maximum(count - 1.0, 1.0))
-            old_mean = tl.load(running_mean_ptr + channel, mask=known, other=0.0)
-            old_var = tl.load(running_var_ptr + channel, mask=known, other=0.0)
-            tl.store(running_mean_ptr + channel, old_mean + momentum * (mean - old_mean), mask=known)
-            tl.store(running_var_ptr + channel, old_var + momentum * (unbiased - old_var), mask=known)
+            tl.store(running_mean_ptr + channel, running_mean + momentum * (mean - running_mean), mask=known)
+            tl.store(running_var_ptr + channel, running_var + momentum * (unbiased - running_var), mask=known)
             if not CUMULATIVE:
-                if tl.program_id(0) == 0:
-                    tl.store(batches_ptr, tl.load(batches_ptr) + 1)
+                tl.store(batches_ptr, batches + 1, mask=counts_batches)
     else:
-        mean = tl.load(running_mean_ptr + channel, mask=known, other=0.0)
-        variance = tl.load(running_var_ptr + channel, mask=known, other=1.0)
+        mean = running_mean
+        variance = running_var
     rstd = 1.0 / tl.sqrt_rn(variance + eps)
     scale = rstd
-    bias = tl.zeros_like(rstd)
     if AFFINE:
-        scale = scale * tl.load(weight_ptr + channel, mask=known, other=0.0)
-        bias = tl.load(bias_ptr + channel, mask=known, other=0.0)
+        scale = scale * weight
     tl.store(constants_ptr + MEAN * channels + channel, mean, mask=known)
     tl.store(constants_ptr + RSTD * channels + channel, rstd, mask=known)
     tl.store(constants_ptr + DRIVE_SCALE * channels + channel, gain * scale, mask=known)
@@ -767,7 +779,7 @@ def _backward_kernel(
             tl.store(norm_ptr + (one * n * channel_blocks + block) * team + slot % team, total)
         n += step_n
     if SUM:
-        grads, products = _sums_over_pixels(gain * grad_sum, gain * product_sum, CHANNELS_LAST)
+        grads, products = _two_sums(gain * grad_sum, gain * product_sum, 0 if CHANNELS_LAST else 1)
         where = _pair(channel_out, slot, team * teams)
         tl.store(sums_ptr + where, grads, mask=channel_out < channels)
         tl.store(sums_ptr + GROUP + where, products, mask=channel_out < channels)
@@ -775,7 +787,10 @@ def _backward_kernel(
         tl.store(leak_ptr + program, tl.sum(tl.sum(leak_sum, axis=1), axis=0))
 
 
-@triton.jit(do_not_specialize=("slots", "elements", "examples", "energy_parts", "norm_parts"))
+@triton.jit(
+    do_not_specialize=("slots", "elements", "examples", "energy_parts", "norm_parts"),
+    do_not_specialize_on_alignment=("sums_ptr",),
+)
 def _finish_backward_kernel(
     sums_ptr,
     constants_ptr,
@@ -813,6 +828,8 @@ def _finish_backward_kernel(
     if program < channel_programs:
         channel = program * CHANNELS + tl.arange(0, CHANNELS)
         known = channel < channels
+        rstd = tl.load(constants_ptr + RSTD * channels + channel, mask=known, other=0.0)
+        drive_scale = tl.load(constants_ptr + DRIVE_SCALE * channels + channel, mask=known, other=0.0)
         grads = tl.zeros((SLOTS, CHANNELS), tl.float32)
         products = tl.zeros((SLOTS, CHANNELS), tl.float32)
         start = 0
@@ -823,10 +840,8 @@ def _finish_backward_kernel(
             grads += tl.load(sums_ptr + where, mask=inside, other=0.0)
             products += tl.load(sums_ptr + GROUP + where, mask=inside, other=0.0)
             start += SLOTS
-        grad_sum = tl.sum(grads, axis=0)
-        product_sum = tl.sum(products, axis=0)
-        rstd = tl.load(constants_ptr + RSTD * channels + channel, mask=known, other=0.0)
-        scale = tl.load(constants_ptr + DRIVE_SCALE * channels + channel, mask=known, other=0.0) / gain
+        grad_sum, product_sum = _two_sums(grads, products, 0)
+        scale = drive_scale / gain
         if AFFINE:
             tl.store(grad_weight_ptr + channel, product_sum * rstd, mask=known)
             tl.store(grad_bias_ptr + channel, grad_sum, mask=known)

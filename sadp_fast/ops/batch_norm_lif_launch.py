@@ -244,6 +244,11 @@ class Shape(NamedTuple):
         channels_last = pixels == 1 or x.stride(2) == 1
         return cls(steps, examples, channels, pixels, x.stride(0), x.stride(1), channels_last, x.dtype, x.device)
 
+    @property
+    def elements(self) -> int:
+        """Of one channel."""
+        return self.steps * self.examples * self.pixels
+
     def cut(self, config: Configuration) -> _Cut:
         processors = max(1, multiprocessors(self.device))
         return _cut(self.examples, self.channels, self.pixels, self.channels_last, config, processors)
@@ -510,7 +515,7 @@ class Layer:
     def _constants_launch(self, slots: int, eps: float, momentum: float) -> Launch:
         neuron, kind = self.neuron, self.kind
         numbers = (
-            *(self.shape.channels, slots, momentum, eps),
+            *(self.shape.channels, slots, self.shape.elements, momentum, eps),
             *(neuron.keep, neuron.gain, neuron.v_threshold, neuron.v_rest),
         )
         constants = {
@@ -646,8 +651,7 @@ class Backward:
 
     def _finish_launch(self, slots: int, energy_parts: int, norm_parts: int) -> Launch:
         shape, neuron = self._layer.shape, self._layer.neuron
-        elements = shape.steps * shape.examples * shape.pixels
-        numbers = (shape.channels, slots, elements, shape.examples, energy_parts, norm_parts, neuron.gain)
+        numbers = (shape.channels, slots, shape.elements, shape.examples, energy_parts, norm_parts, neuron.gain)
         constants = {
             **_FINISH,
             **_FINISH_EXAMPLES,

@@ -11,9 +11,9 @@ before it is walked: one chunk's loads are in flight while another is worked on.
 State and arithmetic are float32 whatever the tensors' dtype. Floating-point contraction is off and divisions are
 exact, so that a spike is the same, bit for bit, as in the plain torch reference.
 
-Per-example statistics: each program reduces its block for each step, gathers a chunk's sums in the lanes of a vector
-and writes them with one store; what reads the partial sums [N, programs, T] adds them in a fixed order, so the results
-are deterministic.
+Per-example statistics: each program reduces its block for each step, or for all steps of a chunk at once, gathers a
+chunk's sums in the lanes of a vector and writes them with one store; what reads the partial sums [N, programs, T] adds
+them in a fixed order, so the results are deterministic.
 """
 
 from __future__ import annotations
@@ -125,14 +125,15 @@ def _forward_steps(
 
 
 @triton.jit
-def _step_of_column(LANES: tl.constexpr):
-    """[LANES]: a tile's steps, the column's bits the other way round, since tl.split divides by the lowest bit."""
-    columns = tl.arange(0, LANES)
-    steps = tl.zeros_like(columns)
+def _reversed_bits(LANES: tl.constexpr):
+    """[LANES]: numbers with their bits the other way round: of a tile's columns, since tl.split divides by the lowest
+    bit, and of lanes, as ``_add_step`` leaves them, the steps."""
+    numbers = tl.arange(0, LANES)
+    reversed_numbers = tl.zeros_like(numbers)
     for BIT in tl.static_range(16):
         if (1 << BIT) < LANES:
-            steps = steps * 2 + (columns >> BIT) % 2
-    return steps
+            reversed_numbers = reversed_numbers * 2 + (numbers >> BIT) % 2
+    return reversed_numbers
 
 
 @triton.jit
@@ -444,7 +445,7 @@ def _lif_forward_kernel(
     mask = tl.full((BLOCK,), True, tl.int1) if EVEN else offsets < size
     state_size = one * examples * size  # every tensor but x is dense, [T,] N, *
     state_offset = n * size
-    steps = _step_of_column(LANES) if TILE else tl.arange(0, LANES)
+    steps = _reversed_bits(LANES) if TILE else tl.arange(0, LANES)
     MASKED: tl.constexpr = not EVEN or (T % CHUNK != 0 or LANES != CHUNK)
     if EARLY:
         await_previous_kernel()
@@ -531,6 +532,52 @@ def _lif_forward_kernel(
         tl.store(v_final_ptr + state_offset + offsets, v, mask=mask)
 
 
+# Sums of all steps at once. To add one value over the 32 lanes of a warp takes five exchanges between them; to add two
+# takes six, if the first exchange leaves the sum of the one in half of the lanes and that of the other in the rest. So
+# 16 steps take 16 exchanges instead of 80, of which a multiprocessor does one a cycle: a step's value waits for that of
+# the step in front of it, the pair's for that of the pair in front, ... The number in ``waiting1`` to ``waiting8`` is
+# how many steps these are apart. In the end a step's sum is in the lane whose bits, the other way round, are the step.
+
+
+@triton.jit
+def _over_lanes(value, partner, DISTANCE: tl.constexpr):
+    """Of pairs of lanes DISTANCE apart the sums: in the one lane of value, in the other of partner."""
+    lane = tl.arange(0, 32)
+    upper = lane & DISTANCE != 0
+    kept = tl.where(upper, partner, value)
+    given = tl.where(upper, value, partner)
+    return kept + tl.gather(given, lane ^ DISTANCE, 0)
+
+
+@triton.jit
+def _add_step(value, waiting1, waiting2, waiting4, waiting8, sums, STEP: tl.constexpr, NEIGHBOURS: tl.constexpr):
+    """What waits when step STEP of 16 has come, as the steps behind it have; with step 0 the sums are complete.
+
+    value is [BLOCK], of which a lane holds groups of NEIGHBOURS; all else is [32].
+    """
+    GROUPS: tl.constexpr = value.shape[0] // 32 // NEIGHBOURS
+    if value.shape[0] > 32:
+        value = tl.sum(tl.sum(tl.reshape(value, (GROUPS, 32, NEIGHBOURS)), axis=2), axis=0)
+    if STEP % 2 == 1:
+        waiting1 = value
+    else:
+        value = _over_lanes(value, waiting1, 16)
+        if STEP // 2 % 2 == 1:
+            waiting2 = value
+        else:
+            value = _over_lanes(value, waiting2, 8)
+            if STEP // 4 % 2 == 1:
+                waiting4 = value
+            else:
+                value = _over_lanes(value, waiting4, 4)
+                if STEP == 8:
+                    waiting8 = value
+                else:
+                    value = _over_lanes(value, waiting8, 2)
+                    sums = _over_lanes(value, value, 1)
+    return waiting1, waiting2, waiting4, waiting8, sums
+
+
 @triton.jit
 def _backward_steps(
     x_ptr,
@@ -548,6 +595,10 @@ def _backward_steps(
     dense_stride_t,
     v,
     carry,
+    waiting1,
+    waiting2,
+    waiting4,
+    waiting8,
     norms,
     grad_tau,
     tau,
@@ -564,6 +615,7 @@ def _backward_steps(
     HAS_GRAD_V_SEQ: tl.constexpr,
     HAS_CHANNEL_SCALE: tl.constexpr,
     GRAD_NORM: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
     GRAD_TAU: tl.constexpr,
     SURROGATE: tl.constexpr,
     RECURSE: tl.constexpr,
@@ -580,7 +632,7 @@ def _backward_steps(
     grad_spike = tl.load(grad_spikes_ptr + STEP * gs_stride_t + offsets, mask=mask, other=0.0)
     h = charge(x, v, tau, v_rest, DYNAMICS, TAU)
     if STEP + 1 < STEPS:
-        carry, norms, grad_tau = RECURSE(
+        carry, waiting1, waiting2, waiting4, waiting8, norms, grad_tau = RECURSE(
             x_ptr,
             grad_spikes_ptr,
             grad_v_seq_ptr,
@@ -596,6 +648,10 @@ def _backward_steps(
             dense_stride_t,
             reset(h, h >= v_threshold, v_threshold, v_rest, SOFT_RESET),
             carry,
+            waiting1,
+            waiting2,
+            waiting4,
+            waiting8,
             norms,
             grad_tau,
             tau,
@@ -612,6 +668,7 @@ def _backward_steps(
             HAS_GRAD_V_SEQ,
             HAS_CHANNEL_SCALE,
             GRAD_NORM,
+            NEIGHBOURS,
             GRAD_TAU,
             SURROGATE,
             RECURSE,
@@ -637,12 +694,19 @@ def _backward_steps(
     tl.store(grad_x_ptr + STEP * dense_stride_t + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
     if GRAD_NORM:  # no mask: beyond the end every gradient is zero
         scaled = grad_x * scale if HAS_CHANNEL_SCALE else grad_x
-        norms = tl.where(lanes == STEP, tl.sum(scaled * scaled, axis=0), norms)
+        squares = scaled * scaled
+        if NEIGHBOURS > 0:
+            waiting1, waiting2, waiting4, waiting8, norms = _add_step(
+                squares, waiting1, waiting2, waiting4, waiting8, norms, STEP, NEIGHBOURS
+            )
+        else:
+            norms = tl.where(lanes == STEP, tl.sum(squares, axis=0), norms)
     if GRAD_TAU:
         added = tl.fma(grad_h, charge_slope(x, v, v_rest, DYNAMICS), grad_tau)
         grad_tau = tl.where(mask, added, grad_tau) if RAGGED else added
     grad_v_before = grad_h if DYNAMICS == NO_LEAK else grad_h * (1.0 - reciprocal_tau(tau, TAU))
-    return tl.where(mask, grad_v_before, carry) if RAGGED else grad_v_before, norms, grad_tau
+    carry = tl.where(mask, grad_v_before, carry) if RAGGED else grad_v_before
+    return carry, waiting1, waiting2, waiting4, waiting8, norms, grad_tau
 
 
 @triton.jit
@@ -716,6 +780,7 @@ def _lif_backward_kernel(
     STORE_GRAD_V_INIT: tl.constexpr,
     HAS_CHANNEL_SCALE: tl.constexpr,
     GRAD_NORM: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,  # of a thread's elements, to sum up all steps at once; 0: one by one
     GRAD_TAU: tl.constexpr,
     SURROGATE: tl.constexpr,
     TILE: tl.constexpr,
@@ -732,7 +797,9 @@ def _lif_backward_kernel(
     mask = tl.full((BLOCK,), True, tl.int1) if EVEN else offsets < size
     state_size = one * examples * size
     state_offset = n * size
-    steps = _step_of_column(LANES) if TILE else tl.arange(0, LANES)
+    SUMS: tl.constexpr = 32 if NEIGHBOURS > 0 else LANES
+    steps = _reversed_bits(SUMS) if TILE or NEIGHBOURS > 0 else tl.arange(0, LANES)
+    waiting = tl.zeros((32,), tl.float32)
     MASKED: tl.constexpr = not EVEN or (T % CHUNK != 0 or LANES != CHUNK)
     if EARLY:
         await_previous_kernel()
@@ -826,7 +893,7 @@ def _lif_backward_kernel(
             v = _potential_before(
                 checkpoint_ptr, v_init_ptr, offsets, mask, first, T, state_size, v_init, CHUNK, BLOCK, HAS_V_INIT
             )
-            carry, norms, grad_tau = _backward_steps(
+            carry, _1, _2, _4, _8, norms, grad_tau = _backward_steps(
                 x_ptr + t * x_stride_t,
                 grad_spikes_ptr + t * gs_stride_t,
                 grad_v_seq_ptr + state_offset + t * state_size,
@@ -842,7 +909,11 @@ def _lif_backward_kernel(
                 state_size,
                 v,
                 carry,
-                tl.zeros((LANES,), tl.float32),
+                waiting,
+                waiting,
+                waiting,
+                waiting,
+                tl.zeros((SUMS,), tl.float32),
                 grad_tau,
                 tau,
                 v_threshold,
@@ -858,6 +929,7 @@ def _lif_backward_kernel(
                 HAS_GRAD_V_SEQ,
                 HAS_CHANNEL_SCALE,
                 GRAD_NORM,
+                NEIGHBOURS,
                 GRAD_TAU,
                 SURROGATE,
                 _backward_steps,
