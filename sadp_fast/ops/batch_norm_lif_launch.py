@@ -78,6 +78,8 @@ class Configuration:
         """Longer sequences and wider values need more registers, so fewer programs fit."""
         elements = self.elements if steps <= 8 else self.elements // 2
         programs = self.programs // (1 if steps <= 4 else 2 if steps <= 8 else 4)
+        if steps > 4:
+            programs = min(programs, _REGISTERS // (32 * self.warps * 144))  # with fewer registers eight steps spill
         return replace(self, elements=elements, programs=max(1, programs * 7 // 8 if itemsize == 4 else programs))
 
     @property
