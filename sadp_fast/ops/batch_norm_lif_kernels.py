@@ -302,9 +302,12 @@ def _constants_kernel(
     if UPDATE_RUNNING or not USE_BATCH:
         running_mean = tl.load(running_mean_ptr + channel, mask=known, other=0.0)
         running_var = tl.load(running_var_ptr + channel, mask=known, other=1.0)
-    counts_batches = tl.program_id(0) == 0
     if UPDATE_RUNNING:
-        batches = tl.load(batches_ptr, mask=counts_batches | CUMULATIVE, other=0)
+        batches = tl.full((), 0, tl.int64)
+        if CUMULATIVE:
+            batches = tl.load(batches_ptr)
+        elif tl.program_id(0) == 0:
+            batches = tl.load(batches_ptr)
     if USE_BATCH:
         pivot = tl.load(partial_ptr + _pair(channel, 0, slots), mask=known, other=0.0)
         total = tl.zeros((SLOTS, CHANNELS), tl.float32)
@@ -334,7 +337,8 @@ def _constants_kernel(
             tl.store(running_mean_ptr + channel, running_mean + momentum * (mean - running_mean), mask=known)
             tl.store(running_var_ptr + channel, running_var + momentum * (unbiased - running_var), mask=known)
             if not CUMULATIVE:
-                tl.store(batches_ptr, batches + 1, mask=counts_batches)
+                if tl.program_id(0) == 0:
+                    tl.store(batches_ptr, batches + 1)
     else:
         mean = running_mean
         variance = running_var

@@ -18,6 +18,8 @@ them in a fixed order, so the results are deterministic.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -33,6 +35,8 @@ from .equations import (
     surrogate_gradient,
 )
 from .launch import await_previous_kernel
+
+_gather: Any = getattr(tl, "gather", None)  # since Triton 3.3
 
 # A function that recurses over time gets itself as RECURSE: Triton before 3.5 hashes a function with all that it
 # names, without end for one that names itself. RAGGED: the last chunk has steps beyond T, in which nothing happens.
@@ -546,7 +550,7 @@ def _over_lanes(value, partner, DISTANCE: tl.constexpr):
     upper = lane & DISTANCE != 0
     kept = tl.where(upper, partner, value)
     given = tl.where(upper, value, partner)
-    return kept + tl.gather(given, lane ^ DISTANCE, 0)
+    return kept + _gather(given, lane ^ DISTANCE, 0)
 
 
 @triton.jit
