@@ -18,8 +18,6 @@ them in a fixed order, so the results are deterministic.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -35,8 +33,6 @@ from .equations import (
     surrogate_gradient,
 )
 from .launch import await_previous_kernel
-
-_gather: Any = getattr(tl, "gather", None)  # since Triton 3.3
 
 # A function that recurses over time gets itself as RECURSE: Triton before 3.5 hashes a function with all that it
 # names, without end for one that names itself. RAGGED: the last chunk has steps beyond T, in which nothing happens.
@@ -543,6 +539,20 @@ def _lif_forward_kernel(
 # how many steps these are apart. In the end a step's sum is in the lane whose bits, the other way round, are the step.
 
 
+if hasattr(tl, "gather"):
+
+    @triton.jit
+    def _from_lanes(value, lanes):
+        """Each lane's value of another lane."""
+        return tl.gather(value, lanes, 0)
+
+else:  # Triton 3.2, which looks up all that a kernel names; no launch calls it there
+
+    @triton.jit
+    def _from_lanes(value, lanes):
+        tl.static_assert(False, "Triton before 3.3 has no tl.gather")
+
+
 @triton.jit
 def _over_lanes(value, partner, DISTANCE: tl.constexpr):
     """Of pairs of lanes DISTANCE apart the sums: in the one lane of value, in the other of partner."""
@@ -550,7 +560,7 @@ def _over_lanes(value, partner, DISTANCE: tl.constexpr):
     upper = lane & DISTANCE != 0
     kept = tl.where(upper, partner, value)
     given = tl.where(upper, value, partner)
-    return kept + _gather(given, lane ^ DISTANCE, 0)
+    return kept + _from_lanes(given, lane ^ DISTANCE)
 
 
 @triton.jit
