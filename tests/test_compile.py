@@ -30,10 +30,8 @@ ARCHITECTURES = {80: (16,), 90: (1, 4, 16, 40, 96), 100: (16,)}  # compute capab
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STATISTICS = ("without", "with")
 GRIDS = {"": 0, ", few warps": 10**6}  # a GPU of so many multiprocessors; with few, threads hold fewer elements
-SPILLED = {  # bytes of a thread; the second by Triton 3.4 alone
-    "backward T=96 bfloat16 with statistics": 8,
-    "forward T=96 bfloat16 without statistics, few warps": 32,
-}
+SPILLED = {"backward T=96 bfloat16 with statistics": 8}  # bytes of a thread
+SPILLED_BY = {(3, 4): {"forward T=96 bfloat16 without statistics, few warps": 32}}  # more, by a version of Triton
 SPILLED_LEARNED = {  # by several versions of Triton, of which none spills in all of these
     "backward T=40 float32 with statistics, learned": 8,
     "backward T=40 bfloat16 with statistics, learned": 24,
@@ -208,13 +206,20 @@ def compile_for(architecture: int) -> dict:
 # ---------------------------------------------------------------------------------------- compiled for a real GPU
 
 
+def triton_version() -> tuple[int, ...]:
+    """Major and minor number."""
+    import triton
+
+    return tuple(int(n) for n in triton.__version__.split(".")[:2])
+
+
 @functools.cache
 def compiled_for(architecture: int) -> dict:
     import triton
 
     import sadp_fast
 
-    if architecture >= 100 and tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 3):
+    if architecture >= 100 and triton_version() < (3, 3):
         pytest.skip(f"Triton {triton.__version__} does not know sm_{architecture}")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     package = str(Path(sadp_fast.__file__).parents[1])
@@ -253,7 +258,7 @@ def test_no_register_spills(architecture, key, steps, dtype):
     local = compiled_for(architecture)[key]["local"]
     if local is None:
         pytest.skip("this Triton ships no cuobjdump")
-    assert local <= SPILLED.get(key, 0)
+    assert local <= (SPILLED | SPILLED_BY.get(triton_version(), {})).get(key, 0)
 
 
 def test_a_learned_tau_spills_little():
@@ -284,10 +289,8 @@ def test_memory_is_read_and_written_16_bytes_at_a_time(architecture, key, steps,
 @pytest.mark.parametrize("architecture, key, steps, dtype", cases())
 def test_tiles_stay_in_registers_and_are_accessed_as_a_whole(architecture, key, steps, dtype):
     """Only statistics go through shared memory; with a load and a store a step, long T took many seconds to compile."""
-    import triton
-
     report = compiled_for(architecture)[key]
-    if tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 5):  # those before move forward tiles through it
+    if triton_version() >= (3, 5):  # those before move forward tiles through it
         assert "without" not in key or report["shared"] == 0
     if several_chunks(steps, dtype):
         assert report["operations"] < 10

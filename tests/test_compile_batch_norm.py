@@ -185,8 +185,10 @@ def compile_for(architecture: int) -> dict:
 def compiled_for(architecture: int) -> dict:
     import sadp_fast
 
-    triton = pytest.importorskip("triton")
-    if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 3):
+    pytest.importorskip("triton")
+    from test_compile import triton_version
+
+    if triton_version() < (3, 3):
         pytest.skip("Triton before 3.3 takes other arguments for compiling without a GPU")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     here = [str(Path(sadp_fast.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -197,11 +199,19 @@ def compiled_for(architecture: int) -> dict:
     return json.loads(done.stdout)
 
 
-# Bytes of a thread that may be spilled. On an H100 the gradient's kernel took 7 % less time with 32 warps a
-# multiprocessor and 48 bytes spilled than with 28 and none; Triton 3.3 and 3.4 spill 56.
-FEW = 56
 # Of each tiled kernel: how many tensors it reads and writes at every step.
 TILED = {"channel_statistics": (1, 0), "forward": (2, 1), "backward sums": (2, 0), "backward gradient": (2, 1)}
+
+
+def few() -> int:
+    """Bytes of a thread that may be spilled.
+
+    On an H100 the gradient's kernel took 7 % less time with 32 warps a multiprocessor and 48 bytes spilled than with 28
+    and none. Triton 3.3 to 3.6 spill 56 in some of its configurations.
+    """
+    from test_compile import triton_version
+
+    return 48 if triton_version() > (3, 6) else 56
 
 
 def cases():
@@ -219,11 +229,11 @@ def cases():
 
 @pytest.mark.parametrize("architecture, kernel, steps, dtype, layout", cases())
 def test_no_register_spills(architecture, kernel, steps, dtype, layout):
-    """Within the registers that each program gets of those that run together, but for a few words (FEW)."""
+    """Within the registers that each program gets of those that run together, but for a few words."""
     found = compiled_for(architecture)[f"{kernel} T={steps} {dtype} {layout}"]
     if found["local"] is None:
         pytest.skip("this Triton ships no cuobjdump")
-    assert found["local"] <= FEW, found
+    assert found["local"] <= few(), found
     assert found["registers"] <= found["most registers"]
 
 
@@ -249,7 +259,8 @@ def test_tiles_move_sixteen_bytes_at_a_time(architecture, kernel, steps, dtype, 
 def test_a_learned_tau_spills_little(architecture):
     found = {key: found for key, found in compiled_for(architecture).items() if "learned" in key}
     assert len(found) == (len(TILED) + 2) * len(STEPS if architecture == 90 else STEPS[:1])
-    most = FEW if architecture == 90 else 96  # launches are chosen for an H100; the first sums have a tile more to hold
+    # Launches are chosen for an H100; the first sums have a tile more to hold.
+    most = few() if architecture == 90 else 96
     assert all(one["local"] is None or one["local"] <= most for one in found.values()), found
 
 
@@ -272,7 +283,7 @@ def test_every_configuration_that_autotune_measures_compiles_within_its_register
     found = {key: found for key, found in compiled_for(90).items() if "candidate" in key and found["most registers"]}
     assert len(found) == CANDIDATES * len(TILED)
     for key, one in found.items():
-        assert one["local"] is None or (one["local"] <= FEW and one["registers"] <= one["most registers"]), key
+        assert one["local"] is None or (one["local"] <= few() and one["registers"] <= one["most registers"]), key
 
 
 def test_every_variant_compiles():

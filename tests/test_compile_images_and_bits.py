@@ -88,8 +88,10 @@ def report() -> dict:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    triton = pytest.importorskip("triton")
-    if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 3):
+    pytest.importorskip("triton")
+    from test_compile import triton_version
+
+    if triton_version() < (3, 3):
         pytest.skip("Triton before 3.3 takes other arguments for compiling without a GPU")
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)

@@ -176,9 +176,9 @@ class _Grid:
         self.programs = self.examples * self.blocks
         self.partials = (self.examples, self.blocks, self.steps)
         self.early = early_launch(x.device)
-        # Of a thread's elements: 16 bytes of them, or one where Triton does not know that all rows begin at a multiple.
+        # Elements of an access: 16 bytes of them, or one where Triton does not know that all rows begin at a multiple.
         aligned = all(n % 16 == 0 for n in (self.size, *x.stride()[:2]))
-        self.neighbours = min(self.elements, 16 // x.element_size()) if aligned else 1
+        self.widest = 16 // x.element_size() if aligned else 1
 
     @property
     def elements(self) -> int:
@@ -186,14 +186,17 @@ class _Grid:
         return self.block // (32 * self.configuration.warps)
 
     @property
-    def sums_at_once(self) -> bool:
-        """Whether a program sums up its chunk's steps at once: one warp, and 16 steps, which is where it pays.
+    def neighbours(self) -> int:
+        """Where a program sums up its chunk's steps at once, elements that lie side by side in a thread; else 0.
 
-        Fewer have few exchanges to save, and 32 too many sums to keep in registers meanwhile (on an H100, bfloat16
-        and T = 32, 9 % more time than one by one). Older versions of Triton have no exchange to do it with.
+        That is where it pays: one warp, and 16 steps. Fewer have few exchanges to save, and 32 too many sums to keep in
+        registers meanwhile (on an H100, bfloat16 and T = 32, 9 % more time than one by one). Older versions of Triton
+        have no exchange to do it with.
         """
         how = self.configuration
-        return how.warps == 1 and not how.tile and 8 < self.chunk <= 16 and hasattr(triton.language, "gather")
+        if how.warps > 1 or how.tile or not 8 < self.chunk <= 16 or not hasattr(triton.language, "gather"):
+            return 0
+        return min(self.elements, self.widest)
 
     def constants(self, neuron: Constants, learned_tau: bool) -> dict[str, Any]:
         if not neuron.leak:
@@ -297,7 +300,7 @@ class _BackwardPlan:
                 "STORE_GRAD_V_INIT": wanted.grad_v_init,
                 "HAS_CHANNEL_SCALE": has_channel_scale,
                 "GRAD_NORM": wanted.norms,
-                "NEIGHBOURS": grid.neighbours if wanted.norms and grid.sums_at_once else 0,
+                "NEIGHBOURS": grid.neighbours if wanted.norms else 0,
                 "GRAD_TAU": wanted.grad_tau,
                 "SURROGATE": surrogate,
             }
