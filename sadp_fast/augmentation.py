@@ -1,9 +1,10 @@
-"""From uint8 images in memory to a network's input, with random crops, flips and cutout: one kernel on the GPU."""
+"""From uint8 images in memory to a network's input: random crops, flips and cutout in one kernel on the GPU; mixup."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributions import Beta
 
 from .reference import augment as reference
 
@@ -91,3 +92,37 @@ def crop_flip_normalise(
         mean, std = mean.contiguous(), std.contiguous()
         return ops.crop_flip_normalise(images, index, draws, mean, std, padding, cutout, dtype, memory_format)
     return reference.crop_flip_normalise(images, index, draws, mean, std, padding, cutout, dtype, memory_format)
+
+
+def draw_mixup(count: int, alpha: float, device: torch.device) -> Tensor:
+    """How much of each of ``count`` mixtures is the example itself: float32 [count] in [1/2, 1], for ``mixup``.
+
+    Beta(alpha, alpha), or the rest of it where that is larger; ``alpha`` above 0. Drawn by torch's default generator of
+    the device, which CUDA graphs draw from anew in each replay.
+    """
+    concentration = torch.full((count,), alpha, device=device)
+    share = Beta(concentration, concentration, validate_args=False).sample()  # validation would wait for the host
+    return torch.maximum(share, 1 - share)
+
+
+def mixup(x: Tensor, labels: Tensor, share: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Mix each example of a batch with the one before it, the first with the last: inputs and labels alike.
+
+    x_i becomes s_i x_i + (1 - s_i) x_{i-1}, and its target the same mixture of the two labels. [paper] mixup (Zhang et
+    al., arXiv 1710.09412), with s from Beta(alpha, alpha) and, in its code, one s a batch. [ours] one for each example,
+    and at least 1/2: in a shuffled batch the mixtures are the same in distribution, and a row's loss and score are
+    mostly those of the example that was drawn for it.
+
+    Args:
+        x: floating point [B, *], the inputs.
+        labels: int64 [B], classes.
+        share: float32 [B], s, from ``draw_mixup``; rounded to x's dtype, for inputs and targets alike.
+        num_classes: classes in all.
+
+    Returns:
+        inputs [B, *] in x's dtype and memory format, and float32 [B, num_classes]: targets, which sum to 1.
+    """
+    share = share.to(x.dtype)
+    mixed = torch.lerp(x.roll(1, 0), x, share.view(-1, *[1] * (x.ndim - 1)))
+    targets, share = nn.functional.one_hot(labels, num_classes).float(), share.float()[:, None]
+    return torch.empty_like(x).copy_(mixed), share * targets + (1 - share) * targets.roll(1, 0)

@@ -98,6 +98,7 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
     "label_smoothing": SHARE,
     "augment": one_of(*AUGMENT),
     "cutout": NATURAL,
+    "mixup": AT_LEAST_ZERO,
     "amp": one_of(*AMP),
     "low_memory": lambda text: one_of("true", "false")(text) == "true",
     "score": one_of(*SCORES),
@@ -124,8 +125,9 @@ class TrainConfig:
     each example's gradient, at a cost that only small networks can bear. `weight_decay` is the optimizer's; None: 5e-4
     for the networks that are trained by SGD, torch's default for those by AdamW. `augment` is how training images are
     changed at random, "auto" being "crop-flip" for images of three colours and else "none"; `cutout` is the side in
-    pixels of the square that is then hidden in each (see `augmentation.crop_flip_normalise`). `low_memory` keeps as
-    bits the spikes that wait for the backward pass, with the same results.
+    pixels of the square that is then hidden in each (see `augmentation.crop_flip_normalise`), and `mixup` the alpha by
+    which examples of a batch are mixed (see `augmentation.mixup`), 0 being not at all. `low_memory` keeps as bits the
+    spikes that wait for the backward pass, with the same results.
     """
 
     dataset: str = "digits"
@@ -140,6 +142,7 @@ class TrainConfig:
     label_smoothing: float = 0.0
     augment: str = "auto"
     cutout: int = 0
+    mixup: float = 0.0
     amp: str = "off"
     low_memory: bool = False
     method: str = "sadp"

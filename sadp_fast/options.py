@@ -146,6 +146,12 @@ def add_settings(command: argparse.ArgumentParser) -> dict[str, Any]:
         metavar="PIXELS",
         help="side of a square hidden at random in every augmented training image (default: cifar 8; else none)",
     )
+    option(
+        "--mixup",
+        type=AT_LEAST_ZERO,
+        metavar="ALPHA",
+        help="mix each training example with another one, by shares from Beta(ALPHA, ALPHA) (default: 0, not at all)",
+    )
     option("--amp", choices=tuple(AMP), help="mixed precision (default: bf16 on a GPU, off on the CPU)")
     option("--low-memory", action="store_true", help="keep spikes as bits for the backward pass: a third less memory")
     option("--device", help="cpu, cuda or cuda:N (default: cuda where there is a GPU)")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from . import models
-from .augmentation import crop_flip_normalise, draw_augmentation
+from .augmentation import crop_flip_normalise, draw_augmentation, draw_mixup, mixup
 from .casting import cast_weights_at_once
 from .config import AMP, TrainConfig
 from .data import Dataset
@@ -308,11 +308,13 @@ class Trainer:
     def _step(self, index: Tensor) -> Tensor:
         # First of all, so that no gradient takes up memory while the activations do.
         self.optimizer.zero_grad(set_to_none=True)
-        x, labels = self.inputs(self.data.train_images, index, self._draws(len(index))), self.data.train_labels[index]
+        x, target = self.inputs(self.data.train_images, index, self._draws(len(index))), self.data.train_labels[index]
+        if self.config.mixup > 0:
+            x, target = mixup(x, target, draw_mixup(len(x), self.config.mixup, x.device), self.data.num_classes)
         if self.config.score == "grad_norm" and self.sadp.wants_scores:
-            self.sadp.give(gradient_norms(self.model, x, labels, self.criterion))
+            self.sadp.give(gradient_norms(self.model, x, target, self.criterion))
         with packed_spikes() if self.config.low_memory else nullcontext():
-            loss = self.sadp.loss(self.criterion, self.logits(x), labels)
+            loss = self.sadp.loss(self.criterion, self.logits(x), target)
         # Not after the backward pass: a neuron keeps its input for as long as it may be asked for its potential.
         reset(self.model)
         self.scaler.scale(loss).backward()

@@ -99,6 +99,7 @@ ERRORS = [
     (["train", "--lr", "inf"], "--lr: 'inf' is not a number above 0"),
     (["train", "--weight-decay", "-0.1"], "--weight-decay: '-0.1' is not a number of at least 0"),
     (["train", "--cutout", "2.5"], "--cutout: '2.5' is not a whole number of at least 0"),
+    (["train", "--mixup", "-1"], "--mixup: '-1' is not a number of at least 0"),
     (["train", "--cutout", "4"], "cutout is 4, but examples of digits"),
     (["train", "--compare", "full,full:cutout=4"], "full:cutout=4: cutout is 4, but examples of digits"),
     (["train", "--seed", "-1"], "--seed: '-1' is not"),
@@ -596,6 +597,6 @@ def test_help_names_every_option(capsys):
         *("dataset", "data-dir", "model", "prune-ratio", "score", "policy", "smoothing", "schedule", "warmup-epochs"),
         *("tail-epochs", "epochs", "time-steps", "batch-size", "lr", "amp", "compare", "seed", "device", "resume"),
         *("out", "name", "quiet", "image-size", "split-by", "label-smoothing", "low-memory"),
-        *("weights", "score-momentum", "weight-decay", "augment", "cutout"),
+        *("weights", "score-momentum", "weight-decay", "augment", "cutout", "mixup"),
     ):
         assert f"--{option} " in text

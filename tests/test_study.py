@@ -239,13 +239,13 @@ def test_conditions_are_what_decides_a_result():
 def test_runs_older_than_a_setting_are_found():
     """A field added to TrainConfig counts as its default, which is how the older run was made."""
     config = TrainConfig(lr=0.5).of("sadp")
-    newer = {"score_momentum", "weight_decay", "augment", "cutout"}
+    newer = {"score_momentum", "weight_decay", "augment", "cutout", "mixup"}
     older = {key: value for key, value in config.conditions().items() if key not in newer}
     store = Store(Path("here"))
     store.produce("name", {"kind": "training", "config": older}, "cpu", lambda folder: {"history": [1]})
     assert store.read("name", training_identity(config), ("history",))["history"] == [1]
     assert store.read("another", training_identity(config), ("history",))["history"] == [1]  # names are for people
-    for change in ({"score_momentum": 0.5}, {"weight_decay": 0.0}, {"cutout": 4}, {"augment": "none"}, {"lr": 0.1}):
+    for change in ({"score_momentum": 0.5}, {"weight_decay": 0.0}, {"cutout": 4}, {"augment": "none"}, {"mixup": 0.5}):
         other = replace(config, **change)
         assert store.read("name", training_identity(other), ("history",)) is None
 

@@ -133,6 +133,7 @@ VARIANTS = {
         **{"label_smoothing": 1.0, "schedule": "linear", "warmup_epochs": 2}
     },
     "full:cutout=16:weight-decay=0.001": {"weight_decay": 0.001, "cutout": 16},
+    "loss:mixup=.5": {"mixup": 0.5},
     "sadp:score=last:score_momentum=0.5:batch_size=8": {"batch_size": 8, "score": "last", "score_momentum": 0.5},
 }
 
@@ -166,6 +167,7 @@ def test_equal_variants_are_written_alike():
         ("sadp:lr=nan", "'nan' is not a number above 0, which lr"),
         ("full:weight-decay=-1", "'-1' is not a number of at least 0, which weight_decay"),
         ("full:weight-decay=inf", "'inf' is not a number of at least 0, which weight_decay"),
+        ("full:mixup=-0.1", "'-0.1' is not a number of at least 0, which mixup"),
         ("full:cutout=-1", "'-1' is not a whole number of at least 0, which cutout"),
         ("sadp:smoothing=2", "'2' is not between 0 and 1, which smoothing"),
         ("sadp:weights=all", "'all' is not one of unbiased,sum,none, which weights"),
@@ -425,9 +427,10 @@ def test_running_mean():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+@pytest.mark.parametrize("mixup", [0, 0.5])
 @pytest.mark.parametrize("method", METHODS)
-def test_nothing_waits_for_the_host_inside_an_epoch(method, amp):
-    config = replace(CONFIG, device="cuda", model="conv", amp=amp, epochs=6, batch_size=4)
+def test_nothing_waits_for_the_host_inside_an_epoch(method, mixup, amp):
+    config = replace(CONFIG, device="cuda", model="conv", amp=amp, mixup=mixup, epochs=6, batch_size=4)
     trainer = Trainer(config.of(method), colour_data())
     loss = train.RunningMean(trainer.device)
     for _ in range(3):
@@ -444,9 +447,12 @@ def test_nothing_waits_for_the_host_inside_an_epoch(method, amp):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("amp", "cutout"), [("off", 0), ("bf16", 0), ("fp16", 0), ("bf16", 2)])
-def test_a_run_on_the_gpu_learns_and_resumes(tmp_path, amp, cutout):
-    config = replace(CONFIG, device="cuda", model="conv", amp=amp, cutout=cutout, epochs=12, lr=5e-3)
+@pytest.mark.parametrize(
+    ("amp", "cutout", "mixup"),
+    [("off", 0, 0), ("bf16", 0, 0), ("fp16", 0, 0), ("bf16", 2, 0), ("bf16", 0, 0.5), ("fp16", 0, 0.5)],
+)
+def test_a_run_on_the_gpu_learns_and_resumes(tmp_path, amp, cutout, mixup):
+    config = replace(CONFIG, device="cuda", model="conv", amp=amp, cutout=cutout, mixup=mixup, epochs=12, lr=5e-3)
     with pytest.raises(KeyboardInterrupt):
         train.run(config, colour_data(), tmp_path, [StopAfter(4)])
     history = train.run(config, colour_data(), tmp_path, resume=True).history

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from sadp_fast import data, options, report
 from sadp_fast.config import TrainConfig
-from sadp_fast.models import plain, sew_resnet
+from sadp_fast.models import plain, sew_resnet, vgg
 from sadp_fast.study.figures import spread
 from sadp_fast.study.store import environment
 from sadp_fast.train import Trainer
 
-FAMILIES = {"conv": plain, "sew_resnet18": sew_resnet}  # whose neurons are made by their module's `lif`
+# Whose neurons are made by their module's `lif`.
+FAMILIES = {"conv": plain, "sew_resnet18": sew_resnet, "spiking_vgg": vgg}
 
 
 class NormReLU(nn.Module):

@@ -7,7 +7,7 @@ from .layers import Layers, PerStep, SpikingNetwork
 from .plain import conv, mlp
 from .sew_resnet import SEWBlock, sew_resnet18
 from .spikformer import size_for, spikformer
-from .spiking_vgg import spiking_vgg
+from .vgg import spiking_vgg
 
 __all__ = ["NAMES", "PerStep", "SEWBlock", "SpikingNetwork", "build"]
 

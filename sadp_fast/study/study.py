@@ -92,6 +92,7 @@ REGULARISATION = {
     "label_smoothing": "label smoothing {:g}",
     "augment": "augmentation {}",
     "cutout": "cutout {:g} pixels",
+    "mixup": "mixup {:g}",
 }
 
 

@@ -1,0 +1,86 @@
+"""Mixup: what it mixes and by which shares, and that training does it to inputs and targets alike."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_train import CONFIG, StopAfter, colour_data, without_seconds
+
+from sadp_fast import train
+from sadp_fast.augmentation import draw_mixup, mixup
+from sadp_fast.train import Trainer
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5, 4), (2, 3, 5, 4), (7,)])
+def test_each_example_is_mixed_with_the_one_before_it(dtype, shape, device):
+    torch.manual_seed(0)
+    x, labels = torch.randn(6, *shape, device=device).to(dtype), torch.tensor([2, 0, 1, 1, 3, 0], device=device)
+    share = draw_mixup(6, 0.7, x.device)
+    mixed, targets = mixup(x, labels, share, 4)
+    assert mixed.dtype == dtype and targets.dtype == torch.float32 and targets.shape == (6, 4)
+    for i in range(6):
+        s = share[i].to(dtype).double()  # one share, as it is rounded, for inputs and targets
+        expected = s * x[i].double() + (1 - s) * x[i - 1].double()
+        error = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+        torch.testing.assert_close(mixed[i].double(), expected, rtol=error, atol=error)
+        target = torch.zeros(4, dtype=torch.float64, device=device)
+        target[labels[i]] += s
+        target[labels[i - 1]] += 1 - s
+        torch.testing.assert_close(targets[i].double(), target, rtol=1e-6, atol=1e-7)
+
+
+def test_the_memory_format_stays(device):
+    x = torch.randn(4, 3, 8, 8, device=device).to(memory_format=torch.channels_last)
+    mixed, _ = mixup(x, torch.zeros(4, dtype=torch.int64, device=device), torch.full((4,), 0.75, device=device), 2)
+    assert mixed.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.5, 1.0, 8.0])
+def test_shares_are_those_of_a_beta_distribution(alpha, device):
+    """Their spread about 1/2, which is the same for s and 1 - s: 1 / (4 (2 alpha + 1)) is Beta's variance."""
+    torch.manual_seed(1)
+    share = draw_mixup(200_000, alpha, torch.device(device)).double()
+    assert share.min() >= 0.5 and share.max() <= 1 and share.isfinite().all()
+    variance = 1 / (4 * (2 * alpha + 1))
+    assert (share - 0.5).square().mean().item() == pytest.approx(variance, rel=0.02)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+@pytest.mark.parametrize("method", ["full", "sadp", "loss", "el2n", "infobatch", "grad_norm"])
+def test_training_mixes_inputs_and_targets(monkeypatch, method, alpha):
+    seen, mixed = [], []
+
+    def record(*args):
+        mixed.append((args, mixup(*args)))
+        return mixed[-1][1]
+
+    monkeypatch.setattr(train, "mixup", record)
+    trainer = Trainer(replace(CONFIG, mixup=alpha).of(method), colour_data())
+    trainer.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    criterion, targets = trainer.criterion, []
+    monkeypatch.setattr(criterion, "forward", lambda output, target: targets.append(target) or output.sum())
+    trainer.sadp.loss = lambda criterion, output, target: criterion(output, target)
+    batches = trainer.sadp.batches(16)
+    index = next(batches)
+    monkeypatch.setattr(train, "gradient_norms", lambda model, x, target, criterion: torch.rand(len(x)))
+    trainer.step(index, 1e-3)
+    batches.close()
+    labels = trainer.data.train_labels[index]
+    if alpha == 0:
+        assert not mixed and torch.equal(targets[0], labels)
+        return
+    ((x, given, share, classes), (inputs, target)) = mixed[0]
+    assert torch.equal(given, labels) and classes == 3 and len(x) == len(share) == 16
+    assert seen[0] is inputs and targets[0] is target
+
+
+@pytest.mark.parametrize("method", ["full", "sadp", "loss", "el2n", "infobatch", "grad_norm"])
+def test_a_network_learns_and_resumes_with_it(tmp_path, method):
+    config = replace(CONFIG, mixup=0.5, label_smoothing=0.1, epochs=8).of(method)
+    whole = train.run(config, colour_data(), tmp_path / "whole").history
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config, colour_data(), tmp_path / "cut", [StopAfter(3)])
+    resumed = train.run(config, colour_data(), tmp_path / "cut", resume=True).history
+    assert without_seconds(whole) == without_seconds(resumed)
+    assert whole[-1]["test_accuracy"] > 0.6
