@@ -43,6 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 SCORES = tuple("grad_norm" if score == "given" else score for score in pruner.SCORES)
 AUGMENT = ("auto", "crop-flip", "crop", "none")
+TRAINED_BY_SGD = ("sew_resnet18", "spiking_vgg", "vggsnn")  # the other networks by AdamW
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # What decides nothing where nothing is pruned ...
@@ -123,7 +124,7 @@ class TrainConfig:
 
     `method` is one of METHODS, whose changes `of` makes. `score` is one of SADP's, or "grad_norm": the exact norm of
     each example's gradient, at a cost that only small networks can bear. `weight_decay` is the optimizer's; None: 5e-4
-    for the networks that are trained by SGD, torch's default for those by AdamW. `augment` is how training images are
+    for the networks that are TRAINED_BY_SGD, torch's default for AdamW. `augment` is how training images are
     changed at random, "auto" being "crop-flip" for images of three colours and else "none"; `cutout` is the side in
     pixels of the square that is then hidden in each (see `augmentation.crop_flip_normalise`), and `mixup` the alpha by
     which examples of a batch are mixed (see `augmentation.mixup`), 0 being not at all. `low_memory` keeps as bits the

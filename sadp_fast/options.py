@@ -19,6 +19,7 @@ from .config import (
     POSITIVE,
     SCORES,
     SHARE,
+    TRAINED_BY_SGD,
     SettingError,
     implied_by,
     read_variant,
@@ -40,7 +41,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "imagefolder": {"model": "sew_resnet18", "epochs": 60, "batch_size": 32},
 }
 # Spikformer's is that of its paper for CIFAR.
-LEARNING_RATES = {"mlp": 2e-3, "conv": 2e-3, "sew_resnet18": 0.1, "spiking_vgg": 0.1, "spikformer": 5e-4}
+LEARNING_RATES = {"mlp": 2e-3, "conv": 2e-3, "spikformer": 5e-4, **dict.fromkeys(TRAINED_BY_SGD, 0.1)}
 
 
 class CommandError(RuntimeError):
@@ -131,7 +132,7 @@ def add_settings(command: argparse.ArgumentParser) -> dict[str, Any]:
         "--weight-decay",
         type=AT_LEAST_ZERO,
         metavar="RATE",
-        help="weight decay (default: 5e-4 with SGD, which trains sew_resnet18 and spiking_vgg; else AdamW's 0.01)",
+        help=f"weight decay (default: 5e-4 with SGD, which trains {', '.join(TRAINED_BY_SGD)}; else AdamW's 0.01)",
     )
     option("--label-smoothing", type=SHARE, metavar="S", help="label smoothing, 0 to 1 (default: 0)")
     option(

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from . import models
 from .augmentation import crop_flip_normalise, draw_augmentation, draw_mixup, mixup
 from .casting import cast_weights_at_once
-from .config import AMP, TrainConfig
+from .config import AMP, TRAINED_BY_SGD, TrainConfig
 from .data import Dataset
 from .exact import gradient_norms
 from .graphs import GraphedStep
@@ -253,7 +253,7 @@ class Trainer:
         lr = config.lr if self.rate is None else self.rate
         weights = self.model.parameters()
         self.optimizer: torch.optim.Optimizer
-        sgd = config.model in ("sew_resnet18", "spiking_vgg")
+        sgd = config.model in TRAINED_BY_SGD
         decay = config.weight_decay if config.weight_decay is not None else 5e-4 if sgd else 1e-2
         if sgd:
             self.optimizer = torch.optim.SGD(weights, lr, momentum=0.9, nesterov=True, weight_decay=decay, fused=fused)

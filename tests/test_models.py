@@ -224,9 +224,8 @@ def test_every_hidden_layer_is_measured_by_its_neuron(name):
     reduced_inputs = [line for line in lines if ": reduction" in line]
     reduced_gradients = [line for line in lines if "x reduction" in line]
     # The image, what pooling gives, and the gradient of the classifier are all that no neuron knows.
-    assert len(reduced_inputs) == {"mlp": 1, "conv": 3, "sew_resnet18": 2, "spiking_vgg": 5, "spikformer": 3}[name], (
-        lines
-    )
+    known = {"mlp": 1, "conv": 3, "sew_resnet18": 2, "spiking_vgg": 5, "vggsnn": 5, "spikformer": 3}
+    assert len(reduced_inputs) == known[name], lines
     assert len(reduced_gradients) == 1 and reduced_gradients[0] == lines[-1]
 
 
@@ -278,15 +277,25 @@ def test_sew_resnet18_is_the_published_network():
     assert sizes == [24, 24, 12, 12, 6, 6, 3, 3]
 
 
-def test_spiking_vgg_is_vgg11():
-    """9,217,728 weights of convolutions, as VGG-11 has; 32x32 pixels are pooled five times, 4x4 twice."""
-    model = make("spiking_vgg", (3, 32, 32), classes=10)
+@pytest.mark.parametrize(
+    ("name", "sides"),
+    [("spiking_vgg", [32, 16, 8, 8, 4, 4, 2, 2]), ("vggsnn", [32, 32, 16, 16, 8, 8, 4, 4])],
+)
+def test_spiking_vggs_are_the_published_networks(name, sides):
+    """9,217,728 weights of convolutions, as VGG-11 has; each sees an image of 32x32 pixels pooled so far."""
+    model = make(name, (3, 32, 32), classes=10)
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     assert sum(module.weight.numel() for module in convolutions) == 9_217_728 and len(convolutions) == 8
-    assert sum(isinstance(module, nn.MaxPool2d) for module in model.modules()) == 5
-    small = make("spiking_vgg", (3, 4, 4))
+    seen = []
+    for convolution in convolutions:
+        convolution.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[-1]))
+    classifier_inputs = []
+    model.body[-1].register_forward_pre_hook(lambda module, inputs: classifier_inputs.append(inputs[0].shape[-1]))
+    model(torch.randn(1, 3, 32, 32))
+    assert seen == sides and classifier_inputs == [sides[-1] // 2]
+    small = make(name, (3, 4, 4))
     assert sum(isinstance(module, nn.MaxPool2d) for module in small.modules()) == 2
-    assert make("spiking_vgg", (2, 2, 70, 34), steps=2)(torch.randn(1, 2, 2, 70, 34)).shape == (1, 5)
+    assert make(name, (2, 2, 70, 34), steps=2)(torch.randn(1, 2, 2, 70, 34)).shape == (1, 5)
 
 
 @pytest.mark.parametrize(

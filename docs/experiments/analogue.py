@@ -26,7 +26,7 @@ from sadp_fast.study.store import environment
 from sadp_fast.train import Trainer
 
 # Whose neurons are made by their module's `lif`.
-FAMILIES = {"conv": plain, "sew_resnet18": sew_resnet, "spiking_vgg": vgg}
+FAMILIES = {"conv": plain, "sew_resnet18": sew_resnet, "spiking_vgg": vgg, "vggsnn": vgg}
 
 
 class NormReLU(nn.Module):
