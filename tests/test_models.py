@@ -257,7 +257,8 @@ def test_neurons_fire(name):
                 lambda _, inputs, output: rates.append((output - sum(inputs[1:])).mean().item())
             )
     model(torch.randn(16, 3, 16, 16))
-    assert rates and min(rates) > 0.005 and max(rates) < 0.5, rates
+    # Half of the time at most, but for the neurons behind products of three spikes in Spikformer.
+    assert rates and min(rates) > 0.005 and max(rates) < (0.55 if name == "spikformer" else 0.5), rates
 
 
 def test_sew_resnet18_is_the_published_network():
@@ -356,6 +357,8 @@ def test_self_attention_is_spikingjellys():
     theirs = peer.SpikingSelfAttention(64, 2, surrogate_function=ATan()).double()
     theirs.qkv_conv_bn[0].weight.data.copy_(ours.qkv[0].weight.data.squeeze(-1))
     theirs.proj_conv_bn[0].weight.data.copy_(ours.projection[0].weight.data.squeeze(-1))
+    for neuron in (ours.qkv_neuron, ours.neuron):  # ours take their input whole, with another surrogate
+        neuron.decay_input, neuron.surrogate_function = True, ATan()
     for norm in (ours.qkv_neuron, ours.neuron, theirs.qkv_conv_bn[1], theirs.proj_conv_bn[1]):
         nn.init.constant_(norm.bias, 0.5)  # so that random inputs make enough spikes
     x = torch.randint(0, 2, (4, 3, 64, 8, 8)).double()
@@ -371,11 +374,11 @@ def test_self_attention_is_spikingjellys():
 
 @pytest.mark.parametrize("name", models.NAMES)
 def test_neurons_settings(name):
-    """Spikformer's neurons are those of its reference code; the others take their input whole."""
-    published = name == "spikformer"
+    """Input is taken whole, but by the neurons behind Spikformer's attention, which are those of its reference code."""
     neurons = [module for module in make(name, (1, 8, 8)).modules() if isinstance(module, LIFNode)]
     for node in neurons:
-        assert node.v_threshold == (0.5 if type(node) is LIFNode else 1.0)
+        published = type(node) is LIFNode
+        assert node.v_threshold == (0.5 if published else 1.0)
         assert node.tau == 2.0 and node.decay_input == published and node.detach_reset and node.step_mode == "m"
         assert type(node.surrogate_function).__name__ == ("ATan" if published else "PiecewiseQuadratic")
     assert neurons

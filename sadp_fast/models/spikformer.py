@@ -4,24 +4,19 @@
 self-attention and a two-layer perceptron, each added to what came in, and the mean over the tokens to a linear layer.
 Queries, keys and values are spikes, so Q K^T V needs no softmax; it is scaled and fed to neurons of threshold 0.5.
 [reference code] The widths of the four convolutions and the 3x3 pooling; the perceptron four times as wide.
-[ours] Tokens stay a map [T, N, D, H, W] whose linear layers are 1x1 convolutions; queries, keys and values come out
-of one of them, and have one normalisation each channel either way; sums are made by the neurons that end a branch.
+[ours] The neurons of the other networks (see `layers.lif`), but for those behind the attention's products, which are
+the reference code's: docs/training-settings.md shows what that is worth. Tokens stay a map [T, N, D, H, W] whose linear
+layers are 1x1 convolutions; queries, keys and values come out of one of them, and have one normalisation each channel
+either way; sums are made by the neurons that end a branch.
 """
 
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..batch_norm_lif import BatchNormLIF
 from ..neuron import LIFNode
 from ..surrogate import ATan
-from .layers import Layers, PerStep, classifier, convolution
-
-
-def lif(features: int) -> BatchNormLIF:
-    """Normalisation and neurons as published: at the rates of the other networks, products of three spikes in the
-    attention would drive its neurons all the time."""
-    return BatchNormLIF(features, tau=2.0, decay_input=True, surrogate_function=ATan(), detach_reset=True)
+from .layers import Layers, PerStep, classifier, convolution, lif
 
 
 @dataclass(frozen=True)
