@@ -323,12 +323,15 @@ class Trainer:
         return loss.detach()
 
     def throw_away_steps(self) -> None:
-        """Two steps of the first epoch and of the first pruned one, whose results nobody wants.
+        """Two steps of the first epoch of each kind, whose results nobody wants.
 
-        In the first step SADP reads the dataflow, in the second it measures by it; the pruned epoch is drawn.
+        Epochs differ in whether they are drawn and in whether pruned ones follow, for which examples are scored:
+        neurons that measure are other kernels. In the first step SADP reads the dataflow, in the second it measures.
         """
-        pruned = [epoch for epoch, ratio in enumerate(self.sadp.ratios) if ratio > 0]
-        for epoch in sorted({0, *pruned[:1]}):
+        ratios, first = self.sadp.ratios, dict[tuple[bool, bool], int]()
+        for epoch, ratio in enumerate(ratios):
+            first.setdefault((ratio > 0, any(ratios[epoch + 1 :])), epoch)
+        for epoch in first.values():
             self.sadp.epoch = epoch
             with closing(self.sadp.batches(self.config.batch_size)) as batches:
                 for _, index in zip(range(2), batches, strict=False):

@@ -371,13 +371,29 @@ def test_weight_decay_is_the_optimizers(model, optimizer, default):
         assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [expected]
 
 
-def test_throw_away_steps_are_of_full_and_of_pruned_epochs(monkeypatch):
-    trainer, kept = Trainer(CONFIG, colour_data()), []
-    original = trainer.sadp.batches
-    monkeypatch.setattr(trainer.sadp, "batches", lambda size: kept.append(trainer.sadp.epoch) or original(size))
+@pytest.mark.parametrize(
+    ("variant", "epochs"),
+    [("full", [0]), ("random", [0, 1, 4]), ("sadp", [0, 1, 4]), ("sadp:tail-epochs=1", [0, 1, 3, 4])],
+)
+def test_throw_away_steps_are_of_all_kinds_of_epochs(monkeypatch, variant, epochs):
+    """Of full and of pruned ones, with scores and without: what training runs has run before."""
+    trainer, kept, kinds = Trainer(replace(CONFIG, epochs=5).of(variant), colour_data()), [], []
+    sadp, step = trainer.sadp, trainer.run_step
+
+    def record(index):
+        kinds.append((sadp.ratios[sadp.epoch] > 0, sadp.wants_scores))
+        return step(index)
+
+    original = sadp.batches
+    monkeypatch.setattr(sadp, "batches", lambda size: kept.append(sadp.epoch) or original(size))
+    trainer.run_step = record
     trainer.throw_away_steps()
-    assert trainer.sadp.ratios[:2] == [0, pytest.approx(2 / 3)] and kept == [0, 1]
-    assert not trainer.sadp._hooks and trainer.sadp._batch is None
+    assert kept == epochs and not sadp._hooks and sadp._batch is None
+    known, sadp.epoch = set(kinds), 0
+    kinds.clear()
+    for _ in range(5):
+        train.train_epoch(trainer, ())
+    assert set(kinds) == known
 
 
 def test_prepare_checks_the_batch_size_and_leaves_nothing():
