@@ -115,3 +115,32 @@ def test_results_of_several_folders_are_joined(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="differ in more than methods"):
         experiment.main()
     assert not (tmp_path / "unlike").exists()
+
+
+def test_methods_are_compared_by_pairs_of_all_studies(tmp_path, monkeypatch, capsys):
+    experiment = load("paired")
+    rows = [
+        {"method": method, "ratio": ratio, "seed": seed, "test_accuracy": accuracy}
+        for method, ratio, seed, accuracy in (
+            *(("sadp", 0.5, 0, 0.91), ("random", 0.5, 0, 0.90), ("sadp", 0.5, 1, 0.92), ("random", 0.5, 1, 0.89)),
+            *(("sadp", 0.7, 0, 0.80), ("random", 0.7, 0, 0.81), ("sadp", 0.7, 1, 0.99), ("full", 0.0, 0, 0.95)),
+        )
+    ]
+    folders = []
+    for name, part in (("first", rows[:2]), ("second", rows[2:])):  # seed 1 of another study
+        folders.append(tmp_path / name)
+        folders[-1].mkdir()
+        (folders[-1] / "accuracy.json").write_text(json.dumps({"accuracies": part}))
+    monkeypatch.setattr("sys.argv", ["paired.py", "sadp", "random", *map(str, folders)])
+    experiment.main()
+    assert capsys.readouterr().out.splitlines() == [
+        "sadp minus random, points",
+        "r = 0.5: +2.00 ± 1.00 (standard error), better in 2 of 2 pairs",
+        "r = 0.7: -1.00 ± nan (standard error), better in 0 of 1 pairs",
+        "all: +1.00 ± 1.15 (standard error), better in 2 of 3 pairs",
+    ]
+    for wrong, message in (("loss", "no folder has runs of loss and of random"), ("sadp", "No such file")):
+        where = folders if wrong == "loss" else [tmp_path]
+        monkeypatch.setattr("sys.argv", ["paired.py", wrong, "random", *map(str, where)])
+        with pytest.raises(SystemExit, match=message):
+            experiment.main()

@@ -1,0 +1,53 @@
+"""Two methods compared pair by pair, over all the studies in which both were run with the same ratio and seed.
+
+    python docs/experiments/paired.py sadp random FOLDER FOLDER...     # each holds an accuracy.json
+
+Prints, for each ratio and for all, how many pairs there are, the mean of the first method's accuracy minus the second's
+in points, its standard error, and how many pairs the first one wins.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+
+def differences(method: str, other: str, folders: list[Path]) -> dict[float, list[float]]:
+    """By ratio, the differences in points of all pairs of runs; raises ValueError where there are none."""
+    found: dict[float, list[float]] = {}
+    for folder in folders:
+        rows = json.loads((folder / "accuracy.json").read_text())["accuracies"]
+        accuracy = {(row["method"], row["ratio"], row["seed"]): 100 * row["test_accuracy"] for row in rows}
+        for (name, ratio, seed), value in accuracy.items():
+            if name == method and (other, ratio, seed) in accuracy:
+                found.setdefault(ratio, []).append(value - accuracy[other, ratio, seed])
+    if not found:
+        raise ValueError(f"no folder has runs of {method} and of {other} with the same ratio and seed")
+    return dict(sorted(found.items()))
+
+
+def line(name: str, values: list[float]) -> str:
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    mean, wins = statistics.mean(values), sum(value > 0 for value in values)
+    return f"{name}: {mean:+.2f} ± {error:.2f} (standard error), better in {wins} of {len(values)} pairs"
+
+
+def main() -> None:
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
+    method, other, *folders = sys.argv[1:]
+    try:
+        found = differences(method, other, [Path(folder) for folder in folders])
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+    print(f"{method} minus {other}, points")
+    for ratio, values in found.items():
+        print(line(f"r = {ratio:g}", values))
+    print(line("all", [value for values in found.values() for value in values]))
+
+
+if __name__ == "__main__":
+    main()
