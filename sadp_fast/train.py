@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from .graphs import GraphedStep
 from .neuron import reset
 from .pruner import SADP
 from .selection import relative_variance
+from .sources import sources
 from .spike_storage import packed_spikes
 
 RISE = 0.05  # share of training in which the learning rate rises to its peak
@@ -262,6 +264,7 @@ class Trainer:
         self.run_step = GraphedStep(self._step, self.sadp, [self.generator]) if graphed else self._step
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.history: list[dict[str, Any]] = []
+        self.begun_with = sources()
 
     def inputs(self, images: Tensor, index: Tensor | None = None, draws: Tensor | None = None) -> Tensor:
         """What the network sees of uint8 images; see `crop_flip_normalise` for `index` and `draws`."""
@@ -365,6 +368,7 @@ class Trainer:
         state = {
             "config": asdict(self.config),
             "history": self.history,
+            "sources": self.begun_with,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -379,7 +383,7 @@ class Trainer:
         os.replace(partial, path)
 
     def load(self, path: Path) -> None:
-        """Continue from a checkpoint of the same configuration; raises TrainError."""
+        """Continue from a checkpoint of the same configuration; raises TrainError, warns where other code began it."""
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             saved = state["config"]
@@ -392,6 +396,13 @@ class Trainer:
                     f"{field} is {value!r}, but the run in {path.parent} has {saved[field]!r}: "
                     "resume with that value, or start a new run"
                 )
+        self.begun_with = state.get("sources", "an earlier version")
+        if self.begun_with != sources():
+            warnings.warn(
+                f"the run in {path.parent} was begun with other sources of sadp_fast ({self.begun_with}, now "
+                f"{sources()}) and goes on with these: networks may not be what they were; start a new run to compare it",
+                stacklevel=2,
+            )
         self.history[:] = state["history"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

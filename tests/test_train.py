@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from dataclasses import asdict, replace
 
 import pytest
@@ -255,6 +256,27 @@ def test_resuming_another_configuration_names_the_field(tmp_path):
     train.run(CONFIG, colour_data(), tmp_path)
     with pytest.raises(TrainError, match=r"lr is 0\.1, but the run in .* has 0\.002"):
         train.run(replace(CONFIG, lr=0.1), colour_data(), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("begun_with", ["0123abcd", None])
+def test_going_on_with_other_sources_is_said(tmp_path, monkeypatch, begun_with):
+    """Each time: a run of two versions stays one. None: a checkpoint of before they were kept."""
+    with pytest.raises(KeyboardInterrupt):
+        train.run(CONFIG, colour_data(), tmp_path, [StopAfter(1)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(KeyboardInterrupt):
+            train.run(CONFIG, colour_data(), tmp_path, [StopAfter(2)], resume=True)
+    state = checkpoint(tmp_path)
+    state["sources"] = begun_with
+    if begun_with is None:
+        del state["sources"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    said = rf"begun with other sources of sadp_fast \({begun_with or 'an earlier version'}, now [0-9a-f]{{8}}\)"
+    with pytest.warns(UserWarning, match=said), pytest.raises(KeyboardInterrupt):
+        train.run(CONFIG, colour_data(), tmp_path, [StopAfter(3)], resume=True)
+    with pytest.warns(UserWarning, match=said):
+        train.run(CONFIG, colour_data(), tmp_path, resume=True)
 
 
 def test_damaged_checkpoint_is_one_clear_error(tmp_path):

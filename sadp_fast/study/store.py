@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 from .. import report
 from ..config import TrainConfig
 from ..report import write_json
+from ..sources import sources
 
 
 class StudyError(RuntimeError):
@@ -32,16 +32,8 @@ class StudyError(RuntimeError):
 def environment(device: str) -> dict[str, Any]:
     """Where something ran: the device's name and the versions of what it ran with."""
     versions = report.versions()
-    versions["sadp_fast"] = f"{versions['sadp_fast']}, sources {_sources()}"
+    versions["sadp_fast"] = f"{versions['sadp_fast']}, sources {sources()}"
     return {"device": report.device_name(device), "versions": versions}
-
-
-@cache
-def _sources() -> str:
-    """Digest of the package's Python sources but for the studies: runs of different ones do not quite compare."""
-    package = Path(report.__file__).parent
-    files = [path for path in sorted(package.rglob("*.py")) if "study" not in path.relative_to(package).parts]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
 
 
 def training_identity(config: TrainConfig) -> dict[str, Any]:
