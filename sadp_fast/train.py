@@ -400,7 +400,7 @@ class Trainer:
         if self.begun_with != sources():
             warnings.warn(
                 f"the run in {path.parent} was begun with other sources of sadp_fast ({self.begun_with}, now "
-                f"{sources()}) and goes on with these: networks may not be what they were; start a new run to compare it",
+                f"{sources()}) and goes on with these, whose networks may be others: start a new run to compare it",
                 stacklevel=2,
             )
         self.history[:] = state["history"]
