@@ -125,4 +125,5 @@ def mixup(x: Tensor, labels: Tensor, share: Tensor, num_classes: int) -> tuple[T
     share = share.to(x.dtype)
     mixed = torch.lerp(x.roll(1, 0), x, share.view(-1, *[1] * (x.ndim - 1)))
     targets, share = nn.functional.one_hot(labels, num_classes).float(), share.float()[:, None]
+    # Rolling may lose the memory format.
     return torch.empty_like(x).copy_(mixed), share * targets + (1 - share) * targets.roll(1, 0)

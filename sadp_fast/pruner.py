@@ -361,10 +361,13 @@ class SADP:
                 "Every loop over its loader counts as one, next(iter(loader)) too: evaluate with another DataLoader"
             )
 
+    def _needs_scores(self, epoch: int) -> bool:
+        """Whether a pruned epoch that draws by scores follows this one."""
+        return self.score not in _UNIFORM_SCORES and any(self.ratios[epoch + 1 :])
+
     def _epoch(self, batches: EpochBatches) -> Iterator[Tensor]:
         """Yield the index rows of one epoch, taking scores in between."""
-        scored = self.score not in _UNIFORM_SCORES and any(self.ratios[self.epoch + 1 :])
-        scored = scored and self._has_layers_to_score()
+        scored = self._needs_scores(self.epoch) and self._has_layers_to_score()
         tapped = scored and self.score in _GRADIENT_SCORES
         weighted = self._weigh_all or self.ratios[self.epoch] > 0 or self._carried.indices.shape[0] > 0
         count, batch_size = batches.indices.shape

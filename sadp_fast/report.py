@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 NOTES = (
     "seconds: everything that training and pruning do, measured at epoch borders with the device synchronised; "
     "neither evaluation nor checkpoints. Before the first clock started, every method took two throw-away training "
-    "steps and an evaluation, so that no method pays for compilation.",
+    "steps of each kind of epoch and an evaluation, so that no method pays for compilation.",
     "time_ratio: training seconds over those of the method 'full'; theoretical_ratio: planned examples over those of "
     "full-data training of this configuration (1 - r, for as many epochs).",
     "relative_variance: an estimate, from the scores in place of the gradient norms, of the variance of the pruned "

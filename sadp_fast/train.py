@@ -328,12 +328,12 @@ class Trainer:
     def throw_away_steps(self) -> None:
         """Two steps of the first epoch of each kind, whose results nobody wants.
 
-        Epochs differ in whether they are drawn and in whether pruned ones follow, for which examples are scored:
-        neurons that measure are other kernels. In the first step SADP reads the dataflow, in the second it measures.
+        Epochs differ in whether they are drawn and in whether examples are scored in them: neurons that measure are
+        other kernels. In the first step SADP reads the dataflow, in the second it measures by it.
         """
-        ratios, first = self.sadp.ratios, dict[tuple[bool, bool], int]()
-        for epoch, ratio in enumerate(ratios):
-            first.setdefault((ratio > 0, any(ratios[epoch + 1 :])), epoch)
+        first: dict[tuple[bool, bool], int] = {}
+        for epoch, ratio in enumerate(self.sadp.ratios):
+            first.setdefault((ratio > 0, self.sadp._needs_scores(epoch)), epoch)
         for epoch in first.values():
             self.sadp.epoch = epoch
             with closing(self.sadp.batches(self.config.batch_size)) as batches:

@@ -245,8 +245,9 @@ def test_runs_older_than_a_setting_are_found():
     store.produce("name", {"kind": "training", "config": older}, "cpu", lambda folder: {"history": [1]})
     assert store.read("name", training_identity(config), ("history",))["history"] == [1]
     assert store.read("another", training_identity(config), ("history",))["history"] == [1]  # names are for people
-    for change in ({"score_momentum": 0.5}, {"weight_decay": 0.0}, {"cutout": 4}, {"augment": "none"}, {"mixup": 0.5}):
-        other = replace(config, **change)
+    changes = {"score_momentum": 0.5, "weight_decay": 0.0, "cutout": 4, "augment": "none", "mixup": 0.5, "lr": 0.1}
+    for name, value in changes.items():
+        other = replace(config, **{name: value})
         assert store.read("name", training_identity(other), ("history",)) is None
 
 

@@ -259,7 +259,7 @@ def test_resuming_another_configuration_names_the_field(tmp_path):
 
 
 @pytest.mark.parametrize("begun_with", ["0123abcd", None])
-def test_going_on_with_other_sources_is_said(tmp_path, monkeypatch, begun_with):
+def test_going_on_with_other_sources_is_said(tmp_path, begun_with):
     """Each time: a run of two versions stays one. None: a checkpoint of before they were kept."""
     with pytest.raises(KeyboardInterrupt):
         train.run(CONFIG, colour_data(), tmp_path, [StopAfter(1)])
@@ -395,7 +395,7 @@ def test_weight_decay_is_the_optimizers(model, optimizer, default):
 
 @pytest.mark.parametrize(
     ("variant", "epochs"),
-    [("full", [0]), ("random", [0, 1, 4]), ("sadp", [0, 1, 4]), ("sadp:tail-epochs=1", [0, 1, 3, 4])],
+    [("full", [0]), ("random", [0, 1]), ("sadp", [0, 1, 4]), ("sadp:tail-epochs=1", [0, 1, 3, 4])],
 )
 def test_throw_away_steps_are_of_all_kinds_of_epochs(monkeypatch, variant, epochs):
     """Of full and of pruned ones, with scores and without: what training runs has run before."""

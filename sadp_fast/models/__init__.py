@@ -40,8 +40,10 @@ def build(name: str, in_shape: tuple[int, ...], num_classes: int, time_steps: in
         layers = conv(channels, height, width, num_classes)
     elif name == "sew_resnet18":
         layers = sew_resnet18(channels, num_classes, imagenet=side >= 96)
-    elif name in ("spiking_vgg", "vggsnn"):
-        layers = spiking_vgg(channels, height, width, num_classes, VGGSNN if name == "vggsnn" else VGG11)
+    elif name == "spiking_vgg":
+        layers = spiking_vgg(channels, height, width, num_classes, VGG11)
+    elif name == "vggsnn":
+        layers = spiking_vgg(channels, height, width, num_classes, VGGSNN)
     else:
         layers = spikformer(channels, num_classes, size_for(side, events))
     return SpikingNetwork(*layers, time_steps, events=events)
