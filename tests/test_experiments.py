@@ -84,7 +84,10 @@ def test_results_of_several_folders_are_joined(tmp_path, monkeypatch, capsys):
         rows = [row for row in whole["accuracies"] if (row["method"] == "random") == (part == "random")]
         lists = {key: list(dict.fromkeys(row[key[:-1]] for row in rows)) for key in ("methods", "ratios", "seeds")}
         lists["ratios"] = [ratio for ratio in lists["ratios"] if ratio > 0]
-        result = {**whole, "settings": {**whole["settings"], **lists}, "accuracies": rows}
+        base = {key: value for key, value in whole["settings"]["base"].items() if key != "mixup"}
+        if part == "random":  # the other one was made before there was this setting
+            base["mixup"] = 0.0
+        result = {**whole, "settings": {**whole["settings"], **lists, "base": base}, "accuracies": rows}
         for row in rows if part == "random" else []:  # without full data there is nothing to compare its time with
             row["time_ratio"] = None
         result["missing_runs"] = [f"{row['method']}, r = {row['ratio']:g}, seed {row['seed']}" for row in rows[:1]]
@@ -101,6 +104,7 @@ def test_results_of_several_folders_are_joined(tmp_path, monkeypatch, capsys):
 
     assert sorted(row["time_ratio"] for row in joined["accuracies"]) == pytest.approx(ratios)
     assert cells(joined) == cells(whole) and (tmp_path / "out" / "accuracy.png").exists()
+    assert joined["settings"]["base"] == {**whole["settings"]["base"], "mixup": 0.0}
     assert joined["missing_runs"] == [] and joined["environments"] == whole["environments"]
     assert sorted(joined["settings"]["methods"]) == sorted(whole["settings"]["methods"])
     assert joined["settings"]["ratios"] == whole["settings"]["ratios"] and "91.34 ± 0.18" in capsys.readouterr().out
@@ -115,6 +119,12 @@ def test_results_of_several_folders_are_joined(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="differ in more than methods"):
         experiment.main()
     assert not (tmp_path / "unlike").exists()
+    mixed = json.loads((parts[0] / "accuracy.json").read_text())
+    mixed["settings"]["base"]["mixup"] = 0.2
+    (parts[0] / "accuracy.json").write_text(json.dumps(mixed))
+    monkeypatch.setattr("sys.argv", ["joined.py", str(tmp_path / "mixed"), *map(str, parts)])
+    with pytest.raises(SystemExit, match="differ in more than methods"):
+        experiment.main()
 
 
 def test_methods_are_compared_by_pairs_of_all_studies(tmp_path, monkeypatch, capsys):

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from sadp_fast.config import TrainConfig
 from sadp_fast.report import write_json
 from sadp_fast.study.registry import STUDIES
 from sadp_fast.study.study import each_once
@@ -25,6 +27,13 @@ LISTS = ("methods", "ratios", "seeds")  # of the settings: what the studies may 
 
 def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
     """The result of all their runs, with the missing ones named; raises ValueError where they do not fit together."""
+    bases = [result["settings"]["base"] for result in results]
+    known = {key: value for key, value in asdict(TrainConfig()).items() if any(key in base for base in bases)}
+    # A study lacks the settings that were added after it, whose defaults are what it had.
+    results = [
+        {**result, "settings": {**result["settings"], "base": {**known, **base}}}
+        for result, base in zip(results, bases, strict=True)
+    ]
     first = results[0]
     for other in results[1:]:
         alike = [{key: value for key, value in r["settings"].items() if key not in LISTS} for r in (first, other)]
