@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import accumulate
 from numbers import Integral, Real
 from typing import Any
@@ -20,12 +20,12 @@ from torch.utils.data import DataLoader
 
 from .batching import Drawn, EpochBatches, pack, shuffled
 from .criterion import mean_factor, per_example, without_reduction
-from .dataflow import Probe, WeightLayer, keeps_energies, trainable_layers, weight_parameters
 from .energies import EnergyTaps
 from .errors import name_of
 from .loader import PrunedLoader
 from .sampling import sample
 from .score import el2n_score, spike_aware_score
+from .score_meter import ScoreMeter
 from .selection import inclusion_probabilities, prune_ratios
 
 SCORES = ("all", "last", "loss", "el2n", "given", "random", "static_random")
@@ -59,7 +59,6 @@ class _Batch:
     weights: Tensor | None  # None: every weight is 1
     scored: bool  # whether scores are taken from this batch
     taps: EnergyTaps | None = None  # what measures it
-    forward_done: bool = False
     loss_gradient: Tensor | None = (
         None  # d(what backward() was called on) / d(loss): a GradScaler's factor, 1/accumulation
     )
@@ -215,14 +214,7 @@ class SADP:
         self._batch: _Batch | None = None
         self._scores_before: Tensor | None = None  # those before the running epoch, which all ranks know
         self._weigh_all = False  # multiply by weights of 1 too, so that all batches run the same operations
-        # The model's dataflow, read in the first scored batch.
-        self._probe: Probe | None = None
-        self._layers: list[WeightLayer] | None = None  # those that are scored
-        self._trainable: list[str] = []  # the weight layers that could be, when it was read
-        self._steps = 1  # time steps that one call of the model's neurons covers
-        self._taps: EnergyTaps | None = None
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []  # for the running epoch
-        self._measuring = False  # whether neurons collect statistics
+        self._meter = ScoreMeter(model, score) if score in _GRADIENT_SCORES else None
         self._unpruned: object = None  # the newest epoch of unpruned training
 
     def __getattr__(self, name: str) -> Any:
@@ -266,11 +258,11 @@ class SADP:
 
     def describe(self) -> str:
         """How each weight layer is measured, one line each; known after the first scored batch."""
-        if self.score not in _GRADIENT_SCORES or self.passive:
+        if self._meter is None or self.passive:
             return f"score={self.score!r} measures no layer" + (", since nothing is pruned" if self.passive else "")
-        if self._layers is None:
+        if self._meter.layers is None:
             return "the model's dataflow is read in the first scored batch"
-        return "\n".join(layer.describe() for layer in self._layers)
+        return "\n".join(layer.describe() for layer in self._meter.layers)
 
     # ----------------------------------------------------------------------------------------- batches of an epoch
 
@@ -368,11 +360,11 @@ class SADP:
     def _epoch(self, batches: EpochBatches) -> Iterator[Tensor]:
         """Yield the index rows of one epoch, taking scores in between."""
         scored = self._needs_scores(self.epoch) and self._has_layers_to_score()
-        tapped = scored and self.score in _GRADIENT_SCORES
+        meter = self._meter if scored else None
         weighted = self._weigh_all or self.ratios[self.epoch] > 0 or self._carried.indices.shape[0] > 0
         count, batch_size = batches.indices.shape
-        if tapped:
-            self._attach(batch_size)
+        if meter is not None:
+            meter.attach(batch_size)
         _, world = _rank_and_world()
         self._scores_before = self.scores.clone() if scored else None
         self._trained_now = 0
@@ -380,26 +372,27 @@ class SADP:
             for k in range(count):
                 padding = batches.padding if k == count - 1 else 0
                 weights = batches.weights[k] if weighted or padding else None
-                self._begin(_Batch(batches.indices[k], weights, scored, self._taps))
+                taps = None if meter is None else meter.begin()
+                self._batch = _Batch(batches.indices[k], weights, scored, taps)
                 self._trained_now += batch_size * world - padding
                 self._share_of_epoch = (k + 1) / count
                 yield batches.indices[k]
                 self.collect()
-                if tapped and self._layers is not None and self._taps is None:
-                    self._detach()
-                    self._attach(batch_size)
+                if meter is not None:
+                    meter.renew(batch_size)
             self._share_scores()
         finally:
             if world == 1:  # else the ranks have to meet first, at the next draw
                 self._scores_before = None
             self._batch = None
-            self._detach()
+            if meter is not None:
+                meter.detach()
             self._carried = self._next_carried
             self._complete_epoch()
 
     def _has_layers_to_score(self) -> bool:
         """False, with a warning, once no weight layer is trained any more: examples then keep their scores."""
-        if self.score not in _GRADIENT_SCORES or self._layers is None or trainable_layers(self.model):
+        if self._meter is None or self._meter.has_layers():
             return True
         warnings.warn(
             f"no weight layer is trained any more, so score={self.score!r} takes no new scores: examples keep theirs",
@@ -460,116 +453,7 @@ class SADP:
         """
         return PrunedLoader(self, loader)
 
-    # ------------------------------------------------------------------------------------------- taps on the model
-
-    # Hooks exist only while an epoch runs, and act only between a batch's start and its loss.
-
-    def _attach(self, batch_size: int) -> None:
-        if self._layers is not None and self._trainable != trainable_layers(self.model):
-            self._layers = self._taps = None  # layers were frozen or unfrozen: the dataflow is read anew
-        if self._layers is None:
-            self._probe = Probe(self.model)
-            self._hooks = self._probe.hooks()
-            return
-        if self._taps is None or self._taps.batch_size != batch_size:
-            weight = self.model.get_submodule(self._layers[0].name).weight
-            self._taps = EnergyTaps(
-                self.model,
-                self._layers,
-                steps=self._steps,
-                batch_size=batch_size,
-                device=weight.device,  # type: ignore[arg-type]
-            )
-        self._hooks = self._taps.hooks(self._tapping)
-
-    def _detach(self) -> None:
-        self._set_statistics(False)
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        self._probe = None
-
-    def _set_statistics(self, on: bool) -> None:
-        if on == self._measuring:
-            return
-        self._measuring = on
-        if self._probe is not None:
-            for node in self.model.modules():
-                if keeps_energies(node):
-                    node.collect_statistics = on  # type: ignore[assignment]
-        elif self._taps is not None:
-            self._taps.switch(on)
-
-    def _tapping(self) -> bool:
-        """Whether this is the forward pass of the batch at hand."""
-        batch = self._batch
-        return batch is not None and not batch.forward_done and torch.is_grad_enabled()
-
-    def _read_dataflow(self, batch: _Batch, loss: Tensor) -> None:
-        """First scored batch: read the graph, and measure this batch by reductions over the tensors it has seen."""
-        probe = self._probe
-        assert probe is not None
-        layers = probe.resolve(loss)
-        if not layers:
-            raise ValueError(
-                f"score={self.score!r} found no weight layer (Linear or Conv with a trainable weight) in the model's "
-                "forward pass: run the model that SADP was given, or use score='loss' or 'el2n'"
-            )
-        if self.score == "last":
-            layers = layers[-1:]
-        else:
-            self._warn_of_uncovered(layers)
-        multi_step = [call for call in probe.neurons if self.model.get_submodule(call.name).step_mode == "m"]
-        self._steps = max((call.output_shape[0] for call in multi_step), default=1)
-        for call in probe.layers:
-            folded = call.output_shape[0] == self._steps * batch.size or self._steps == batch.size
-            if call.name in probe.batch_first and self._steps > 1 and folded:
-                raise ValueError(
-                    f"{call.name} takes [N, T, *] (or [N * T, *]) and a neuron [T, N, *], in whose order scores tell "
-                    "examples apart: put time first in the whole model, or use score='loss' or 'el2n'"
-                )
-        try:
-            with torch.no_grad():
-                batch.taps = EnergyTaps.of_first_batch(
-                    self.model, layers, probe, steps=self._steps, batch_size=batch.size
-                )
-        except ValueError as error:
-            if multi_step:
-                raise
-            if probe.neurons:
-                raise ValueError(
-                    f"{error}; if the model takes all time steps at once, as through a MultiStepContainer, make its "
-                    "neurons take them too: LIFNode(step_mode='m')"
-                ) from error
-            raise ValueError(
-                f"score={self.score!r} found no neuron of sadp_fast in the forward pass, so that the number of time "
-                "steps is not known: put sadp_fast.LIFNode in the place of other neurons, or use score='loss' or 'el2n'"
-            ) from error
-        self._detach()
-        self._layers, self._trainable = layers, trainable_layers(self.model)
-        self._attach(batch.size)
-
-    def _warn_of_uncovered(self, layers: list[WeightLayer]) -> None:
-        covered = {id(p) for layer in layers for p in weight_parameters(self.model.get_submodule(layer.name))}
-        weights = ((n, p) for n, p in self.model.named_parameters() if p.requires_grad and p.ndim > 1)
-        missed = [name for name, parameter in weights if id(parameter) not in covered]
-        if missed:
-            warnings.warn(
-                f"score='all' leaves out {', '.join(missed)}: only weights of Linear and Conv modules that are called "
-                "as modules are measured",
-                stacklevel=4,
-            )
-
     # ---------------------------------------------------------------------------------------------- loss and scores
-
-    def _begin(self, batch: _Batch) -> None:
-        self._batch = batch
-        if self._probe is not None:
-            self._probe.forget()
-        if batch.taps is not None:
-            batch.taps.start()
-        if batch.scored:
-            self._set_statistics(True)
 
     def loss(self, criterion: Callable[..., Tensor], output: Tensor, target: Tensor) -> Tensor:
         """The loss to call ``backward()`` on: the weighted mean of the examples' losses. Once a batch.
@@ -600,8 +484,8 @@ class SADP:
                 "loss: put its parts into one criterion (soft targets for mixup; a module with `reduction` on outputs "
                 "[B, T, C] for a loss at every step), or build SADP with score='given' or 'random'"
             )
-        batch.forward_done = True
-        self._set_statistics(False)
+        if self._meter is not None:
+            self._meter.end_forward()
         if not self.passive and isinstance(output, Tensor) and (output.ndim == 0 or len(output) != batch.size):
             raise ValueError(
                 f"output must have one row for each of the {batch.size} examples, [B, *], got shape "
@@ -626,8 +510,8 @@ class SADP:
                     batch.direct_score = per_example(unreduced(output, target), batch.size, reduction)
             elif self.score == "el2n":
                 batch.direct_score = el2n_score(output, target)
-            elif loss.requires_grad and self._layers is None:
-                self._read_dataflow(batch, loss)
+            elif self._meter is not None and self._meter.layers is None and loss.requires_grad:
+                batch.taps = self._meter.read(loss, batch.size)
             if loss.requires_grad:
                 batch.awaits_backward = True
                 loss.register_hook(batch.differentiated)
@@ -674,13 +558,13 @@ class SADP:
         self._close(batch)
         if not batch.scored:
             return
-        if self.score not in _GRADIENT_SCORES:
+        if self._meter is None:
             if batch.direct_score is not None:
                 self._keep(batch, batch.direct_score)
             return
         gradient, taps = batch.loss_gradient, batch.taps
-        if batch.awaits_backward:  # should that come yet, it writes into this batch's taps, which no other may use
-            self._taps = None
+        if batch.awaits_backward:
+            self._meter.abandon()
         if gradient is None or taps is None:  # the batch was skipped: no loss, or no backward pass
             return
         taps.finish()
@@ -726,7 +610,9 @@ class SADP:
 
     def _close(self, batch: _Batch) -> None:
         """Nothing more is to be measured in this batch."""
-        batch.collected = batch.forward_done = True
+        batch.collected = True
+        if self._meter is not None:
+            self._meter.close()
 
     @property
     def batch_kind(self) -> tuple[bool, bool, int] | None:
@@ -735,7 +621,7 @@ class SADP:
         None where there is no batch, or one that reads the model's dataflow.
         """
         batch = self._batch
-        if batch is None or self._probe is not None:
+        if batch is None or (self._meter is not None and self._meter.reads_dataflow):
             return None
         return batch.weights is not None, batch.scored, batch.size
 
@@ -755,9 +641,7 @@ class SADP:
             "carried_indices": self._carried.indices.clone(),
             "carried_weights": self._carried.weights.clone(),
             "examples_trained": self._trained,
-            "layers": None if self._layers is None else [asdict(layer) for layer in self._layers],
-            "trainable": list(self._trainable),
-            "steps": self._steps,
+            **({} if self._meter is None else self._meter.state_dict()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -780,14 +664,9 @@ class SADP:
         self._slots[:-1] = state["scores"].to(self.device)
         self._carried = Drawn(state["carried_indices"].to(self.device), state["carried_weights"].to(self.device))
         self._trained, self._trained_now, self._share_of_epoch = int(state["examples_trained"]), 0, 0.0
-        # A first batch is measured in another way, equal up to rounding: resumed, there is no first batch.
-        self._steps = state["steps"]
-        self._taps = self._scores_before = None
-        if state["layers"] is not None:
-            self._layers = [WeightLayer(**layer) for layer in state["layers"]]
-            now = trainable_layers(self.model)
-            unchanged = all(layer.name in now for layer in self._layers)
-            self._trainable = list(state.get("trainable", now if unchanged else []))  # older states lack it
+        self._scores_before = None
+        if self._meter is not None:
+            self._meter.load_state_dict(state)
 
 
 def _rank_and_world() -> tuple[int, int]:

@@ -410,7 +410,7 @@ def test_throw_away_steps_are_of_all_kinds_of_epochs(monkeypatch, variant, epoch
     monkeypatch.setattr(sadp, "batches", lambda size: kept.append(sadp.epoch) or original(size))
     trainer.run_step = record
     trainer.throw_away_steps()
-    assert kept == epochs and not sadp._hooks and sadp._batch is None
+    assert kept == epochs and not (sadp._meter and sadp._meter._hooks) and sadp._batch is None
     known, sadp.epoch = set(kinds), 0
     kinds.clear()
     for _ in range(5):
