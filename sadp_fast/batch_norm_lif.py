@@ -65,6 +65,10 @@ class _BatchNormNode(BaseNode):
         super().reset()
         self.energies = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The buffers are their owner's, for its batches of this module: a copy sees others.
+        return {**super().__getstate__(), "energy_buffers": None}
+
     @property
     def _uses_batch_statistics(self) -> bool:
         return self.training or self.running_mean is None
@@ -297,7 +301,7 @@ class _DeltaTap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.buffer.copy_(_energy(grad.unflatten(0, (-1, ctx.buffer.shape[0])), ctx.gain))
+        ctx.buffer.copy_(_energy(grad.detach().unflatten(0, (-1, ctx.buffer.shape[0])), ctx.gain))
         return grad, *([None] * (2 + ctx.others))
 
 

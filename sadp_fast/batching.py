@@ -71,3 +71,10 @@ def pack(drawn: Drawn, carried: Drawn, batch_size: int, *, pad: bool) -> tuple[E
     full = indices.shape[0] - rest
     batches = EpochBatches(indices[:full].view(-1, batch_size), weights[:full].view(-1, batch_size), padding)
     return batches, Drawn(indices[full:], weights[full:])
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank under torch.distributed, and how many there are; (0, 1) without."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

@@ -19,10 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from . import surrogate
 from .batch_norm_lif import CallEnergies
 from .neuron import BaseNode
+from .own_hook import OwnHook
 from .reference.lif import squared_norm_per_example
 from .score import WEIGHT_LAYERS, patch_multiplicity
+from .spike_storage import unpack
 
 # Autograd nodes that leave every element as it is; the second group also moves dimensions.
 _VIEWS = {"View", "UnsafeView", "ReshapeAlias", "Alias", "Squeeze", "Unsqueeze", "Clone", "ToCopy"}
@@ -34,6 +37,11 @@ Edge = tuple[Any, int]  # (autograd node, number of its output)
 def keeps_energies(node: nn.Module) -> bool:
     """Whether a neuron keeps ``CallEnergies``: one with a normalisation of its own."""
     return hasattr(node, "energy_buffers")
+
+
+def knows_output_energy(node: BaseNode) -> bool:
+    """Whether a neuron's statistics hold its output's squared norm, and not only how much of it is not 0."""
+    return keeps_energies(node) or surrogate.fused_index(node.surrogate_function) is not None
 
 
 def first_input(inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> Tensor:
@@ -134,7 +142,8 @@ class Probe:
         for name, module in self.model.named_modules():
             calls = self._calls_of(module)
             if calls is not None:
-                handles.append(module.register_forward_hook(self._recorder(name, calls), with_kwargs=True))
+                hook = OwnHook(module, self._recorder(name, calls))
+                handles.append(module.register_forward_hook(hook, with_kwargs=True))
         return handles
 
     def forget(self) -> None:
@@ -153,9 +162,9 @@ class Probe:
         @torch.no_grad()
         def measured(module: Any, x: Tensor, output: Tensor) -> dict[str, Any]:
             if calls is self.layers:
-                return {"input_norms": squared_norm_per_example(x)}
+                return {"input_norms": squared_norm_per_example(x.detach())}
             if calls is self.norms:
-                return {"scale": batch_norm_scale(module, output) if _scalable(module) else None}
+                return {"scale": batch_norm_scale(module, x.detach(), output) if _scalable(module, x, output) else None}
             energies = getattr(module, "energies", None)
             return {"energies": energies[-1] if energies else None}
 
@@ -163,12 +172,15 @@ class Probe:
             if torch.is_grad_enabled():
                 x = first_input(inputs, named)
                 edges = _edge(x), _edge(output)
-                calls.append(Call(name, *edges, x.shape, output.shape, **measured(module, x.detach(), output)))
+                calls.append(Call(name, *edges, x.shape, output.shape, **measured(module, x, output)))
 
         return record
 
     def resolve(self, output: Tensor) -> list[WeightLayer]:
-        """Read the graph behind ``output`` (the model's output or the loss); layers in the order of their calls."""
+        """Read the graph behind ``output`` (the model's output or the loss); layers in the order of their calls.
+
+        A layer that ``output`` does not depend on is none: its weight has no gradient.
+        """
         graph = _Graph(output)
         layer_of = {call.output: call.name for call in self.layers}
         norm_at = {call.output: call for call in self.norms}
@@ -202,15 +214,18 @@ class Probe:
 
         found: dict[str, WeightLayer] = {}
         for call in self.layers:
+            if call.output[0] not in graph.nodes:
+                continue
             source = graph.walk_back(call.input, spikes_of)
             if source is not None and graph.moves_time(call.input, source):
                 self.batch_first.add(call.name)
             norm = norm_behind.get(call.output)
             site = call.output if norm is None else norm.output
+            neuron = None if source is None else spikes_of[source]
             layer = WeightLayer(
                 call.name,
                 patch_multiplicity(modules[call.name]),
-                None if source is None else spikes_of[source],
+                neuron if neuron is not None and knows_output_energy(modules[neuron]) else None,
                 None if norm is None else norm.name,
                 neuron_behind.get(site),
             )
@@ -228,19 +243,19 @@ def _kind(node: Any) -> str:
 
 
 class _Graph:
-    """The autograd graph behind a tensor, with the number of consumers of each edge."""
+    """The autograd graph behind a tensor: its nodes, and the number of consumers of each edge."""
 
     def __init__(self, output: Tensor) -> None:
         self.consumers: Counter[Edge] = Counter()
         stack: list[Any] = [output.grad_fn]
-        seen = set(stack)
+        self.nodes = set(stack)
         while stack:
             node = stack.pop()
             for edge in node.next_functions:
                 if edge[0] is not None:
                     self.consumers[edge] += 1
-                    if edge[0] not in seen:
-                        seen.add(edge[0])
+                    if edge[0] not in self.nodes:
+                        self.nodes.add(edge[0])
                         stack.append(edge[0])
 
     def walk_back(
@@ -306,22 +321,40 @@ def _with_unique_sites(layers: list[WeightLayer]) -> list[WeightLayer]:
     ]
 
 
-def _scalable(norm: _BatchNorm) -> bool:
+def _scalable(norm: _BatchNorm, x: Tensor, output: Tensor) -> bool:
+    """Whether ``batch_norm_scale`` is all that the module multiplies x by: a subclass may do more than normalise."""
+    node = _behind_views(output.grad_fn)
+    if node is None or "BatchNorm" not in _kind(node):
+        return False
+    source, number = node.next_functions[0]
+    while (source, number) != _edge(x):
+        if source is None or _kind(source) not in _VIEWS:
+            return False
+        source, number = source.next_functions[0]
     return norm.training or norm.running_var is not None
 
 
-def batch_norm_scale(norm: _BatchNorm, output: Tensor) -> Tensor:
-    """gamma/sigma of a batch normalisation's last forward pass, float32 [C], from the statistics that it used.
+def _behind_views(node: Any) -> Any:
+    """The node whose output a view, or a chain of them, shows."""
+    while node is not None and _kind(node) in _VIEWS:
+        node = node.next_functions[0][0]
+    return node
+
+
+def batch_norm_scale(norm: _BatchNorm, x: Tensor, output: Tensor) -> Tensor:
+    """gamma/sigma of a batch normalisation's last forward pass on x, float32 [C], from the statistics that it used.
 
     In training these are the batch's, which autograd has saved with the pass; where they cannot be had (SyncBatchNorm),
-    and in evaluation, the running ones.
+    and in evaluation, the running ones. Under activation checkpointing autograd would run the pass again to tell them:
+    they are taken from x once more instead.
     """
     inverse_sigma = None
-    if norm.training:
-        node = output.grad_fn
-        while node is not None and _kind(node) in _VIEWS:
-            node = node.next_functions[0][0]
-        inverse_sigma = getattr(node, "_saved_result2", None)
+    if norm.training and _recomputes():
+        folded = x.flatten(0, 1) if getattr(norm, "step_mode", "s") == "m" else x
+        variance = folded.detach().float().transpose(0, 1).flatten(1).var(1, correction=0)
+        inverse_sigma = torch.rsqrt(variance + norm.eps)
+    elif norm.training:
+        inverse_sigma = getattr(_behind_views(output.grad_fn), "_saved_result2", None)
     if inverse_sigma is None or inverse_sigma.numel() != norm.num_features:
         if norm.running_var is None:
             raise RuntimeError(
@@ -331,3 +364,10 @@ def batch_norm_scale(norm: _BatchNorm, output: Tensor) -> Tensor:
         inverse_sigma = torch.rsqrt(norm.running_var + norm.eps)
     scale = inverse_sigma.detach().float()
     return scale if norm.weight is None else scale * norm.weight.detach().float()
+
+
+def _recomputes() -> bool:
+    """Whether reading what autograd saves now may run code of others: that of ``torch.utils.checkpoint``."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)  # PyTorch has no public name
+    hooks = top(True)
+    return hooks is not None and hooks[1] is not unpack

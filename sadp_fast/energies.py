@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .batch_norm_lif import CallEnergies
 from .dataflow import Probe, WeightLayer, batch_norm_scale, first_input, keeps_energies
 from .neuron import BaseNode, CallStatistics
+from .own_hook import OwnHook
 from .reference.lif import squared_norm_per_example
 
 _Row = tuple[str, str]  # ("output" or "delta", neuron), or ("input" or "gradient", layer)
@@ -33,7 +34,8 @@ class EnergyTaps:
         device: of the model.
 
     Attributes:
-        energies: float32 [R, B], NaN where nothing was measured in this batch.
+        energies: float32 [R, B]: NaN where nothing was measured in this batch, 0 where no gradient came to a layer's
+            output, since the loss does not depend on it.
         layer_rows: int64 [2, L], which rows hold the energy of each layer's input and of the gradient at its output.
         multiplicity: float32 [L], ``patch_multiplicity`` of each layer.
     """
@@ -58,9 +60,12 @@ class EnergyTaps:
         stride = -(-batch_size // 4) * 4
         self.energies = torch.full((len(rows), stride), torch.nan, device=device)[:, :batch_size]
         self._views = self.energies.unbind(0)
+        gradients = [row for (kind, _), row in self._row.items() if kind == "gradient"]  # neighbours
+        self._gradients = self.energies[gradients[0] : gradients[-1] + 1] if gradients else None
         self.layer_rows = torch.tensor([[self._row[row] for row in side] for side in (inputs, deltas)], device=device)
         self.multiplicity = torch.tensor([layer.multiplicity for layer in layers], device=device)
         self._buffers = {name: (self._view("output", name), self._view("delta", name)) for name in own}
+        self._before: list[tuple[BaseNode, bool, Any]] = []  # neurons that measure, and how they were set before
         self.start()
 
     def _order(self, row: _Row) -> tuple[bool, str, str]:
@@ -108,18 +113,23 @@ class EnergyTaps:
 
     def hooks(self, active: Callable[[], bool]) -> list[torch.utils.hooks.RemovableHandle]:
         """Register the forward hooks that measure while ``active()``; the caller removes them."""
-        handles = [node.register_forward_hook(self._neuron_hook(active, name)) for name, node in self.neurons.items()]
+        handles = []
+
+        def register(name: str, hook: Callable[..., None]) -> None:
+            module = self._model.get_submodule(name)
+            handles.append(module.register_forward_hook(OwnHook(module, hook), with_kwargs=True))
+
+        for name in self.neurons:
+            register(name, self._neuron_hook(active, name))
         for layer in self.layers:
             if layer.input_neuron is None:
-                module = self._model.get_submodule(layer.name)
-                handles.append(module.register_forward_hook(self._input_hook(active, layer), with_kwargs=True))
+                register(layer.name, self._input_hook(active, layer))
             if layer.output_neuron is None or layer.norm is not None:
-                module = self._model.get_submodule(layer.gradient_site)
-                handles.append(module.register_forward_hook(self._site_hook(active, layer)))
+                register(layer.gradient_site, self._site_hook(active, layer))
         return handles
 
     def _neuron_hook(self, active: Callable[[], bool], name: str) -> Callable[..., None]:
-        def hook(node: BaseNode, _inputs: Any, output: Tensor) -> None:
+        def hook(node: BaseNode, _inputs: Any, _named: Any, output: Tensor) -> None:
             if active():
                 self._saw_neuron(name, node, output)
 
@@ -133,20 +143,26 @@ class EnergyTaps:
         return hook
 
     def _site_hook(self, active: Callable[[], bool], layer: WeightLayer) -> Callable[..., None]:
-        def hook(module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
             if active():
-                self._saw_site(layer, module, output)
+                self._saw_site(layer, module, first_input(inputs, named), output)
 
         return hook
 
     def switch(self, on: bool) -> None:
         """Let the neurons measure, or leave them as they were."""
-        for name, node in self.neurons.items():
-            node.collect_statistics = on
-            if name in self._buffers:
-                node.energy_buffers = self._buffers[name] if on else None  # type: ignore[assignment]
-            elif not on:
-                node.channel_scale = None
+        if on:
+            for name, node in self.neurons.items():
+                own = "energy_buffers" if name in self._buffers else "channel_scale"
+                self._before.append((node, node.collect_statistics, getattr(node, own)))
+                node.collect_statistics = True
+                if name in self._buffers:
+                    node.energy_buffers = self._buffers[name]  # type: ignore[assignment]
+            return
+        for node, collected, value in self._before:
+            node.collect_statistics = collected
+            setattr(node, "energy_buffers" if keeps_energies(node) else "channel_scale", value)
+        self._before.clear()
 
     # --------------------------------------------------------------------------------------------------- one batch
 
@@ -157,6 +173,8 @@ class EnergyTaps:
         self._written: set[str] = set()  # neurons whose first call writes its rows ...
         self._energies: dict[str, list[CallEnergies]] = {}  # ... and all their other calls
         self._reduced: set[_Row] = set()
+        if self._gradients is not None:
+            self._gradients.zero_()
 
     def _saw_neuron(self, name: str, node: Any, output: Tensor) -> None:
         multi_step = node.step_mode == "m"
@@ -183,8 +201,8 @@ class EnergyTaps:
     def _saw_input(self, layer: WeightLayer, x: Tensor) -> None:
         self._reduce(("input", layer.name), x)
 
-    def _saw_site(self, layer: WeightLayer, module: Any, output: Tensor) -> None:
-        scale = batch_norm_scale(module, output) if layer.norm is not None else None
+    def _saw_site(self, layer: WeightLayer, module: Any, x: Tensor, output: Tensor) -> None:
+        scale = batch_norm_scale(module, x, output) if layer.norm is not None else None
         if layer.output_neuron is None:
             hook = self._gradient_hook(layer, scale, 0)
             if output.requires_grad:
@@ -238,7 +256,7 @@ class EnergyTaps:
             )
         for name, calls in self._energies.items():
             for row, energies in zip(self._buffers[name], zip(*calls, strict=True), strict=True):
-                total = torch.stack(energies).sum(0)
+                total = torch.stack([_come(energy) for energy in energies]).sum(0)
                 row.add_(total) if name in self._written else row.copy_(total)
         self._sum_statistics()
 
@@ -248,8 +266,10 @@ class EnergyTaps:
         for row, (kind, name) in enumerate(self._row):
             if kind in ("output", "delta") and name not in self._buffers:
                 attribute = "spike_count" if kind == "output" else "grad_norm_sq"
-                values = [getattr(call, attribute) for call in self._calls[name]]
-                values = [value for value in values if value is not None]  # no gradient without a backward pass
+                calls = [call for call in self._calls[name] if getattr(call, attribute) is not None]  # with gradients
+                values = [getattr(call, attribute) for call in calls]
+                if kind == "delta":
+                    values = [v if call.has_norms else _come(v) for call, v in zip(calls, values, strict=True)]
                 if values:
                     found.append((row, values[0] if len(values) == 1 else torch.cat(values)))
         alike = groupby(enumerate(found), key=lambda x: (x[1][0] - x[0], x[1][1].shape[0], x[1][1].dtype))
@@ -273,6 +293,11 @@ def energy_per_example(t: Tensor, steps: int, batch_size: int, channel_scale: Te
         ValueError: t's shape does not show its examples.
     """
     return squared_norm_per_example(_folded(t.detach(), steps, batch_size), channel_scale).sum(0)
+
+
+def _come(norms: Tensor) -> Tensor:
+    """What a call has measured, or 0 where no gradient has come to any of its examples: the loss does not see it."""
+    return torch.where(norms.isnan().all(), 0.0, norms)
 
 
 def _summed(norms: Tensor) -> Tensor:

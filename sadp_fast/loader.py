@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
+from .batching import rank_and_world
 from .errors import name_of
 
 if TYPE_CHECKING:
@@ -46,6 +48,11 @@ class PrunedLoader:
                 f"loader has {size} examples, but SADP was built with num_examples={sadp.num_examples}: build it with "
                 "len(train_set) of the same data set"
             )
+        if not sadp.passive and type(loader).__iter__ is not DataLoader.__iter__:
+            raise ValueError(
+                f"loader is a {name_of(loader)} with an __iter__ of its own, which would not see the batches that SADP "
+                "draws: pass a plain DataLoader, and do in its collate_fn or in the loop what that method does"
+            )
         sampler = loader.sampler
         everything = isinstance(sampler, (SequentialSampler, DistributedSampler)) or (
             isinstance(sampler, RandomSampler) and not sampler.replacement and sampler.num_samples == size
@@ -79,6 +86,12 @@ class PrunedLoader:
         if self._pruned is None:
             sampler = self.loader.sampler
             ranks = sampler.num_replicas if isinstance(sampler, DistributedSampler) else 1
+            if isinstance(sampler, (RandomSampler, SequentialSampler)) and rank_and_world()[1] > 1:
+                warnings.warn(
+                    "with prune_ratio=0 each rank trains on what its own DataLoader yields, which here is all of the "
+                    "data: give it a DistributedSampler",
+                    stacklevel=2,
+                )
             examples = len(sampler)  # type: ignore[arg-type]
             if ranks > 1:
                 examples = min(examples * ranks, sadp.num_examples)  # what pads the ranks' shares counts once

@@ -93,6 +93,11 @@ class CallStatistics:
         return _added(self._spikes)
 
     @property
+    def has_norms(self) -> bool:
+        """Whether a backward pass is known to have been; one that writes into a buffer does not say so."""
+        return self._norms is not None and not self.in_buffer
+
+    @property
     def grad_norm_sq(self) -> Tensor | None:
         """float32, NaN until the backward pass has been, None for a forward pass without gradients."""
         if self._norms is not None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .batching import Drawn, EpochBatches, pack, shuffled
+from .batching import Drawn, EpochBatches, pack, rank_and_world, shuffled
 from .criterion import mean_factor, per_example, without_reduction
 from .energies import EnergyTaps
 from .errors import name_of
@@ -215,7 +215,7 @@ class SADP:
         self._scores_before: Tensor | None = None  # those before the running epoch, which all ranks know
         self._weigh_all = False  # multiply by weights of 1 too, so that all batches run the same operations
         self._meter = ScoreMeter(model, score) if score in _GRADIENT_SCORES else None
-        self._unpruned: object = None  # the newest epoch of unpruned training
+        self._loop: object = None  # the newest epoch's, while nothing has taken its place
 
     def __getattr__(self, name: str) -> Any:
         # The settings read as attributes: sadp.prune_ratio, sadp.seed, ...
@@ -275,7 +275,7 @@ class SADP:
     def _draw(self, batch_size: int, pad: bool) -> EpochBatches:
         """Draw the running epoch and cut it into batches; under torch.distributed, this rank's share of each."""
         self._share_scores()
-        rank, world = _rank_and_world()
+        rank, world = rank_and_world()
         ratio, n = self.ratios[self.epoch], self.num_examples
         if ratio == 0:
             self.probabilities = torch.ones(n, device=self.device)
@@ -332,7 +332,7 @@ class SADP:
     def _share_scores(self) -> None:
         """Let every rank know the scores that the others took since the running epoch began; no-op on one rank."""
         before, self._scores_before = self._scores_before, None
-        if before is None or _rank_and_world()[1] == 1:
+        if before is None or rank_and_world()[1] == 1:
             return
         taken = (self.scores != before) & self.scores.isfinite()
         # Each rank trains on other examples, so a sum of what was taken is what was taken, to the bit, but for an
@@ -365,8 +365,9 @@ class SADP:
         count, batch_size = batches.indices.shape
         if meter is not None:
             meter.attach(batch_size)
-        _, world = _rank_and_world()
+        _, world = rank_and_world()
         self._scores_before = self.scores.clone() if scored else None
+        this = self._loop = object()
         self._trained_now = 0
         try:
             for k in range(count):
@@ -377,18 +378,19 @@ class SADP:
                 self._trained_now += batch_size * world - padding
                 self._share_of_epoch = (k + 1) / count
                 yield batches.indices[k]
+                if self._loop is not this:
+                    raise RuntimeError("a state was loaded within this epoch, which ended it: leave its loop first")
                 self.collect()
                 if meter is not None:
                     meter.renew(batch_size)
             self._share_scores()
         finally:
-            if world == 1:  # else the ranks have to meet first, at the next draw
-                self._scores_before = None
-            self._batch = None
-            if meter is not None:
-                meter.detach()
-            self._carried = self._next_carried
-            self._complete_epoch()
+            if self._loop is this:
+                if world == 1:  # else the ranks have to meet first, at the next draw
+                    self._scores_before = None
+                self._leave_batch()
+                self._carried = self._next_carried
+                self._complete_epoch()
 
     def _has_layers_to_score(self) -> bool:
         """False, with a warning, once no weight layer is trained any more: examples then keep their scores."""
@@ -402,7 +404,7 @@ class SADP:
 
     def _unpruned_epoch(self, batches: Iterable[Any], batch_size: int, examples: int) -> Iterator[Any]:
         """Yield an epoch's batches as they are, of so many examples each and in all."""
-        this = self._unpruned = object()
+        this = self._loop = object()
         self._trained_now = 0
         try:
             for batch in batches:
@@ -410,8 +412,14 @@ class SADP:
                 self._share_of_epoch = self._trained_now / examples
                 yield batch
         finally:
-            if self._unpruned is this:  # an older loop that ends now has been overtaken
+            if self._loop is this:  # an older loop that ends now has been overtaken
                 self._complete_epoch()
+
+    def _leave_batch(self) -> None:
+        """No batch is at hand any more, and the model is left as it was."""
+        self._batch = None
+        if self._meter is not None:
+            self._meter.detach()
 
     def _complete_epoch(self) -> None:
         self._trained, self._trained_now, self._share_of_epoch = self.examples_trained, 0, 0.0
@@ -436,7 +444,7 @@ class SADP:
         """How many batches the next epoch should have; how many it has varies with the draw."""
         last = self.epoch == len(self.ratios) - 1
         expected = (1 - self.ratios[self.epoch]) * self.num_examples + len(self._carried.indices)
-        batches = expected / (batch_size * _rank_and_world()[1])
+        batches = expected / (batch_size * rank_and_world()[1])
         return max(1, math.ceil(batches) if last or not drop_last else math.floor(batches))
 
     def loader(self, loader: DataLoader) -> PrunedLoader:
@@ -504,7 +512,8 @@ class SADP:
             factor = batch.mean_factor
             loss = (losses * batch.weights.to(losses)).sum()
             loss = loss * (factor.to(loss) if isinstance(factor, Tensor) else factor)
-        if batch.scored and self.score != "given":
+        first = batch.loss_gradient is None and batch.direct_score is None
+        if batch.scored and self.score != "given" and first:  # not from a second pass, as of SAM
             if self.score == "loss":
                 with torch.no_grad():
                     batch.direct_score = per_example(unreduced(output, target), batch.size, reduction)
@@ -563,9 +572,9 @@ class SADP:
                 self._keep(batch, batch.direct_score)
             return
         gradient, taps = batch.loss_gradient, batch.taps
-        if batch.awaits_backward:
+        if gradient is None:  # the batch was skipped: no loss, or no backward pass, which may come yet
             self._meter.abandon()
-        if gradient is None or taps is None:  # the batch was skipped: no loss, or no backward pass
+        if gradient is None or taps is None:
             return
         taps.finish()
         mean_factor = batch.mean_factor
@@ -645,7 +654,7 @@ class SADP:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state_dict()``.
+        """Go on from ``state_dict()``. An epoch that is running ends untrained: leave its loop.
 
         Raises:
             ValueError: it is no state of a SADP, or was saved with other settings; the message names the first that
@@ -660,6 +669,8 @@ class SADP:
                 raise ValueError(
                     f"this state was saved with {name}={saved!r}, but SADP was built with {self._config[name]!r}"
                 )
+        self._loop = None
+        self._leave_batch()
         self.epoch = int(state["epoch"])
         self._slots[:-1] = state["scores"].to(self.device)
         self._carried = Drawn(state["carried_indices"].to(self.device), state["carried_weights"].to(self.device))
@@ -667,9 +678,3 @@ class SADP:
         self._scores_before = None
         if self._meter is not None:
             self._meter.load_state_dict(state)
-
-
-def _rank_and_world() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1

@@ -26,12 +26,27 @@ def patch_multiplicity(layer: WeightLayerModule) -> float:
     """In how many patches one input element of this layer appears at most; 1 if linear.
 
     Along one axis of kernel K, stride s and dilation d these are the k < K with k d = const (mod s): every
-    (s / gcd(s, d))-th, so ceil(K / (s / gcd(s, d))).
+    (s / gcd(s, d))-th, so ceil(K / (s / gcd(s, d))). Padding that repeats elements adds the patches of their copies
+    (along axes longer than one element).
     """
     if isinstance(layer, nn.Linear):
         return 1.0
-    axes = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
-    return float(math.prod(math.ceil(k / (s // math.gcd(s, d))) for k, s, d in axes))
+    pads = layer._reversed_padding_repeated_twice  # last axis first, both its ends
+    ends = [(pads[i], pads[i + 1]) for i in reversed(range(0, len(pads), 2))]
+    axes = zip(layer.kernel_size, layer.stride, layer.dilation, ends, strict=True)
+    return float(math.prod(_on_axis(k, s, d, pad, layer.padding_mode) for k, s, d, pad in axes))
+
+
+def _on_axis(kernel: int, stride: int, dilation: int, pad: tuple[int, int], mode: str) -> int:
+    """``patch_multiplicity`` along one axis. The element i steps from the padded end is in i + 1 patches at most."""
+    inside = math.ceil(kernel / (stride // math.gcd(stride, dilation)))
+    if mode == "replicate":  # the first element has copies 0 to pad - 1 steps from the end, and is the next
+        return max(inside, *(sum(min(i + 1, inside) for i in range(p + 1)) for p in pad))
+    if mode == "reflect":  # each mirror image is less than pad steps from its end
+        return inside + sum(min(p, inside) for p in pad)
+    if mode == "circular" and (stride > 1 or sum(pad) > dilation * (kernel - 1)):
+        return inside * (1 + sum(p > 0 for p in pad))  # else there are no more patches than elements: each has K places
+    return inside
 
 
 def spike_aware_score(input_energy: Tensor, delta_energy: Tensor, multiplicity: Tensor) -> Tensor:
@@ -69,5 +84,5 @@ def el2n_score(output: Tensor, target: Tensor) -> Tensor:
             f"{tuple(output.shape)} and {tuple(target.shape)}; use score='loss' or 'all' for other losses"
         )
     error = torch.softmax(output.detach().float(), dim=1)
-    labels = nn.functional.one_hot(target, output.shape[1]) if target.ndim == 1 else target
+    labels = nn.functional.one_hot(target.long(), output.shape[1]) if target.ndim == 1 else target
     return torch.linalg.vector_norm(error - labels, dim=1)

@@ -43,6 +43,7 @@ class ScoreMeter:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._in_forward = False  # whether a batch's forward pass is under way
         self._measuring = False  # whether neurons collect statistics
+        self._before_probe: list[tuple[nn.Module, bool]] = []  # those that do for the probe, and whether they did
 
     @property
     def reads_dataflow(self) -> bool:
@@ -101,7 +102,7 @@ class ScoreMeter:
         self._in_forward = False
 
     def abandon(self) -> None:
-        """A backward pass of the batch may come yet, which writes into its taps: no other batch may use them."""
+        """The batch's taps are half written, and a backward pass may write into them yet: no other batch uses them."""
         self._taps = None
 
     def renew(self, batch_size: int) -> None:
@@ -114,12 +115,15 @@ class ScoreMeter:
         if on == self._measuring:
             return
         self._measuring = on
-        if self._probe is not None:
-            for node in self.model.modules():
-                if keeps_energies(node):
-                    node.collect_statistics = on  # type: ignore[assignment]
-        elif self._taps is not None:
-            self._taps.switch(on)
+        if self._probe is None:
+            if self._taps is not None:
+                self._taps.switch(on)
+            return
+        if on:
+            nodes = [node for node in self.model.modules() if keeps_energies(node)]
+            self._before_probe = [(node, bool(node.collect_statistics)) for node in nodes]
+        for node, collected in self._before_probe:
+            node.collect_statistics = on or collected  # type: ignore[assignment]
 
     def read(self, loss: Tensor, batch_size: int) -> EnergyTaps:
         """Read the dataflow from the loss of the first scored batch, before its backward pass; what measures it.
@@ -134,7 +138,7 @@ class ScoreMeter:
         if not layers:
             raise ValueError(
                 f"score={self.score!r} found no weight layer (Linear or Conv with a trainable weight) in the model's "
-                "forward pass: run the model that SADP was given, or use score='loss' or 'el2n'"
+                "forward pass and its loss: run the model that SADP was given, or use score='loss' or 'el2n'"
             )
         if self.score == "last":
             layers = layers[-1:]
@@ -176,7 +180,7 @@ class ScoreMeter:
         if missed:
             warnings.warn(
                 f"score='all' leaves out {', '.join(missed)}: only weights of Linear and Conv modules that are called "
-                "as modules are measured",
+                "as modules, and that the loss depends on, are measured",
                 stacklevel=4,
             )
 

@@ -61,7 +61,7 @@ def packed_spikes() -> saved_tensors_hooks:
     innermost ones act alone, as always in torch. Works while a CUDA graph is recorded; ``torch.compile``d parts keep
     what they keep.
     """
-    return saved_tensors_hooks(partial(_pack, WeakTensorKeyDictionary()), _unpack)
+    return saved_tensors_hooks(partial(_pack, WeakTensorKeyDictionary()), unpack)
 
 
 class _Dense(NamedTuple):
@@ -119,7 +119,7 @@ def _pack(blocks: WeakTensorKeyDictionary, tensor: Tensor) -> _Dense | _PackedVi
     return _PackedView(of_owner[key], tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()) - offset)
 
 
-def _unpack(saved: _Dense | _PackedView) -> Tensor:
+def unpack(saved: _Dense | _PackedView) -> Tensor:
     if isinstance(saved, _PackedView):
         return saved.block.view(saved.shape, saved.strides, saved.offset)
     tensor, version = saved

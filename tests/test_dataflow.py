@@ -456,7 +456,7 @@ def test_batch_norm_scale(device, training, affine):
     if training:
         variance = x.var((0, 2, 3), unbiased=False)
     expected = torch.rsqrt(variance + norm.eps) * (norm.weight if affine else 1)
-    torch.testing.assert_close(batch_norm_scale(norm, norm(x)), expected.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(batch_norm_scale(norm, x, norm(x)), expected.detach(), rtol=1e-4, atol=1e-6)
 
 
 def test_batch_norm_scale_sees_through_views_and_half_types(device):
@@ -464,7 +464,7 @@ def test_batch_norm_scale_sees_through_views_and_half_types(device):
     x = torch.randn(8, 5, 6, 7, device=device, requires_grad=True)
     expected = torch.rsqrt(x.var((0, 2, 3), unbiased=False) + norm.eps)
     output = norm(x.to(memory_format=torch.channels_last)).unflatten(0, (2, 4)).half()
-    torch.testing.assert_close(batch_norm_scale(norm, output), expected.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(batch_norm_scale(norm, x, output), expected.detach(), rtol=1e-4, atol=1e-6)
 
 
 def test_energy_per_example():

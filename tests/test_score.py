@@ -39,6 +39,25 @@ def test_patch_multiplicity_is_the_largest_number_of_patches_of_one_element(kern
     assert patches.sum((1, 2)).max() == patch_multiplicity(layer)
 
 
+@pytest.mark.parametrize("mode", ["replicate", "reflect", "circular"])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("padding", [0, 1, 2, 3])
+def test_padding_that_repeats_elements_adds_their_copies(mode, kernel, stride, dilation, padding):
+    """Never fewer than there are, in inputs of any length; and as many for the most usual convolution."""
+    layer = nn.Conv1d(1, 1, kernel, stride=stride, dilation=dilation, padding=padding, padding_mode=mode)
+    most = 0
+    for length in range(max(2, padding + 1), 24):
+        padded = nn.functional.pad(torch.eye(length)[:, None], (padding, padding), mode=mode)[:, :, None]
+        if padded.shape[-1] > dilation * (kernel - 1):
+            patches = nn.functional.unfold(padded, (1, kernel), dilation=(1, dilation), stride=(1, stride))
+            most = max(most, int(patches.sum((1, 2)).max()))
+    assert most <= patch_multiplicity(layer)
+    if (kernel, stride, dilation, padding) == (3, 1, 1, 1) and mode != "reflect":
+        assert most == patch_multiplicity(layer)
+
+
 def test_spike_aware_score_is_the_root_of_the_summed_products(device):
     counts = torch.tensor([[3, 0, 7], [2, 5, 1]], device=device)
     deltas = torch.tensor([[0.5, 2.0, 1.0], [0.25, 1.0, 0.0]], device=device)
@@ -60,4 +79,5 @@ def test_el2n():
     target = torch.randint(5, (6,))
     expected = (output.softmax(1) - torch.eye(5)[target]).norm(dim=1)
     torch.testing.assert_close(el2n_score(output, target), expected)
+    torch.testing.assert_close(el2n_score(output, target.byte()), expected)
     torch.testing.assert_close(el2n_score(output, torch.eye(5)[target]), expected)

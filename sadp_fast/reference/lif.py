@@ -111,5 +111,5 @@ class GradientNormTap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.buffer.copy_(squared_norm_per_example(grad, ctx.channel_scale))
+        ctx.buffer.copy_(squared_norm_per_example(grad.detach(), ctx.channel_scale))  # it may have a graph of its own
         return grad, *([None] * (2 + ctx.others))
