@@ -33,7 +33,7 @@ class EpochBatches(NamedTuple):
 def shuffled(drawn: Drawn, *, seed: int, epoch: int) -> Drawn:
     """The same examples in an order that depends on (seed, epoch) alone, whatever the device."""
     generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + epoch) % 2**63)
-    order = torch.randperm(drawn.indices.shape[0], generator=generator).to(drawn.indices.device)
+    order = torch.randperm(drawn.indices.shape[0], generator=generator, device="cpu").to(drawn.indices.device)
     return Drawn(drawn.indices[order], drawn.weights[order])
 
 

@@ -202,7 +202,7 @@ class SADP:
             "seed": seed,
         }
         # A bad policy or smoothing should be found here, not an epoch later.
-        inclusion_probabilities(torch.ones(2), 1.0, smoothing=smoothing, policy=policy)
+        inclusion_probabilities(torch.ones(2, device="cpu"), 1.0, smoothing=smoothing, policy=policy)
         self.epoch = 0
         self._trained, self._trained_now = 0, 0  # examples, in completed epochs and in the running one
         self._share_of_epoch = 0.0  # of the running one's batches, those that are done or at hand

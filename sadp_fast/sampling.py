@@ -150,7 +150,7 @@ def _sample_cpu(p: Tensor, seed: int, epoch: int | Tensor, capacity: int | None)
     length = selection.count if capacity is None else capacity
     indices, weights = _outputs(p, length)
     _native.cpu_write(*source, selection, threads, workspace.data_ptr(), indices.data_ptr(), weights.data_ptr(), length)
-    return Sample(indices, weights, torch.tensor(selection.count))
+    return Sample(indices, weights, torch.tensor(selection.count, device=p.device))
 
 
 @lru_cache(maxsize=256)

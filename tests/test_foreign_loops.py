@@ -348,3 +348,24 @@ def test_ranks_without_a_sampler_of_theirs_are_warned_of(data, monkeypatch):
     loader = pruner(nn.Linear(FEATURES, CLASSES), prune_ratio=0.0).loader(DataLoader(data, batch_size=BATCH))
     with pytest.warns(UserWarning, match="give it a DistributedSampler"):
         next(iter(loader))
+
+
+@pytest.mark.parametrize("score", ["all", "loss", "el2n", "random"])
+def test_another_default_device_changes_nothing(data, score):
+    """What SADP makes lies where the model and the data lie, whatever torch.set_default_device says."""
+
+    def scores(elsewhere):
+        model = Normalised(lambda: LIFNode(step_mode="m"))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with torch.device("meta" if elsewhere else model.a.weight.device):
+            sadp = pruner(model, score=score)
+            for _ in range(3):
+                for _, index in rows(sadp):
+                    sadp.loss(criterion, model(data[index][0]), data[index][1]).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    sadp_fast.reset(model)
+        return sadp.scores, sadp.probabilities
+
+    for found, expected in zip(scores(True), scores(False), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
