@@ -25,7 +25,7 @@ from .neuron import BaseNode
 from .own_hook import OwnHook
 from .reference.lif import squared_norm_per_example
 from .score import WEIGHT_LAYERS, patch_multiplicity
-from .spike_storage import unpack
+from .spike_storage import hooks_of_saved_tensors, unpack
 
 # Autograd nodes that leave every element as it is; the second group also moves dimensions.
 _VIEWS = {"View", "UnsafeView", "ReshapeAlias", "Alias", "Squeeze", "Unsqueeze", "Clone", "ToCopy"}
@@ -368,6 +368,5 @@ def batch_norm_scale(norm: _BatchNorm, x: Tensor, output: Tensor) -> Tensor:
 
 def _recomputes() -> bool:
     """Whether reading what autograd saves now may run code of others: that of ``torch.utils.checkpoint``."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)  # PyTorch has no public name
-    hooks = top(True)
+    hooks = hooks_of_saved_tensors()
     return hooks is not None and hooks[1] is not unpack

@@ -8,6 +8,7 @@ written anew, bit for bit, for the layer's backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -48,6 +49,14 @@ def max_count(tensor: Tensor) -> int | None:
     """What was promised with ``mark`` of ``tensor`` or of the tensor it is a view of; None where nothing holds."""
     owner = None if torch.compiler.is_compiling() else _owner(tensor)
     return None if owner is None else getattr(owner, _MAX_COUNT)
+
+
+def hooks_of_saved_tensors() -> tuple[Callable, Callable] | None:
+    """The hooks, (pack, unpack), of what autograd saves now: of checkpoints, offloading, ``packed_spikes``; or None.
+
+    PyTorch has no public name for them, and before 2.7 cannot tell: None.
+    """
+    return getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore: None)(True)
 
 
 def packed_spikes() -> saved_tensors_hooks:

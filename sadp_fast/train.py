@@ -97,17 +97,19 @@ def run(
 
 
 def train_epoch(trainer: Trainer, viewers: Sequence[Progress]) -> RunningMean:
-    """Train for SADP's next epoch; the mean of its losses."""
+    """Train for SADP's next epoch; the mean loss of its examples."""
     config, sadp = trainer.config, trainer.sadp
     epoch = sadp.epoch
     kept = 1 - sadp.ratios[epoch]
     planned_steps = max(1.0, kept * len(trainer.data.train_labels) / config.batch_size)
     loss = RunningMean(trainer.device)
     trainer.model.train()
-    done = sadp.progress
+    done, examples = sadp.progress, sadp.examples_trained
     for step, index in enumerate(sadp.batches(config.batch_size)):
         before, done = done, sadp.progress
-        loss.add(trainer.step(index, learning_rate(config.lr, (before + done) / 2)))
+        earlier, examples = examples, sadp.examples_trained
+        share = (examples - earlier) / config.batch_size  # below 1 where the last batch is filled up
+        loss.add(trainer.step(index, learning_rate(config.lr, (before + done) / 2)), share)
         if step % REPORT_EVERY == 0:
             shown, share = loss.peek(), min((step + 0.5) / planned_steps, 1.0)
             for viewer in viewers:
@@ -175,15 +177,17 @@ def learning_rate(peak: float, done: float) -> float:
 
 
 class RunningMean:
-    """Mean of an epoch's losses, summed on the device; only `read` waits for it."""
+    """Mean loss of an epoch's examples, summed on the device; only `read` waits for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.total, self.steps = torch.zeros((), device=device), 0
+        self.total, self.batches, self.steps = torch.zeros((), device=device), 0.0, 0
         self.shown: float | None = None
-        self.copy: tuple[Tensor, int, torch.cuda.Event | None] | None = None
+        self.copy: tuple[Tensor, float, torch.cuda.Event | None] | None = None
 
-    def add(self, loss: Tensor) -> None:
+    def add(self, loss: Tensor, share: float = 1.0) -> None:
+        """Take a step's loss, of which padding is a part that counts nothing; share: the rest of the batch."""
         self.total += loss
+        self.batches += share
         self.steps += 1
 
     def peek(self) -> float | None:
@@ -192,13 +196,13 @@ class RunningMean:
             self.shown, self.copy = self.copy[0].item() / self.copy[1], None
         if self.copy is None:
             event = torch.cuda.Event() if self.total.is_cuda else None
-            self.copy = self.total.to("cpu", non_blocking=True, copy=True), self.steps, event
+            self.copy = self.total.to("cpu", non_blocking=True, copy=True), self.batches, event
             if event:
                 event.record()
         return self.shown
 
     def read(self) -> float:
-        return self.total.item() / max(1, self.steps)
+        return self.total.item() / (self.batches or 1)
 
 
 def _spare_cublas_workspaces() -> None:

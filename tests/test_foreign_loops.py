@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from conftest import INTERPRETED
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -288,14 +289,25 @@ def test_gradients_of_gradients(data):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_activation_checkpoints_are_not_run_for_the_score(data, training):
-    """Reading what batch normalisation saved would run the block again, and update its running statistics once more."""
+@pytest.mark.parametrize("fused_norm", [True, False])
+@pytest.mark.parametrize("kernels", [True, False])
+def test_activation_checkpoints_are_not_run_for_the_score(data, device, kernels, fused_norm, training):
+    """Reading what batch normalisation saved would run the block again, and update its running statistics once more.
+
+    And the block, run again without being measured, has to save as many tensors.
+    """
+    if kernels and device == "cpu" and not INTERPRETED:
+        pytest.skip("the kernels run on the GPU here")
+    backend = "triton" if kernels else "torch"
 
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
             torch.manual_seed(3)
-            self.a, self.norm, self.lif = nn.Linear(FEATURES, 16), nn.BatchNorm1d(16), LIFNode(step_mode="m")
+            norm, lif = nn.BatchNorm1d(16), LIFNode(step_mode="m", backend=backend)
+            self.a, self.norm, self.lif = nn.Linear(FEATURES, 16), norm, lif
+            if fused_norm:
+                self.norm, self.lif = nn.Identity(), BatchNormLIF(16, backend=backend)
             self.head, self.checkpoints, self.runs = nn.Linear(16, CLASSES), False, 0
 
         def block(self, x):

@@ -461,6 +461,15 @@ def test_running_mean():
     for value in (1.0, 2.0, 6.0):
         mean.add(torch.tensor(value))
     assert mean.read() == 3.0 and mean.peek() is None and mean.peek() == 3.0
+    mean.add(torch.tensor(1.5), 0.5)  # half of this batch is padding
+    assert mean.read() == 3.0 and mean.steps == 4
+
+
+def test_padding_does_not_make_an_epochs_loss_small(tmp_path):
+    """Nothing is learned: the last epoch's loss, whose last batch is filled up, is that of the others."""
+    config = replace(CONFIG, lr=1e-12, epochs=3, batch_size=64).of("full")
+    first, second, last = (entry["loss"] for entry in train.run(config, colour_data(), tmp_path).history)
+    assert [first, second] == pytest.approx([last, last], rel=0.15)
 
 
 @pytest.mark.gpu

@@ -32,8 +32,10 @@ class _BatchNormLIF(torch.autograd.Function):
         out, v, energy = layer.fire(x, constants, reciprocal_tau, residual, want_v, energies is not None)
         driven = neuron.learned_gain and ctx.needs_input_grad[4]  # else the constants have all that is needed
         affine = (weight, bias) if driven else (None, None)
-        ctx.save_for_backward(x, constants, energy, reciprocal_tau, *affine)
-        ctx.layer, ctx.energies, ctx.repeat, ctx.strides = layer, energies, repeat, x.stride()
+        ctx.save_for_backward(x, constants, reciprocal_tau, *affine)
+        # Not saved: where activation checkpoints run this anew, nothing is measured, and as much has to be saved.
+        ctx.energy, ctx.energies = energy, energies
+        ctx.layer, ctx.repeat, ctx.strides = layer, repeat, x.stride()
         ctx.mark_non_differentiable(*(t for t in (v, constants) if t is not None))
         ctx.set_materialize_grads(False)
         return out, v, constants
@@ -47,8 +49,9 @@ class _BatchNormLIF(torch.autograd.Function):
             )
         if grad_out is None:
             return (None,) * 11
-        x, constants, energy, reciprocal_tau, weight, bias = ctx.saved_tensors
-        layer, energies, wants_grad_tau = ctx.layer, ctx.energies, ctx.needs_input_grad[4]
+        x, constants, reciprocal_tau, weight, bias = ctx.saved_tensors
+        energy, energies = ctx.energy, ctx.energies
+        layer, wants_grad_tau = ctx.layer, ctx.needs_input_grad[4]
         if x.stride() != ctx.strides:  # a hook for saved tensors gave it back in another layout
             layer, x = layer_for(x, ctx.repeat, layer.neuron, layer.kind)
         backward, grad = layer.backward(grad_out, energies is not None, wants_grad_tau)

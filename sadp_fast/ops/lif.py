@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..dynamics import Dynamics
+from ..spike_storage import hooks_of_saved_tensors
 from .layout import sequence_like, sequence_strides, v_like, with_dense_inner
 from .lif_launch import (
     Constants,
@@ -162,8 +163,9 @@ class _LIF(torch.autograd.Function):
     ):
         spikes, v, v_seq, checkpoints, count = run_forward(x, v_init, reciprocal_tau, call.neuron, call.stores)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, v_init, reciprocal_tau, checkpoints, channel_scale)
-        ctx.call = call
+        ctx.save_for_backward(x, v_init, reciprocal_tau, checkpoints)
+        # Not saved: where activation checkpoints run this anew, nothing is measured, and as much has to be saved.
+        ctx.call, ctx.channel_scale = call, channel_scale
         if count is not None:
             ctx.mark_non_differentiable(count)
         return spikes, _nothing(x) if v is None else v, v_seq, count
@@ -171,8 +173,7 @@ class _LIF(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_spikes: Tensor | None, grad_v: Tensor | None, grad_v_seq: Tensor | None, _: None):
         _refuse_second_derivative()
-        *inputs, channel_scale = ctx.saved_tensors
-        call = ctx.call
+        call, inputs, channel_scale = ctx.call, ctx.saved_tensors, ctx.channel_scale
         if grad_v is not None and not call.stores.v:
             grad_v, call.grad_v = call.grad_v, None
         wanted = Wanted(ctx.needs_input_grad[1], call.record_norms is not None, ctx.needs_input_grad[2])
@@ -307,10 +308,6 @@ def runs_directly() -> bool:
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
 
 
-# Saved-tensor hooks (checkpointing, offloading) mean that the input shall not be kept; torch before 2.7 cannot tell.
-_saved_tensor_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore: None)
-
-
 def multi_step(
     x: Tensor,
     v: Tensor | float,
@@ -341,7 +338,8 @@ def multi_step(
         stores = Stores(v_seq=store_v_seq, counts=count_spikes)
         spikes, v_final, v_seq, _, count = run_forward(*inputs, neuron, stores)
         return spikes, v_final, v_seq, count  # type: ignore[return-value]
-    defer_v = defer_v and x.shape[0] > 1 and _saved_tensor_hooks(True) is None
+    # Hooks (checkpointing, offloading) mean that the input shall not be kept.
+    defer_v = defer_v and x.shape[0] > 1 and hooks_of_saved_tensors() is None
     stores = Stores(True, not defer_v, store_v_seq, takes_several_chunks(x), count_spikes)
     call = _Call(neuron, stores, (dynamics.detach_reset, surrogate, alpha), record_norms)
     spikes, v_final, v_seq, count = _LIF.apply(*inputs, channel_scale, call)
