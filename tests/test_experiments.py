@@ -77,7 +77,7 @@ def test_cifar_becomes_small_enough_for_a_cpu(tmp_path, monkeypatch):
 
 def test_results_of_several_folders_are_joined(tmp_path, monkeypatch, capsys):
     experiment = load("joined")
-    whole = json.loads((SCRIPTS.parent / "results" / "2026-11-27-h200-cifar10-150" / "accuracy.json").read_text())
+    whole = json.loads((SCRIPTS.parent / "results" / "2026-11-28-h200-cifar10-150" / "accuracy.json").read_text())
     ratios = sorted(row["time_ratio"] for row in whole["accuracies"])
     parts = []
     for part in ("random", "rest"):
