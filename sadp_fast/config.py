@@ -232,6 +232,11 @@ def settings_of(method: str) -> set[str]:
     return set(SETTINGS) - set(unused) - ({"score", "policy"} & METHODS[method].keys())
 
 
+def device_kind(device: str) -> str:
+    """ "cuda" of "cuda:1": a run that was begun on one device may go on on any of its kind."""
+    return device.partition(":")[0]
+
+
 def folder_name(variant: str) -> str:
     """A variant as part of a file's name."""
     return variant.replace(":", "-")

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from . import models
 from .augmentation import crop_flip_normalise, draw_augmentation, draw_mixup, mixup
 from .casting import cast_weights_at_once
-from .config import AMP, TRAINED_BY_SGD, TrainConfig
+from .config import AMP, TRAINED_BY_SGD, TrainConfig, device_kind
 from .data import Dataset
 from .exact import gradient_norms
 from .graphs import GraphedStep
@@ -383,14 +383,18 @@ class Trainer:
         os.replace(partial, path)
 
     def load(self, path: Path) -> None:
-        """Continue from a checkpoint of the same configuration; raises TrainError, warns where other code began it."""
+        """Continue from a checkpoint of the same configuration, on any device of its kind.
+
+        Raises TrainError, and warns where other code began it.
+        """
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             saved = state["config"]
         except (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
             raise TrainError(f"the checkpoint {path} is damaged ({error}): start a new run") from error
         saved = {**asdict(TrainConfig()), **saved}  # an older run lacks what was added since
-        for field, value in asdict(self.config).items():
+        own, saved = ({**c, "device": device_kind(c["device"])} for c in (asdict(self.config), saved))
+        for field, value in own.items():
             if saved[field] != value:
                 raise TrainError(
                     f"{field} is {value!r}, but the run in {path.parent} has {saved[field]!r}: "

@@ -503,6 +503,21 @@ def test_interrupted_run_resumes_to_the_same_result(place, capsys, monkeypatch):
     assert cli.main(["train", "--resume", "cut run", "--quiet"]) == 0  # a finished run shows its table again
 
 
+def test_resume_may_choose_another_device_of_the_same_kind(monkeypatch, capsys):
+    arguments = [*FAST, "--prune-ratio", "0.3", "--compare", "none", "--out", "here"]
+    with monkeypatch.context() as context:
+        stop(context, lambda label, epoch: epoch == 1)
+        assert cli.main(arguments) == 130
+        stop(context, lambda label, epoch: epoch == 2)
+        capsys.readouterr()
+        assert cli.main(["train", "--resume", "here", "--device", "cpu:0"]) == 130
+    again = "train --resume here --device cpu:0"
+    assert capsys.readouterr().err == f"sadp-fast: interrupted; to go on: sadp-fast {again}\n"
+    assert cli.main([*again.split(), "--quiet"]) == 0
+    assert cli.main(["train", "--resume", "here", "--device", "cuda"]) == 2
+    assert "--device is cuda, but the run in here began with cpu" in capsys.readouterr().err
+
+
 def test_resume_may_move_the_data():
     write_npz(Path("data.npz"))
     assert cli.main([*NPZ, "data.npz", "--epochs", "4", "--compare", "none", "--batch-size", "8", "--out", "here"]) == 0

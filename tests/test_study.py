@@ -648,7 +648,7 @@ def test_a_study_stops_in_time(monkeypatch, capsys):
     output = capsys.readouterr()
     assert "accuracy: no finished run yet" in output.out
     assert output.err == (
-        "sadp-fast: stopped by --stop-after, runs are missing; to go on: sadp-fast study accuracy --resume here\n"
+        "sadp-fast: stopped by --stop-after, runs are missing; to go on: sadp-fast study accuracy --resume here --device cpu\n"
     )
     # The last epoch, then random with nothing to expect its time by; by it, full data would take longer than is left.
     assert study(0.7) == (command.STOPPED, ["full-r0-s0", "random-r0.3-s0"], [])
@@ -732,7 +732,7 @@ def test_interrupted_study_goes_on_where_it_was(study, method, finished, monkeyp
         context.setattr(train.Trainer, "save", save)
         assert cli.main(["study", study, *arguments]) == 130
     assert capsys.readouterr().err == (
-        f"sadp-fast: interrupted; to go on: sadp-fast study {study} --resume 'cut short'\n"
+        f"sadp-fast: interrupted; to go on: sadp-fast study {study} --resume 'cut short' --device cpu\n"
     )
     assert len(list(Path("cut short/unfinished").iterdir())) == 1 and not Path("cut short/runs").exists()
     epochs = []

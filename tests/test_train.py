@@ -258,6 +258,19 @@ def test_resuming_another_configuration_names_the_field(tmp_path):
         train.run(replace(CONFIG, lr=0.1), colour_data(), tmp_path, resume=True)
 
 
+def test_a_run_goes_on_on_another_device_of_its_kind(tmp_path):
+    whole = train.run(CONFIG, colour_data(), tmp_path / "whole").history
+    with pytest.raises(KeyboardInterrupt):
+        train.run(CONFIG, colour_data(), tmp_path / "cut", [StopAfter(2)])
+    resumed = train.run(replace(CONFIG, device="cpu:0"), colour_data(), tmp_path / "cut", resume=True).history
+    assert without_seconds(resumed) == without_seconds(whole)
+    state = checkpoint(tmp_path / "cut")
+    state["config"]["device"] = "cuda:1"
+    torch.save(state, tmp_path / "cut" / "checkpoint.pt")
+    with pytest.raises(TrainError, match="device is 'cpu', but the run in .* has 'cuda': resume with that value"):
+        train.run(CONFIG, colour_data(), tmp_path / "cut", resume=True)
+
+
 @pytest.mark.parametrize("begun_with", ["0123abcd", None])
 def test_going_on_with_other_sources_is_said(tmp_path, begun_with):
     """Each time: a run of two versions stays one. None: a checkpoint of before they were kept."""

@@ -109,7 +109,8 @@ def run(given: dict[str, Any]) -> int:
         _remember(plan)
         if not quiet:
             _introduce(plan, console)
-    again = f"sadp-fast study {given['study']} --resume {shlex.quote(str(plan.folder))}"
+    device = f" --device {plan.base.device}" if "device" in given else ""  # what was begun goes on on its kind alone
+    again = f"sadp-fast study {given['study']} --resume {shlex.quote(str(plan.folder))}{device}"
     try:
         with display.open():
             results, plots = {}, {}
