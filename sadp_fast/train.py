@@ -104,10 +104,11 @@ def train_epoch(trainer: Trainer, viewers: Sequence[Progress]) -> RunningMean:
     planned_steps = max(1.0, kept * len(trainer.data.train_labels) / config.batch_size)
     loss = RunningMean(trainer.device)
     trainer.model.train()
-    done = sadp.progress
+    done, trained = sadp.progress, sadp.examples_trained
     for step, index in enumerate(sadp.batches(config.batch_size)):
         before, done = done, sadp.progress
-        loss.add(trainer.step(index, learning_rate(config.lr, (before + done) / 2)))
+        new, trained = sadp.examples_trained - trained, sadp.examples_trained
+        loss.add(trainer.step(index, learning_rate(config.lr, (before + done) / 2)), new / config.batch_size)
         if step % REPORT_EVERY == 0:
             shown, share = loss.peek(), min((step + 0.5) / planned_steps, 1.0)
             for viewer in viewers:
@@ -175,16 +176,21 @@ def learning_rate(peak: float, done: float) -> float:
 
 
 class RunningMean:
-    """Mean of an epoch's losses, summed on the device; only `read` waits for it."""
+    """Mean of an epoch's losses over its examples, summed on the device; only `read` waits for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.total, self.steps = torch.zeros((), device=device), 0
+        self.total, self.steps, self.batches = torch.zeros((), device=device), 0, 0.0
         self.shown: float | None = None
-        self.copy: tuple[Tensor, int, torch.cuda.Event | None] | None = None
+        self.copy: tuple[Tensor, float, torch.cuda.Event | None] | None = None
 
-    def add(self, loss: Tensor) -> None:
+    def add(self, loss: Tensor, share: float = 1.0) -> None:
+        """A step's loss: the sum over its examples by the size of a batch, of which they are this share.
+
+        Padding adds to the size, but not to the sum.
+        """
         self.total += loss
         self.steps += 1
+        self.batches += share
 
     def peek(self) -> float | None:
         """The newest mean that has reached the host (on a GPU that of an earlier call), without waiting."""
@@ -192,13 +198,13 @@ class RunningMean:
             self.shown, self.copy = self.copy[0].item() / self.copy[1], None
         if self.copy is None:
             event = torch.cuda.Event() if self.total.is_cuda else None
-            self.copy = self.total.to("cpu", non_blocking=True, copy=True), self.steps, event
+            self.copy = self.total.to("cpu", non_blocking=True, copy=True), self.batches, event
             if event:
                 event.record()
         return self.shown
 
     def read(self) -> float:
-        return self.total.item() / max(1, self.steps)
+        return self.total.item() / (self.batches or 1.0)
 
 
 def _spare_cublas_workspaces() -> None:

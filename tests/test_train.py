@@ -474,6 +474,29 @@ def test_running_mean():
     for value in (1.0, 2.0, 6.0):
         mean.add(torch.tensor(value))
     assert mean.read() == 3.0 and mean.peek() is None and mean.peek() == 3.0
+    mean.add(torch.tensor(0.75), 0.25)  # a quarter of a batch, of examples whose mean is 3, and padding
+    assert mean.read() == 3.0 and mean.steps == 4 and mean.peek() == 3.0 and mean.peek() == 3.0
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(16, 5), (70, 1), (64, 2), (35, 2)])
+def test_an_epochs_loss_is_the_mean_over_its_examples(monkeypatch, batch_size, steps):
+    """However much of the last batch is padding: here every example's loss is 2."""
+    trainer = Trainer(replace(CONFIG.of("full"), epochs=1, batch_size=batch_size), colour_data())
+    shown = []
+
+    class Viewer(train.Progress):
+        def step(self, epoch, share, step, loss, kept):
+            shown.append(loss)
+
+    def two(output, target, reduction="mean"):
+        losses = 0 * output.sum(1) + 2
+        return losses.mean() if reduction == "mean" else losses
+
+    trainer.criterion = two
+    monkeypatch.setattr(train, "REPORT_EVERY", 1)
+    loss = train.train_epoch(trainer, [Viewer()])
+    assert loss.steps == steps and loss.read() == pytest.approx(2.0)
+    assert shown[1:] == pytest.approx([2.0] * (steps - 1)) and loss.peek() == pytest.approx(2.0)
 
 
 @pytest.mark.gpu
