@@ -84,10 +84,32 @@ class Dataset:
         """Shape of one example: (C, H, W), or (T, C, H, W) for event frames."""
         return tuple(self.train_images.shape[1:])
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """By what runs of one data set know each other: "name", "train_examples", and "labels", a digest.
+
+        Of an example's shape, the number of classes and all labels in their order, but of no pixels: decoders of JPEG
+        files differ by a bit.
+        """
+        digest = hashlib.sha256(repr((self.shape, self.num_classes, len(self.train_labels))).encode())
+        for labels in (self.train_labels, self.test_labels):
+            digest.update(labels.cpu().numpy().astype("<i8").tobytes())
+        return {"name": self.name, "train_examples": len(self.train_labels), "labels": digest.hexdigest()[:10]}
+
     def to(self, device: torch.device | str) -> "Dataset":
         """The same data set with every tensor on `device`."""
         tensors = {key: value.to(device) for key, value in vars(self).items() if isinstance(value, Tensor)}
         return Dataset(**{**vars(self), **tensors})
+
+
+def differ(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two identities are of different data sets, by what both know: those of older runs lack the labels."""
+    return any(one[key] != other[key] for key in one.keys() & other.keys())
+
+
+def described(identity: dict[str, Any]) -> str:
+    """An identity as errors name it."""
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in identity.items())
 
 
 def load(

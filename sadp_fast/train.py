@@ -21,7 +21,7 @@ from . import models
 from .augmentation import crop_flip_normalise, draw_augmentation, draw_mixup, mixup
 from .casting import cast_weights_at_once
 from .config import AMP, TRAINED_BY_SGD, TrainConfig, device_kind
-from .data import Dataset
+from .data import Dataset, described, differ
 from .exact import gradient_norms
 from .graphs import GraphedStep
 from .neuron import reset
@@ -41,10 +41,11 @@ class TrainError(RuntimeError):
 
 @dataclass(frozen=True)
 class Result:
-    """One method's run: what it ran with, and an entry an epoch (see `run`)."""
+    """One method's run: what it ran with, an entry an epoch (see `run`), and what sources trained it, in order."""
 
     config: TrainConfig
     history: list[dict[str, Any]]
+    sources: list[str]
 
 
 class Progress:
@@ -93,7 +94,7 @@ def run(
             "relative_variance": finite(relative_variance(sadp.scores, sadp.probabilities)) if ratio > 0 else None,
         }
         finish_epoch(trainer, entry, checkpoint, viewers)
-    return Result(config, history)
+    return Result(config, history, trainer.sources)
 
 
 def train_epoch(trainer: Trainer, viewers: Sequence[Progress]) -> RunningMean:
@@ -121,6 +122,8 @@ def finish_epoch(trainer: Trainer, entry: dict[str, Any], checkpoint: Path, view
     if not math.isfinite(entry["loss"]):
         raise TrainError(f"the loss became {entry['loss']} in epoch {entry['epoch']}: lower --lr or change --amp")
     trainer.history.append(entry)
+    if trainer.sources[-1] != sources():
+        trainer.sources.append(sources())
     trainer.save(checkpoint)
     for viewer in viewers:
         viewer.epoch(entry)
@@ -227,7 +230,7 @@ class Trainer:
         check(config, data)
         self.config, self.device = config, torch.device(config.device)
         _spare_cublas_workspaces()
-        self.data = data.to(self.device)
+        self.data, self.data_set = data.to(self.device), data.identity
         torch.manual_seed(config.seed)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
@@ -270,7 +273,7 @@ class Trainer:
         self.run_step = GraphedStep(self._step, self.sadp, [self.generator]) if graphed else self._step
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.history: list[dict[str, Any]] = []
-        self.begun_with = sources()
+        self.sources = [sources()]  # all that trained it, in order
 
     def inputs(self, images: Tensor, index: Tensor | None = None, draws: Tensor | None = None) -> Tensor:
         """What the network sees of uint8 images; see `crop_flip_normalise` for `index` and `draws`."""
@@ -373,8 +376,9 @@ class Trainer:
         """Write the checkpoint whole or not at all."""
         state = {
             "config": asdict(self.config),
+            "data_set": self.data_set,
             "history": self.history,
-            "sources": self.begun_with,
+            "sources": self.sources,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -406,10 +410,18 @@ class Trainer:
                     f"{field} is {value!r}, but the run in {path.parent} has {saved[field]!r}: "
                     "resume with that value, or start a new run"
                 )
-        self.begun_with = state.get("sources", "an earlier version")
-        if self.begun_with != sources():
+        began = {key: value for key, value in state.get("data_set", {}).items() if key != "name"}  # files may be moved
+        if differ(self.data_set, began):
+            raise TrainError(
+                f"the data set at hand is {described(self.data_set)}, but the run in {path.parent} began with "
+                f"{described(state['data_set'])}: resume with that one, or start a new run"
+            )
+        trained_by = state.get("sources", "an earlier version")
+        self.sources = [trained_by] if isinstance(trained_by, str) else list(trained_by)  # older runs have one
+        others = [name for name in dict.fromkeys(self.sources) if name != sources()]
+        if others:
             warnings.warn(
-                f"the run in {path.parent} was begun with other sources of sadp_fast ({self.begun_with}, now "
+                f"the run in {path.parent} was begun with other sources of sadp_fast ({', '.join(others)}, now "
                 f"{sources()}) and goes on with these, whose networks may be others: start a new run to compare it",
                 stacklevel=2,
             )

@@ -69,6 +69,26 @@ def test_digits_are_embedded_and_split_evenly():
     assert abs(normalised.mean()) < 1e-4 and abs(normalised.std() - 1) < 1e-4
 
 
+def test_a_data_set_knows_itself_by_its_labels_and_shape():
+    def identity(dtype=np.uint8, name="some", classes=10, shape=(28, 28), **changes):
+        source = {**arrays(shape), **changes}
+        parts = [source["train_x"], source["train_y"].astype(dtype), source["test_x"], source["test_y"]]
+        return data._dataset(name, tuple(parts), classes, Path("here")).identity
+
+    own = identity()  # of pixels that are drawn anew for each
+    assert own == identity(np.int64) and own.keys() == {"name", "train_examples", "labels"}
+    assert own["name"] == "some" and own["train_examples"] == 20 and len(own["labels"]) == 10
+    assert identity(name="other")["labels"] == own["labels"]
+    labels = arrays()["train_y"]
+    others = [
+        *(identity(classes=11), identity(shape=(28, 27)), identity(train_y=labels[::-1]), identity(**arrays(test=9))),
+        identity(test_y=arrays()["test_y"][::-1]),
+    ]
+    assert len({other["labels"] for other in [own, *others]}) == 6
+    assert data.differ(own, others[0]) and not data.differ({"name": "some"}, others[0])
+    assert data.differ({"name": "any"}, own) and not data.differ({}, own)
+
+
 @pytest.mark.parametrize("as_file", [True, False])
 def test_mnist_npz(tmp_path, as_file):
     source = arrays()

@@ -120,6 +120,16 @@ def test_results_of_several_folders_are_joined(tmp_path, monkeypatch, capsys):
         experiment.main()
     assert not (tmp_path / "unlike").exists()
     mixed = json.loads((parts[0] / "accuracy.json").read_text())
+    for known in ({"labels": "0123456789"}, {"labels": "0123456789", "train_examples": 1}):  # the first: newer
+        (parts[0] / "accuracy.json").write_text(json.dumps({**mixed, "data_set": {**mixed["data_set"], **known}}))
+        monkeypatch.setattr("sys.argv", ["joined.py", str(tmp_path / str(len(known))), *map(str, parts)])
+        if "train_examples" in known:
+            with pytest.raises(SystemExit, match=r"different data sets \(name .*, train examples 1, labels 01.*; name"):
+                experiment.main()
+        else:
+            experiment.main()
+            joined = json.loads((tmp_path / "1" / "accuracy.json").read_text())
+            assert joined["data_set"] == {**mixed["data_set"], **known}
     mixed["settings"]["base"]["mixup"] = 0.2
     (parts[0] / "accuracy.json").write_text(json.dumps(mixed))
     monkeypatch.setattr("sys.argv", ["joined.py", str(tmp_path / "mixed"), *map(str, parts)])

@@ -12,6 +12,7 @@ from sadp_fast import spike_storage, train
 from sadp_fast.augmentation import crop_flip_normalise
 from sadp_fast.config import METHODS, SETTINGS, SettingError, TrainConfig, read_variant, write_variant
 from sadp_fast.data import Dataset
+from sadp_fast.sources import sources
 from sadp_fast.train import Trainer, TrainError
 
 CONFIG = TrainConfig(model="mlp", epochs=4, batch_size=16, time_steps=2)
@@ -267,7 +268,7 @@ def test_a_run_goes_on_on_another_device_of_its_kind(tmp_path):
     state = checkpoint(tmp_path / "cut")
     state["config"]["device"] = "cuda:1"
     torch.save(state, tmp_path / "cut" / "checkpoint.pt")
-    with pytest.raises(TrainError, match="device is 'cpu', but the run in .* has 'cuda': resume with that value"):
+    with pytest.raises(TrainError, match=r"device is 'cpu', but the run in .* has 'cuda': resume with that value"):
         train.run(CONFIG, colour_data(), tmp_path / "cut", resume=True)
 
 
@@ -289,7 +290,40 @@ def test_going_on_with_other_sources_is_said(tmp_path, begun_with):
     with pytest.warns(UserWarning, match=said), pytest.raises(KeyboardInterrupt):
         train.run(CONFIG, colour_data(), tmp_path, [StopAfter(3)], resume=True)
     with pytest.warns(UserWarning, match=said):
-        train.run(CONFIG, colour_data(), tmp_path, resume=True)
+        result = train.run(CONFIG, colour_data(), tmp_path, resume=True)
+    assert result.sources == checkpoint(tmp_path)["sources"] == [begun_with or "an earlier version", sources()]
+
+
+def test_sources_that_train_nothing_are_not_a_runs(tmp_path):
+    assert train.run(CONFIG, colour_data(), tmp_path).sources == [sources()]
+    torch.save({**checkpoint(tmp_path), "sources": ["0123abcd"]}, tmp_path / "checkpoint.pt")
+    with pytest.warns(UserWarning, match="begun with other sources"):
+        assert train.run(CONFIG, colour_data(), tmp_path, resume=True).sources == ["0123abcd"]
+
+
+def test_resuming_on_other_data_names_both(tmp_path):
+    data = colour_data()
+    train.run(CONFIG, data, tmp_path)
+    assert checkpoint(tmp_path)["data_set"] == data.identity
+    swapped = replace(data, train_labels=data.train_labels.flip(0))
+    for other in (swapped, replace(data, train_images=data.train_images[:64], train_labels=data.train_labels[:64])):
+        with pytest.raises(
+            TrainError, match=r"train examples \d+, labels [0-9a-f]{10}, but the run in .* began with "
+        ) as error:
+            train.run(CONFIG, other, tmp_path, resume=True)
+        assert all(identity["labels"] in str(error.value) for identity in (data.identity, other.identity))
+    train.run(CONFIG, replace(data, name="moved"), tmp_path, resume=True)
+    state = checkpoint(tmp_path)
+    del state["data_set"]
+    torch.save(state, tmp_path / "checkpoint.pt")  # of before it was kept
+    train.run(CONFIG, swapped, tmp_path, resume=True)
+
+
+def test_a_data_set_is_told_apart_once(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Dataset, "identity", property(lambda self: asked.append(self) or {"name": self.name}))
+    train.run(CONFIG, colour_data(), tmp_path)
+    assert len(asked) == 1
 
 
 def test_damaged_checkpoint_is_one_clear_error(tmp_path):
