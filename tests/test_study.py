@@ -22,6 +22,7 @@ from sadp_fast.config import TrainConfig
 from sadp_fast.exact import gradient_norms
 from sadp_fast.sources import sources
 from sadp_fast.study import command, deadline, plan, runs, timing, trajectory, variance
+from sadp_fast.study.markdown import write_report
 from sadp_fast.study.measure import EXACT, SCORES, measure, pearson, sparsity, spearman
 from sadp_fast.study.progress import Display
 from sadp_fast.study.registry import STUDIES
@@ -425,6 +426,22 @@ def test_report_of_what_is_there(finished, no_training, capsys):
     shutil.rmtree("some/runs")
     assert cli.main(["study", "variance", "--out", "some", "--report-only", "--device", "cpu"]) == 2
     assert "some holds no finished run for the study variance" in capsys.readouterr().err
+
+
+def test_as_many_examples_are_named_as_were_measured(finished, monkeypatch):
+    from matplotlib.figure import Figure
+
+    shutil.copytree(finished, "few")
+    titles = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *arguments, **options: titles.append(self.get_suptitle()))
+    for name in ("correlation", "variance"):
+        result = json.loads(Path("few", f"{name}.json").read_text())
+        for examples, shown in ((1437, 32), (20, 20)):
+            result["data_set"]["train_examples"] = examples
+            STUDIES[name].plots(result, Path("few"))
+            assert f" of {shown} examples (" in titles[-1]
+    report = write_report({"variance": result}, {"variance": []}, Path("few")).read_text()
+    assert "| examples (measurements) | 20 |" in report
 
 
 def edited(path, change):

@@ -114,6 +114,11 @@ REGULARISATION = {
 }
 
 
+def measured_examples(result: dict[str, Any]) -> int:
+    """Of how many training examples gradient norms were taken: the data set may have fewer than were asked for."""
+    return min(result["settings"]["size"]["examples"], result["data_set"]["train_examples"])
+
+
 def title(result: dict[str, Any]) -> str:
     """Data set, network, T, regularisation and device, for a figure's head."""
     base = result["settings"]["base"]
