@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import data, report, train
-from .config import BELOW_ONE, METHODS, NATURAL, SettingError, TrainConfig, base_method, device_kind, folder_name
+from .config import (
+    BELOW_ONE,
+    METHODS,
+    NATURAL,
+    SettingError,
+    TrainConfig,
+    base_method,
+    device_kind,
+    folder_name,
+    whole_folder_name,
+)
 from .options import CommandError, add_settings, check_device, list_of, variant, with_defaults
 
 if TYPE_CHECKING:
@@ -132,7 +142,9 @@ def _run(plan: Plan, dataset: data.Dataset, console: Console | None) -> dict[str
                 viewers.append(_Bar(bars, label, config.epochs))
             elif console:
                 viewers.append(_Lines(console, label, config.epochs))
-            name = folder_name(method)
+            # A run that was begun before names were cut goes on in its folder.
+            whole = whole_folder_name(method)
+            name = whole if os.path.exists(plan.folder / whole) else folder_name(method)
             if board := report.tensorboard(plan.folder / "tb" / name):
                 viewers.append(board)
             histories[method] = train.run(config, dataset, plan.folder / name, viewers, plan.resume).history

@@ -99,7 +99,10 @@ ERRORS = [
     (["train", "--lr", "inf"], "--lr: 'inf' is not a number above 0"),
     (["train", "--weight-decay", "-0.1"], "--weight-decay: '-0.1' is not a number of at least 0"),
     (["train", "--cutout", "2.5"], "--cutout: '2.5' is not a whole number of at least 0"),
-    (["train", "--mixup", "-1"], "--mixup: '-1' is not a number of at least 0"),
+    (["train", "--mixup", "-1"], "--mixup: '-1' is not 0, or from 0.01 to 100"),
+    (["train", "--mixup", "0.009"], "--mixup: '0.009' is not 0, or from 0.01 to 100"),
+    (["train", "--lr", "1e39"], "--lr: '1e39' is not a number above 0, at most 1000"),
+    (["train", "--time-steps", "999999999999"], "is not a whole number of at least 1, at most 100000"),
     (["train", "--cutout", "4"], "cutout is 4, but examples of digits"),
     (["train", "--compare", "full,full:cutout=4"], "full:cutout=4: cutout is 4, but examples of digits"),
     (["train", "--seed", "-1"], "--seed: '-1' is not"),
@@ -322,6 +325,45 @@ def test_variants_are_trained_beside_the_method(capsys):
     assert own["weights"] == "none" and own["method"] == "sadp"
     assert cli.main(["train", "--resume", "here", "--quiet"]) == 0
     assert json.loads(Path("here/results.json").read_text())["methods"] == methods
+
+
+LONG = (
+    "sadp:epochs=3:batch_size=100:lr=0.00212345678912345:weight_decay=0.01123456789123456:label_smoothing=0.1:"
+    "augment=none:cutout=0:mixup=0.2:amp=off:low_memory=false:score=last:policy=floor:smoothing=0.2512345678912345:"
+    "weights=unbiased:score_momentum=0.2512345678912345:schedule=constant:warmup_epochs=1:tail_epochs=0"
+)
+
+
+@pytest.mark.filterwarnings("ignore:constrained_layout")  # its name fills the plot
+def test_a_variant_may_be_longer_than_a_files_name(capsys):
+    assert len(LONG) > 255
+    assert cli.main([*FAST, "--compare", LONG, "--prune-ratio", "0.3", "--out", "here", "--quiet"]) == 0
+    assert list(json.loads(Path("here/results.json").read_text())["methods"]) == [LONG, "sadp"]
+    study = ["study", "time", *FAST[1:], "--methods", LONG, "--ratios", "0.3", "--seeds", "0", "--quiet"]
+    assert cli.main([*study, "--out", "study"]) == 0
+    assert len(list(Path("study/runs").iterdir())) == 2
+
+
+@pytest.mark.filterwarnings("ignore:constrained_layout")  # its name fills the plot
+def test_a_run_begun_before_names_were_cut_goes_on(capsys):
+    variant = LONG.replace("12345678912345", "").replace("score=last:policy=floor:", "")
+    assert 100 < len(variant) < 255
+    assert cli.main([*FAST, "--compare", variant, "--prune-ratio", "0.3", "--out", "here", "--quiet"]) == 0
+    (folder,) = (path for path in Path("here").iterdir() if "epochs=3" in path.name)
+    folder.rename(Path("here", variant.replace(":", "-")))
+    results = json.loads(Path("here/results.json").read_text())["methods"]
+    assert cli.main(["train", "--resume", "here", "--quiet"]) == 0
+    assert json.loads(Path("here/results.json").read_text())["methods"] == results and not folder.exists()
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(10**15), lambda: np.empty((10**9, 10**6))])
+def test_too_little_memory_is_one_line(allocate, monkeypatch, capsys):
+    monkeypatch.setattr(data, "load", lambda *arguments, **options: allocate())
+    assert cli.main(FAST) == 2
+    assert re.fullmatch(r"sadp-fast: error: the computer's memory is too small .*\n", capsys.readouterr().err)
+    monkeypatch.setattr(data, "load", lambda *arguments, **options: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):  # a mistake is none of memory
+        cli.main(FAST)
 
 
 def test_an_infinite_variance_can_be_written():

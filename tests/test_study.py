@@ -881,7 +881,10 @@ ERRORS = [
     (["all", "--seeds", "1,-2"], "'-2' is not a whole number of at least 0"),
     (["all", "--seeds", "1,1"], "'1,1' names something twice"),
     (["all", "--methods", "full,best"], "'best' is not one of full,"),
-    (["all", "--methods", "full,sadp:lr=high"], "'high' is not a number above 0, which lr in 'sadp:lr=high'"),
+    (
+        ["all", "--methods", "full,sadp:lr=high"],
+        "'high' is not a number above 0, at most 1000, which lr in 'sadp:lr=high'",
+    ),
     (["all", "--methods", "full:epochs=3,full:epochs=03"], "names something twice"),
     (["all", "--stop-after", "0"], "--stop-after: '0' is not a number above 0"),
     (["accuracy", "--methods", "sadp:epochs=2", "--out", "new"], "sadp:epochs=2: prune ratio 0.5 over 2 epochs needs"),

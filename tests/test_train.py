@@ -10,7 +10,7 @@ import torch
 
 from sadp_fast import spike_storage, train
 from sadp_fast.augmentation import crop_flip_normalise
-from sadp_fast.config import METHODS, SETTINGS, SettingError, TrainConfig, read_variant, write_variant
+from sadp_fast.config import METHODS, SETTINGS, SettingError, TrainConfig, folder_name, read_variant, write_variant
 from sadp_fast.data import Dataset
 from sadp_fast.sources import sources
 from sadp_fast.train import Trainer, TrainError
@@ -150,6 +150,17 @@ def test_variants_of_methods_are_read(text):
     assert own == {**plain, **VARIANTS[text]}
 
 
+def test_a_variants_folder_has_a_name_that_every_file_system_takes():
+    variant = "sadp:epochs=4:lr=0.0012"
+    assert folder_name(variant) == "sadp-epochs=4-lr=0.0012"
+    variant += ":weight_decay=0."
+    longest = variant + "1" * (100 - len(variant))
+    assert folder_name(longest) == longest.replace(":", "-")
+    names = {folder_name(longest + digits) for digits in ("1", "2", "1" * 300, "1" * 301)}
+    assert len(names) == 4 and {len(name) for name in names} == {100}
+    assert all(name.startswith(longest[:89].replace(":", "-") + "-") for name in names)
+
+
 def test_equal_variants_are_written_alike():
     texts = "sadp:lr=0.10:weights=none", "sadp:weights=none:lr=1e-1"
     assert {write_variant(*read_variant(text)) for text in texts} == {"sadp:lr=0.1:weights=none"}
@@ -166,10 +177,13 @@ def test_equal_variants_are_written_alike():
         ("sadp:", "'' in 'sadp:' is not SETTING=VALUE"),
         ("sadp:epochs=0", "'0' is not a whole number of at least 1, which epochs in 'sadp:epochs=0' has to be"),
         ("sadp:epochs=", "'' is not a whole number"),
-        ("sadp:lr=nan", "'nan' is not a number above 0, which lr"),
+        ("sadp:lr=nan", "'nan' is not a number above 0, at most 1000, which lr"),
+        ("sadp:lr=1e39", "'1e39' is not a number above 0, at most 1000, which lr"),
         ("full:weight-decay=-1", "'-1' is not a number of at least 0, which weight_decay"),
         ("full:weight-decay=inf", "'inf' is not a number of at least 0, which weight_decay"),
-        ("full:mixup=-0.1", "'-0.1' is not a number of at least 0, which mixup"),
+        ("full:mixup=-0.1", "'-0.1' is not 0, or from 0.01 to 100, which mixup"),
+        ("full:mixup=0.001", "'0.001' is not 0, or from 0.01 to 100, which mixup"),
+        ("full:mixup=101", "'101' is not 0, or from 0.01 to 100, which mixup"),
         ("full:cutout=-1", "'-1' is not a whole number of at least 0, which cutout"),
         ("sadp:smoothing=2", "'2' is not between 0 and 1, which smoothing"),
         ("sadp:weights=all", "'all' is not one of unbiased,sum,none, which weights"),

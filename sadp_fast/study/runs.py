@@ -62,7 +62,7 @@ class Runs:
     def training(self, method: str, ratio: float, seed: int) -> dict[str, Any] | None:
         """A training run's file: "data_set" and "history", an entry an epoch as of `train.run`."""
         config = self.plan.config(method, ratio, seed)
-        name = f"{config.dataset}-{config.model}-{_short(method)}-r{config.prune_ratio:g}-s{seed}"
+        name = f"{config.dataset}-{config.model}-{folder_name(method)}-r{config.prune_ratio:g}-s{seed}"
 
         def run(folder: Path) -> dict[str, Any]:
             self._prepare(config)
@@ -120,7 +120,7 @@ class Runs:
         self, method: str, ratio: float, run: Callable[[TrainConfig, Dataset], dict[str, Any]] | None
     ) -> dict[str, Any] | None:
         config = self.plan.config(method, ratio, 0)
-        name = f"{config.dataset}-{config.model}-timing-{_short(method)}-r{config.prune_ratio:g}"
+        name = f"{config.dataset}-{config.model}-timing-{folder_name(method)}-r{config.prune_ratio:g}"
         identity = {"kind": "timing", "config": config.conditions(), "steps": self.plan.size.timed_steps}
         if run is None:
             return self.store.read(name, identity, ("timing",))
@@ -168,8 +168,3 @@ class Runs:
             except ValueError as error:
                 raise StudyError(str(error)) from error
             self._warm.add(alike)
-
-
-def _short(method: str) -> str:
-    """For a file's name, which a digest makes unique."""
-    return folder_name(method)[:100]
