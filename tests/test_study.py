@@ -874,6 +874,30 @@ def test_bars_in_a_terminal(monkeypatch):
     )
 
 
+def test_ratios_are_checked_for_studies_that_train_them(capsys):
+    asked = [*FAST, "--seeds", "0", "--ratios", "0.9", "--methods", "sadp", "--out", "here"]
+    for study in ("correlation", "variance"):
+        assert cli.main(["study", study, *asked]) == 0
+    for study in ("convergence", "accuracy", "time", "all"):
+        capsys.readouterr()
+        assert cli.main(["study", study, *asked]) == 2
+        assert "sadp: prune ratio 0.9 over 3 epochs needs" in capsys.readouterr().err
+
+
+def test_a_study_that_another_process_begins_meanwhile_is_found(monkeypatch):
+    """It writes study.json after this one has looked for it, and before this one lists the folder."""
+    began, listed = plan.Plan(TrainConfig(), ("full",), (0.5,), (0,), plan.Size(), None, Path("here")), Path.iterdir
+    Path("here").mkdir()
+
+    def iterdir(self):
+        monkeypatch.setattr(Path, "iterdir", listed)
+        command._remember(began)
+        return listed(self)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert command._remembered(Path("here"))["methods"] == ["full"]
+
+
 ERRORS = [
     (["nothing"], "invalid choice: 'nothing'"),
     (["all", "--ratios", "0.3,1"], "'1' is not above 0 and below 1"),

@@ -24,7 +24,16 @@ from sadp_fast.study.registry import STUDIES
 from sadp_fast.study.study import each_once
 from sadp_fast.study.training_runs import run_name, set_time_ratios
 
+KEYS = ("settings", "data_set", "accuracies", "environments", "missing_runs")  # what is read of a study
 LISTS = ("methods", "ratios", "seeds")  # of the settings: what the studies may differ in
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A study's accuracy.json; raises ValueError for another file."""
+    result = json.loads(path.read_text())
+    if lacking := [key for key in KEYS if key not in result]:
+        raise ValueError(f"{path} lacks {lacking[0]!r}, which the study accuracy writes: check the folder")
+    return result
 
 
 def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -74,7 +83,7 @@ def main() -> None:
     if (out / "accuracy.json").exists():
         sys.exit(f"{out}/accuracy.json is there already: name a new folder")
     try:
-        result = joined([json.loads((folder / "accuracy.json").read_text()) for folder in folders])
+        result = joined([read(folder / "accuracy.json") for folder in folders])
     except (OSError, ValueError) as error:
         sys.exit(f"nothing was joined: {error}")
     study = STUDIES["accuracy"]

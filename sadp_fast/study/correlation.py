@@ -46,6 +46,8 @@ class Correlation(Study):
         "sparsity is not public; this way is ours."
     )
 
+    trains_cells = False
+
     def requests(self, plan: Plan) -> int:
         return len(plan.seeds) * (1 + len(plan.size.thresholds))
 

@@ -86,6 +86,7 @@ class Study:
     paper: str  # the figure that it reproduces
     question: str
     reading: str  # how to read plots and tables, and what they cannot say
+    trains_cells = True  # whether it trains every method at every ratio of the plan
 
     def requests(self, plan: Plan) -> int:
         """How many runs it asks for."""

@@ -70,6 +70,8 @@ class Variance(Study):
         "without weights: this is its variance if it had them. Values worse than any plot shows are in the JSON file."
     )
 
+    trains_cells = False
+
     def requests(self, plan: Plan) -> int:
         return len(plan.seeds)
 
