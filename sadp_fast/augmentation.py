@@ -97,10 +97,10 @@ def crop_flip_normalise(
 def draw_mixup(count: int, alpha: float, device: torch.device) -> Tensor:
     """How much of each of ``count`` mixtures is the example itself: float32 [count] in [1/2, 1], for ``mixup``.
 
-    Beta(alpha, alpha), or the rest of it where that is larger; ``alpha`` at least 0.01 (far below, the shares, nearly
-    all of which are nearly 1, underflow to 1/2). Drawn by torch's default generator of the device, which CUDA graphs
-    draw from anew in each replay.
+    Beta(alpha, alpha), or the rest of it where that is larger; ``alpha`` from 0.01 to 100. Drawn by torch's default
+    generator of the device, which CUDA graphs draw from anew in each replay.
     """
+    # In float32, a GPU would draw 0 for both of a share's gamma variables, often for a small alpha: a share of 1/2.
     concentration = torch.full((count,), alpha, dtype=torch.float64, device=device)
     share = Beta(concentration, concentration, validate_args=False).sample()  # validation would wait for the host
     return torch.maximum(share, 1 - share).float()

@@ -24,6 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = str(error)
     except torch.OutOfMemoryError:
         message = "the GPU's memory is too small for this: lower --batch-size"
+    except (MemoryError, RuntimeError) as error:
+        # As torch tells it on the CPU.
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        message = "the computer's memory is too small for this: lower --batch-size, --time-steps or --image-size"
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("sadp_fast"):
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
@@ -85,8 +86,11 @@ def one_of(*choices: str) -> Callable[[str], str]:
 POSITIVE = number(int, lambda value: value >= 1, "a whole number of at least 1")
 NATURAL = number(int, lambda value: 0 <= value < 2**63, "a whole number of at least 0")
 SHARE = number(float, lambda value: 0 <= value <= 1, "between 0 and 1")
+TIME_STEPS = number(int, lambda value: 1 <= value <= 100_000, "a whole number of at least 1, at most 100000")
 BELOW_ONE = number(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
 ABOVE_ZERO = number(float, lambda value: 0 < value < math.inf, "a number above 0")
+LEARNING_RATE = number(float, lambda value: 0 < value <= 1000, "a number above 0, at most 1000")
+MIXUP = number(float, lambda value: value == 0 or 0.01 <= value <= 100, "0, or from 0.01 to 100")
 AT_LEAST_ZERO = number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
 
 # How the settings that a variant of a method may change are read from text. The others belong to a whole comparison:
@@ -94,12 +98,12 @@ AT_LEAST_ZERO = number(float, lambda value: 0 <= value < math.inf, "a number of 
 SETTINGS: dict[str, Callable[[str], Any]] = {
     "epochs": POSITIVE,
     "batch_size": POSITIVE,
-    "lr": ABOVE_ZERO,
+    "lr": LEARNING_RATE,
     "weight_decay": AT_LEAST_ZERO,
     "label_smoothing": SHARE,
     "augment": one_of(*AUGMENT),
     "cutout": NATURAL,
-    "mixup": AT_LEAST_ZERO,
+    "mixup": MIXUP,
     "amp": one_of(*AMP),
     "low_memory": lambda text: one_of("true", "false")(text) == "true",
     "score": one_of(*SCORES),
@@ -232,6 +236,17 @@ def settings_of(method: str) -> set[str]:
     return set(SETTINGS) - set(unused) - ({"score", "policy"} & METHODS[method].keys())
 
 
+def device_kind(device: str) -> str:
+    """ "cuda" of "cuda:1": a run that was begun on one device may go on on any of its kind."""
+    return device.partition(":")[0]
+
+
 def folder_name(variant: str) -> str:
-    """A variant as part of a file's name."""
+    """A variant as part of a file's name, which a file system would refuse if it were too long."""
+    name = whole_folder_name(variant)
+    return name if len(name) <= 100 else f"{name[:89]}-{hashlib.sha256(variant.encode()).hexdigest()[:10]}"
+
+
+def whole_folder_name(variant: str) -> str:
+    """The same, however long: runs that were begun before names were cut have it."""
     return variant.replace(":", "-")

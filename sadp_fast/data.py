@@ -84,10 +84,32 @@ class Dataset:
         """Shape of one example: (C, H, W), or (T, C, H, W) for event frames."""
         return tuple(self.train_images.shape[1:])
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """By what runs of one data set know each other: "name", "train_examples", and "labels", a digest.
+
+        Of an example's shape, the number of classes and all labels in their order, but of no pixels: decoders of JPEG
+        files differ by a bit.
+        """
+        digest = hashlib.sha256(repr((self.shape, self.num_classes, len(self.train_labels))).encode())
+        for labels in (self.train_labels, self.test_labels):
+            digest.update(labels.cpu().numpy().astype("<i8").tobytes())
+        return {"name": self.name, "train_examples": len(self.train_labels), "labels": digest.hexdigest()[:10]}
+
     def to(self, device: torch.device | str) -> "Dataset":
         """The same data set with every tensor on `device`."""
         tensors = {key: value.to(device) for key, value in vars(self).items() if isinstance(value, Tensor)}
         return Dataset(**{**vars(self), **tensors})
+
+
+def differ(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two identities are of different data sets, by what both know: those of older runs lack the labels."""
+    return any(one[key] != other[key] for key in one.keys() & other.keys())
+
+
+def described(identity: dict[str, Any]) -> str:
+    """An identity as errors name it."""
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in identity.items())
 
 
 def load(
@@ -201,14 +223,15 @@ def _image_folder(path: Path, size: int) -> Dataset:
     from PIL import Image, ImageOps
 
     train, test = _found(path, [["train"], ["val", "test"]], "image")
-    classes = _classes(train, test)
+    classes, splits = _labelled_files(train, test, IMAGE_SUFFIXES, "images")
     arrays = []
-    for split in (train, test):
-        files = _labelled_files(split, classes, IMAGE_SUFFIXES, "images")
+    for files in splits:
         images = np.empty((len(files), size, size, 3), np.uint8)
         for row, (file, _) in enumerate(files):
             try:
                 with Image.open(file) as image:
+                    if image.mode[0] in "IF":  # whose values Pillow would cut off at 255
+                        raise DataError(f"{file} has more than 8 bits a pixel (mode {image.mode}): convert it to 8")
                     images[row] = np.asarray(ImageOps.fit(image.convert("RGB"), (size, size)))
             except UNREADABLE as error:
                 raise DataError(f"{file} cannot be read as an image ({error}): replace or remove it") from error
@@ -216,25 +239,35 @@ def _image_folder(path: Path, size: int) -> Dataset:
     return _dataset(path.name, tuple(arrays), len(classes), path)
 
 
-def _classes(train: Path, test: Path) -> list[str]:
-    """The folders in `train`, sorted; those in `test` must be among them."""
-    classes = sorted(folder.name for folder in train.iterdir() if folder.is_dir())
-    unknown = sorted({folder.name for folder in test.iterdir() if folder.is_dir()} - set(classes))
-    if unknown:
+def _classes(split: Path) -> list[str]:
+    """The folders that are not hidden, sorted."""
+    return sorted(folder.name for folder in split.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+
+
+def _labelled_files(
+    train: Path, test: Path, suffixes: set[str], what: str
+) -> tuple[list[str], list[list[tuple[Path, int]]]]:
+    """The classes, and the files of both splits with their labels; every class has some to train on."""
+    classes = _classes(train)
+    if unknown := sorted(set(_classes(test)) - set(classes)):
         raise DataError(f"{test / unknown[0]} is a class that {train} lacks: the folders' names are the classes")
-    return classes
-
-
-def _labelled_files(split: Path, classes: list[str], suffixes: set[str], what: str) -> list[tuple[Path, int]]:
-    files = [
-        (file, label)
-        for label, name in enumerate(classes)
-        for file in sorted((split / name).rglob("*"))
-        if file.suffix.lower() in suffixes
-    ]
-    if not files:
-        raise DataError(f"no {what} in {split}: put them into {split}/<class>/ as {', '.join(sorted(suffixes))}")
-    return files
+    splits = []
+    for split in (train, test):
+        files = [
+            (file, label)
+            for label, name in enumerate(classes)
+            for file in sorted((split / name).rglob("*"))
+            if file.suffix.lower() in suffixes
+        ]
+        if not files:
+            raise DataError(f"no {what} in {split}: put them into {split}/<class>/ as {', '.join(sorted(suffixes))}")
+        splits.append(files)
+    if empty := sorted(set(range(len(classes))) - {label for _, label in splits[0]}):
+        raise DataError(
+            f"no {what} in {train / classes[empty[0]]}, and the folders' names are the classes: put "
+            f"{', '.join(sorted(suffixes))} into it, or remove it"
+        )
+    return classes, splits
 
 
 def _nmnist(path: Path, steps: int, split_by: str) -> Dataset:
@@ -244,11 +277,15 @@ def _nmnist(path: Path, steps: int, split_by: str) -> Dataset:
     if path.is_dir():
         root = path.parent if path.name == "train" else path
         return _event_folder("N-MNIST", root, steps, split_by, size=(34, 34), num_classes=10)
-    arrays = (
-        _packed_events(path, steps, split_by)
-        if _holds(path, "offsets")
-        else _read_npz(path, ("train_x", "train_y", "test_x", "test_y"))
-    )
+    if _holds(path, "offsets"):
+        arrays = _packed_events(path, steps, split_by)
+    elif split_by != SPLITS[0]:
+        raise DataError(
+            f"{path} holds ready frames, which cannot be split by {split_by} any more: leave --split-by out, or give "
+            "N-MNIST's events"
+        )
+    else:
+        arrays = _read_npz(path, ("train_x", "train_y", "test_x", "test_y"))
     count = len(arrays[0]) + len(arrays[2])
     name = "N-MNIST" if count == 70_000 else f"N-MNIST ({count:,} of 70,000 examples)"
     return _dataset(name, arrays, 10, path)
@@ -283,8 +320,7 @@ def _event_folder(
     """Recordings in train/<class>/ and test/<class>/; `size`: (height, width) of the sensor, None to find it out."""
     path = path / "events_np" if (path / "events_np").is_dir() else path
     train, test = _found(path, [["train"], ["test"]], "event")
-    classes = _classes(train, test)
-    splits = [_labelled_files(split, classes, {".npz"}, "recordings") for split in (train, test)]
+    classes, splits = _labelled_files(train, test, {".npz"}, "recordings")
     height, width = size or _sensor_size([file for files in splits for file, _ in files])
     arrays = []
     for files in splits:
@@ -321,7 +357,7 @@ def _dataset(name: str, arrays: tuple[np.ndarray, ...], num_classes: int, where:
                 f"{where}: {split} images are {images.dtype} of shape {images.shape}: "
                 "they must be uint8 of shape NHW, NHWC or NTCHW"
             )
-        if images.ndim == 4 and images.shape[1] <= 4 < images.shape[2] == images.shape[3]:
+        if images.ndim == 4 and images.shape[1] <= 4 < min(images.shape[2:]):
             raise DataError(
                 f"{where}: {split} images of shape {images.shape} look like NCHW, but NHWC is expected: store "
                 "x.transpose(0, 2, 3, 1)"

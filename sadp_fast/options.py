@@ -10,15 +10,17 @@ import torch
 
 from . import data, models
 from .config import (
-    ABOVE_ZERO,
     AMP,
     AT_LEAST_ZERO,
     AUGMENT,
     BELOW_ONE,
+    LEARNING_RATE,
+    MIXUP,
     NATURAL,
     POSITIVE,
     SCORES,
     SHARE,
+    TIME_STEPS,
     TRAINED_BY_SGD,
     SettingError,
     implied_by,
@@ -87,7 +89,7 @@ def add_settings(command: argparse.ArgumentParser) -> dict[str, Any]:
         metavar="NAME",
         help=f"network: {', '.join(models.NAMES)} (default: conv; sew_resnet18 for cifar, dvs, imagefolder)",
     )
-    option("--time-steps", type=POSITIVE, metavar="T", help="time steps (default: 4; event frames 10, or their own)")
+    option("--time-steps", type=TIME_STEPS, metavar="T", help="time steps (default: 4; event frames 10, or their own)")
 
     option = groups["pruning"].add_argument
     option(
@@ -127,7 +129,7 @@ def add_settings(command: argparse.ArgumentParser) -> dict[str, Any]:
     option = groups["training"].add_argument
     option("--epochs", type=POSITIVE, metavar="N", help="epochs (default: 30; mnist 10; cifar, dvs, imagefolder 60)")
     option("--batch-size", type=POSITIVE, metavar="B", help="examples a step (default: 32; mnist, cifar 128; dvs 16)")
-    option("--lr", type=ABOVE_ZERO, metavar="RATE", help="peak learning rate (default: by --model)")
+    option("--lr", type=LEARNING_RATE, metavar="RATE", help="peak learning rate (default: by --model)")
     option(
         "--weight-decay",
         type=AT_LEAST_ZERO,
@@ -149,7 +151,7 @@ def add_settings(command: argparse.ArgumentParser) -> dict[str, Any]:
     )
     option(
         "--mixup",
-        type=AT_LEAST_ZERO,
+        type=MIXUP,
         metavar="ALPHA",
         help="mix each training example with another one, by shares from Beta(ALPHA, ALPHA) (default: 0, not at all)",
     )

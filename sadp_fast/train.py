@@ -20,8 +20,8 @@ from torch.nn.functional import cross_entropy
 from . import models
 from .augmentation import crop_flip_normalise, draw_augmentation, draw_mixup, mixup
 from .casting import cast_weights_at_once
-from .config import AMP, TRAINED_BY_SGD, TrainConfig
-from .data import Dataset
+from .config import AMP, TRAINED_BY_SGD, TrainConfig, device_kind
+from .data import Dataset, described, differ
 from .exact import gradient_norms
 from .graphs import GraphedStep
 from .neuron import reset
@@ -41,10 +41,11 @@ class TrainError(RuntimeError):
 
 @dataclass(frozen=True)
 class Result:
-    """One method's run: what it ran with, and an entry an epoch (see `run`)."""
+    """One method's run: what it ran with, an entry an epoch (see `run`), and what sources trained it, in order."""
 
     config: TrainConfig
     history: list[dict[str, Any]]
+    sources: list[str]
 
 
 class Progress:
@@ -93,23 +94,22 @@ def run(
             "relative_variance": finite(relative_variance(sadp.scores, sadp.probabilities)) if ratio > 0 else None,
         }
         finish_epoch(trainer, entry, checkpoint, viewers)
-    return Result(config, history)
+    return Result(config, history, trainer.sources)
 
 
 def train_epoch(trainer: Trainer, viewers: Sequence[Progress]) -> RunningMean:
-    """Train for SADP's next epoch; the mean loss of its examples."""
+    """Train for SADP's next epoch; the mean of its losses."""
     config, sadp = trainer.config, trainer.sadp
     epoch = sadp.epoch
     kept = 1 - sadp.ratios[epoch]
     planned_steps = max(1.0, kept * len(trainer.data.train_labels) / config.batch_size)
     loss = RunningMean(trainer.device)
     trainer.model.train()
-    done, examples = sadp.progress, sadp.examples_trained
+    done, trained = sadp.progress, sadp.examples_trained
     for step, index in enumerate(sadp.batches(config.batch_size)):
         before, done = done, sadp.progress
-        earlier, examples = examples, sadp.examples_trained
-        share = (examples - earlier) / config.batch_size  # below 1 where the last batch is filled up
-        loss.add(trainer.step(index, learning_rate(config.lr, (before + done) / 2)), share)
+        new, trained = sadp.examples_trained - trained, sadp.examples_trained
+        loss.add(trainer.step(index, learning_rate(config.lr, (before + done) / 2)), new / config.batch_size)
         if step % REPORT_EVERY == 0:
             shown, share = loss.peek(), min((step + 0.5) / planned_steps, 1.0)
             for viewer in viewers:
@@ -122,6 +122,8 @@ def finish_epoch(trainer: Trainer, entry: dict[str, Any], checkpoint: Path, view
     if not math.isfinite(entry["loss"]):
         raise TrainError(f"the loss became {entry['loss']} in epoch {entry['epoch']}: lower --lr or change --amp")
     trainer.history.append(entry)
+    if trainer.sources[-1] != sources():
+        trainer.sources.append(sources())
     trainer.save(checkpoint)
     for viewer in viewers:
         viewer.epoch(entry)
@@ -177,18 +179,21 @@ def learning_rate(peak: float, done: float) -> float:
 
 
 class RunningMean:
-    """Mean loss of an epoch's examples, summed on the device; only `read` waits for it."""
+    """Mean of an epoch's losses over its examples, summed on the device; only `read` waits for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.total, self.batches, self.steps = torch.zeros((), device=device), 0.0, 0
+        self.total, self.steps, self.batches = torch.zeros((), device=device), 0, 0.0
         self.shown: float | None = None
         self.copy: tuple[Tensor, float, torch.cuda.Event | None] | None = None
 
     def add(self, loss: Tensor, share: float = 1.0) -> None:
-        """Take a step's loss, of which padding is a part that counts nothing; share: the rest of the batch."""
+        """A step's loss: the sum over its examples by the size of a batch, of which they are this share.
+
+        Padding adds to the size, but not to the sum.
+        """
         self.total += loss
-        self.batches += share
         self.steps += 1
+        self.batches += share
 
     def peek(self) -> float | None:
         """The newest mean that has reached the host (on a GPU that of an earlier call), without waiting."""
@@ -202,7 +207,7 @@ class RunningMean:
         return self.shown
 
     def read(self) -> float:
-        return self.total.item() / (self.batches or 1)
+        return self.total.item() / (self.batches or 1.0)
 
 
 def _spare_cublas_workspaces() -> None:
@@ -225,7 +230,7 @@ class Trainer:
         check(config, data)
         self.config, self.device = config, torch.device(config.device)
         _spare_cublas_workspaces()
-        self.data = data.to(self.device)
+        self.data, self.data_set = data.to(self.device), data.identity
         torch.manual_seed(config.seed)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
@@ -268,7 +273,7 @@ class Trainer:
         self.run_step = GraphedStep(self._step, self.sadp, [self.generator]) if graphed else self._step
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.history: list[dict[str, Any]] = []
-        self.begun_with = sources()
+        self.sources = [sources()]  # all that trained it, in order
 
     def inputs(self, images: Tensor, index: Tensor | None = None, draws: Tensor | None = None) -> Tensor:
         """What the network sees of uint8 images; see `crop_flip_normalise` for `index` and `draws`."""
@@ -371,8 +376,9 @@ class Trainer:
         """Write the checkpoint whole or not at all."""
         state = {
             "config": asdict(self.config),
+            "data_set": self.data_set,
             "history": self.history,
-            "sources": self.begun_with,
+            "sources": self.sources,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -387,23 +393,35 @@ class Trainer:
         os.replace(partial, path)
 
     def load(self, path: Path) -> None:
-        """Continue from a checkpoint of the same configuration; raises TrainError, warns where other code began it."""
+        """Continue from a checkpoint of the same configuration, on any device of its kind.
+
+        Raises TrainError, and warns where other code began it.
+        """
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             saved = state["config"]
         except (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
             raise TrainError(f"the checkpoint {path} is damaged ({error}): start a new run") from error
         saved = {**asdict(TrainConfig()), **saved}  # an older run lacks what was added since
-        for field, value in asdict(self.config).items():
+        own, saved = ({**c, "device": device_kind(c["device"])} for c in (asdict(self.config), saved))
+        for field, value in own.items():
             if saved[field] != value:
                 raise TrainError(
                     f"{field} is {value!r}, but the run in {path.parent} has {saved[field]!r}: "
                     "resume with that value, or start a new run"
                 )
-        self.begun_with = state.get("sources", "an earlier version")
-        if self.begun_with != sources():
+        began = {key: value for key, value in state.get("data_set", {}).items() if key != "name"}  # files may be moved
+        if differ(self.data_set, began):
+            raise TrainError(
+                f"the data set at hand is {described(self.data_set)}, but the run in {path.parent} began with "
+                f"{described(state['data_set'])}: resume with that one, or start a new run"
+            )
+        trained_by = state.get("sources", "an earlier version")
+        self.sources = [trained_by] if isinstance(trained_by, str) else list(trained_by)  # older runs have one
+        others = [name for name in dict.fromkeys(self.sources) if name != sources()]
+        if others:
             warnings.warn(
-                f"the run in {path.parent} was begun with other sources of sadp_fast ({self.begun_with}, now "
+                f"the run in {path.parent} was begun with other sources of sadp_fast ({', '.join(others)}, now "
                 f"{sources()}) and goes on with these, whose networks may be others: start a new run to compare it",
                 stacklevel=2,
             )

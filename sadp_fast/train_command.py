@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import data, report, train
-from .config import BELOW_ONE, METHODS, NATURAL, SettingError, TrainConfig, base_method, folder_name
+from .config import (
+    BELOW_ONE,
+    METHODS,
+    NATURAL,
+    SettingError,
+    TrainConfig,
+    base_method,
+    device_kind,
+    folder_name,
+    whole_folder_name,
+)
 from .options import CommandError, add_settings, check_device, list_of, variant, with_defaults
 
 if TYPE_CHECKING:
@@ -110,7 +120,10 @@ def run(given: dict[str, Any]) -> int:
         report.write_json(summary, folder / "results.json")
         report.write_plot(summary, folder / "results.png")
     except KeyboardInterrupt:
-        print(f"sadp-fast: interrupted; to go on: sadp-fast train --resume {shlex.quote(str(folder))}", file=sys.stderr)
+        # Without --device it goes on where it began.
+        device = f" --device {config.device}" if plan.resume and "device" in given else ""
+        again = f"sadp-fast train --resume {shlex.quote(str(folder))}{device}"
+        print(f"sadp-fast: interrupted; to go on: {again}", file=sys.stderr)
         return 130
     console.print(report.table(summary))
     console.print(f"{folder / 'results.png'}\n{folder / 'results.json'}", soft_wrap=True)
@@ -129,7 +142,9 @@ def _run(plan: Plan, dataset: data.Dataset, console: Console | None) -> dict[str
                 viewers.append(_Bar(bars, label, config.epochs))
             elif console:
                 viewers.append(_Lines(console, label, config.epochs))
-            name = folder_name(method)
+            # A run that was begun before names were cut goes on in its folder.
+            whole = whole_folder_name(method)
+            name = whole if os.path.exists(plan.folder / whole) else folder_name(method)
             if board := report.tensorboard(plan.folder / "tb" / name):
                 viewers.append(board)
             histories[method] = train.run(config, dataset, plan.folder / name, viewers, plan.resume).history
@@ -180,7 +195,7 @@ def _without_pruning(compared: list[str]) -> list[str]:
 
 
 def _resumed(given: dict[str, Any]) -> Plan:
-    """The run in a folder as it began; only --data-dir may have changed."""
+    """The run in a folder as it began; only --data-dir may have changed, and which device of its kind it runs on."""
     options = dict(given)
     folder = _asked_folder(options)
     if folder is None:
@@ -201,13 +216,16 @@ def _resumed(given: dict[str, Any]) -> Plan:
         "compare": [method for method in plan.methods if method != "sadp"],
         "data_dir": plan.data_dir,
     }
+    device = options.get("device", plan.config.device)
+    if device_kind(device) == device_kind(plan.config.device):
+        settings["device"] = device
     for option, value in options.items():
         if option in settings and settings[option] != value:
             raise CommandError(
                 f"--{option.replace('_', '-')} is {value}, but the run in {folder} began with {settings[option]}: "
                 "leave the option out, or start a new run"
             )
-    return plan
+    return replace(plan, config=replace(plan.config, device=device))
 
 
 def _asked_folder(options: dict[str, Any]) -> Path | None:

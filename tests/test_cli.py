@@ -99,7 +99,10 @@ ERRORS = [
     (["train", "--lr", "inf"], "--lr: 'inf' is not a number above 0"),
     (["train", "--weight-decay", "-0.1"], "--weight-decay: '-0.1' is not a number of at least 0"),
     (["train", "--cutout", "2.5"], "--cutout: '2.5' is not a whole number of at least 0"),
-    (["train", "--mixup", "-1"], "--mixup: '-1' is not a number of at least 0"),
+    (["train", "--mixup", "-1"], "--mixup: '-1' is not 0, or from 0.01 to 100"),
+    (["train", "--mixup", "0.009"], "--mixup: '0.009' is not 0, or from 0.01 to 100"),
+    (["train", "--lr", "1e39"], "--lr: '1e39' is not a number above 0, at most 1000"),
+    (["train", "--time-steps", "999999999999"], "is not a whole number of at least 1, at most 100000"),
     (["train", "--cutout", "4"], "cutout is 4, but examples of digits"),
     (["train", "--compare", "full,full:cutout=4"], "full:cutout=4: cutout is 4, but examples of digits"),
     (["train", "--seed", "-1"], "--seed: '-1' is not"),
@@ -324,6 +327,45 @@ def test_variants_are_trained_beside_the_method(capsys):
     assert json.loads(Path("here/results.json").read_text())["methods"] == methods
 
 
+LONG = (
+    "sadp:epochs=3:batch_size=100:lr=0.00212345678912345:weight_decay=0.01123456789123456:label_smoothing=0.1:"
+    "augment=none:cutout=0:mixup=0.2:amp=off:low_memory=false:score=last:policy=floor:smoothing=0.2512345678912345:"
+    "weights=unbiased:score_momentum=0.2512345678912345:schedule=constant:warmup_epochs=1:tail_epochs=0"
+)
+
+
+@pytest.mark.filterwarnings("ignore:constrained_layout")  # its name fills the plot
+def test_a_variant_may_be_longer_than_a_files_name(capsys):
+    assert len(LONG) > 255
+    assert cli.main([*FAST, "--compare", LONG, "--prune-ratio", "0.3", "--out", "here", "--quiet"]) == 0
+    assert list(json.loads(Path("here/results.json").read_text())["methods"]) == [LONG, "sadp"]
+    study = ["study", "time", *FAST[1:], "--methods", LONG, "--ratios", "0.3", "--seeds", "0", "--quiet"]
+    assert cli.main([*study, "--out", "study"]) == 0
+    assert len(list(Path("study/runs").iterdir())) == 2
+
+
+@pytest.mark.filterwarnings("ignore:constrained_layout")  # its name fills the plot
+def test_a_run_begun_before_names_were_cut_goes_on(capsys):
+    variant = LONG.replace("12345678912345", "").replace("score=last:policy=floor:", "")
+    assert 100 < len(variant) < 255
+    assert cli.main([*FAST, "--compare", variant, "--prune-ratio", "0.3", "--out", "here", "--quiet"]) == 0
+    (folder,) = (path for path in Path("here").iterdir() if "epochs=3" in path.name)
+    folder.rename(Path("here", variant.replace(":", "-")))
+    results = json.loads(Path("here/results.json").read_text())["methods"]
+    assert cli.main(["train", "--resume", "here", "--quiet"]) == 0
+    assert json.loads(Path("here/results.json").read_text())["methods"] == results and not folder.exists()
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(10**15), lambda: np.empty((10**9, 10**6))])
+def test_too_little_memory_is_one_line(allocate, monkeypatch, capsys):
+    monkeypatch.setattr(data, "load", lambda *arguments, **options: allocate())
+    assert cli.main(FAST) == 2
+    assert re.fullmatch(r"sadp-fast: error: the computer's memory is too small .*\n", capsys.readouterr().err)
+    monkeypatch.setattr(data, "load", lambda *arguments, **options: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):  # a mistake is none of memory
+        cli.main(FAST)
+
+
 def test_an_infinite_variance_can_be_written():
     entry = {"test_accuracy": 0.5, "examples_trained": 9, "seconds": 1.0, "ratio": 0.5}
     figures = report._figures([{**entry, "relative_variance": value} for value in (2.0, None)], 2, None)
@@ -501,6 +543,21 @@ def test_interrupted_run_resumes_to_the_same_result(place, capsys, monkeypatch):
         )
         assert a == b
     assert cli.main(["train", "--resume", "cut run", "--quiet"]) == 0  # a finished run shows its table again
+
+
+def test_resume_may_choose_another_device_of_the_same_kind(monkeypatch, capsys):
+    arguments = [*FAST, "--prune-ratio", "0.3", "--compare", "none", "--out", "here"]
+    with monkeypatch.context() as context:
+        stop(context, lambda label, epoch: epoch == 1)
+        assert cli.main(arguments) == 130
+        stop(context, lambda label, epoch: epoch == 2)
+        capsys.readouterr()
+        assert cli.main(["train", "--resume", "here", "--device", "cpu:0"]) == 130
+    again = "train --resume here --device cpu:0"
+    assert capsys.readouterr().err == f"sadp-fast: interrupted; to go on: sadp-fast {again}\n"
+    assert cli.main([*again.split(), "--quiet"]) == 0
+    assert cli.main(["train", "--resume", "here", "--device", "cuda"]) == 2
+    assert "--device is cuda, but the run in here began with cpu" in capsys.readouterr().err
 
 
 def test_resume_may_move_the_data():

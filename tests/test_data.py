@@ -69,6 +69,26 @@ def test_digits_are_embedded_and_split_evenly():
     assert abs(normalised.mean()) < 1e-4 and abs(normalised.std() - 1) < 1e-4
 
 
+def test_a_data_set_knows_itself_by_its_labels_and_shape():
+    def identity(dtype=np.uint8, name="some", classes=10, shape=(28, 28), **changes):
+        source = {**arrays(shape), **changes}
+        parts = [source["train_x"], source["train_y"].astype(dtype), source["test_x"], source["test_y"]]
+        return data._dataset(name, tuple(parts), classes, Path("here")).identity
+
+    own = identity()  # of pixels that are drawn anew for each
+    assert own == identity(np.int64) and own.keys() == {"name", "train_examples", "labels"}
+    assert own["name"] == "some" and own["train_examples"] == 20 and len(own["labels"]) == 10
+    assert identity(name="other")["labels"] == own["labels"]
+    labels = arrays()["train_y"]
+    others = [
+        *(identity(classes=11), identity(shape=(28, 27)), identity(train_y=labels[::-1]), identity(**arrays(test=9))),
+        identity(test_y=arrays()["test_y"][::-1]),
+    ]
+    assert len({other["labels"] for other in [own, *others]}) == 6
+    assert data.differ(own, others[0]) and not data.differ({"name": "some"}, others[0])
+    assert data.differ({"name": "any"}, own) and not data.differ({}, own)
+
+
 @pytest.mark.parametrize("as_file", [True, False])
 def test_mnist_npz(tmp_path, as_file):
     source = arrays()
@@ -228,6 +248,45 @@ def test_image_folder(tmp_path):
         data.load("imagefolder", tmp_path)
 
 
+def write_images(folder: Path) -> None:
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (folder / split / name).mkdir(parents=True)
+            PIL_Image.new("L", (20, 20), 100).save(folder / split / name / "0.png")
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("I;16", "png"), ("I", "tiff"), ("F", "tiff")])
+def test_images_of_more_than_eight_bits_are_refused(tmp_path, monkeypatch, mode, suffix):
+    """Pillow would make them white."""
+    monkeypatch.setattr(data, "IMAGE_SUFFIXES", {*data.IMAGE_SUFFIXES, ".tiff"})
+    write_images(tmp_path)
+    values = np.full((20, 20), 1000, {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode])
+    PIL_Image.fromarray(values).save(tmp_path / f"train/dog/1.{suffix}")
+    with pytest.raises(data.DataError, match=rf"dog/1\.{suffix} has more than 8 bits a pixel \(mode [IF].*convert it"):
+        data.load("imagefolder", tmp_path)
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    write_images(tmp_path / "images")
+    write_recordings(tmp_path / "events")
+    for folder in (tmp_path / "images", tmp_path / "events"):
+        for split in ("train", "test"):
+            (folder / split / ".ipynb_checkpoints").mkdir()
+    for name, folder in (("imagefolder", "images"), ("dvs", "events")):
+        found = data.load(name, tmp_path / folder)
+        assert found.num_classes == 2 and found.train_labels.unique().tolist() == [0, 1]
+
+
+def test_a_class_without_training_examples_is_named(tmp_path):
+    write_images(tmp_path / "images")
+    write_recordings(tmp_path / "events")
+    for name, folder, what in (("imagefolder", "images", "images"), ("dvs", "events", "recordings")):
+        empty = tmp_path / folder / "train" / "cow"
+        empty.mkdir()
+        with pytest.raises(data.DataError, match=f"no {what} in {empty}, and .* are the classes: put .*, or remove it"):
+            data.load(name, tmp_path / folder)
+
+
 def spoil(**changes):
     """Arrays of which some are replaced (by a function of the old one) or left out."""
 
@@ -266,6 +325,10 @@ WRONG_FILES = {
     "channels first": (
         spoil(train_x=lambda x: x[:, None], test_x=lambda x: x[:, None]),
         r"\(20, 1, .* look like NCHW, but NHWC is expected: store x.transpose\(0, 2, 3, 1\)",
+    ),
+    "channels first, not square": (
+        spoil(train_x=lambda x: x[:, None, :20], test_x=lambda x: x[:, None, :20]),
+        r"\(20, 1, 20, 28\) look like NCHW, but NHWC is expected: store x.transpose\(0, 2, 3, 1\)",
     ),
     "no test images": (spoil(test_x=lambda x: x[:0], test_y=lambda y: y[:0]), "one common shape"),
     "too few labels": (spoil(train_y=lambda y: y[1:]), r"\(19,\) for 20 images"),
@@ -453,6 +516,10 @@ def test_ready_frames_of_nmnist_stay_as_they_are(tmp_path):
     np.savez(tmp_path / "nmnist_small_frames_T10.npz", **source)
     nmnist = data.load("nmnist", tmp_path, time_steps=4)
     assert np.array_equal(nmnist.train_images, source["train_x"]) and nmnist.num_classes == 10
+    with pytest.raises(
+        data.DataError, match=r"T10\.npz holds ready frames, which cannot be split by time any more: leave"
+    ):
+        data.load("nmnist", tmp_path, split_by="time")
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,26 @@ def test_every_way_to_select_trains_and_is_shown(tmp_path, monkeypatch, capsys):
     experiment.main()  # everything is there
     assert "seed 0:" not in capsys.readouterr().out
 
+    monkeypatch.setattr(experiment, "train", lambda *arguments: pytest.fail("trained"))
+    other = ["--dataset", "digits", "--model", "mlp", "--epochs", "5", "--seeds", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["selection.py", *other])
+    with pytest.raises(SystemExit, match=r"epochs is 4 in .*-s0\.json, but 5 in what is asked for: name another"):
+        experiment.main()
+    run = json.loads((tmp_path / "EL2N-s0.json").read_text())
+    older = {key: value for key, value in run["config"].items() if key != "mixup"}  # of before there was this
+
+    def show(**changes):
+        config = {**older, "seed": 7, "device": "cuda", **changes}
+        (tmp_path / "EL2N-s7.json").write_text(json.dumps({**run, "config": config}))
+        experiment.show(tmp_path, "digits")
+
+    show()
+    shown = (tmp_path / "selection.json").read_bytes()
+    for key, value in (("lr", 0.5), ("prune_ratio", 0.3), ("mixup", 0.2)):
+        with pytest.raises(SystemExit, match=rf"{key} is {value} in .*EL2N-s7\.json, but [0-9.]+ in .*-s0\.json"):
+            show(**{key: value})
+    assert (tmp_path / "selection.json").read_bytes() == shown
+
 
 def test_the_network_without_spikes_trains(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn", reason="the digits data set is scikit-learn's")
@@ -53,6 +73,15 @@ def test_the_network_without_spikes_trains(tmp_path, monkeypatch, capsys):
     assert run["config"]["time_steps"] == 1 and run["config"]["prune_ratio"] == 0
     assert run["losses"][-1] < run["losses"][0] and run["test_accuracy"] > 0.9
     assert "2 seeds: " in capsys.readouterr().out
+
+    monkeypatch.setattr(experiment, "train", lambda *arguments: pytest.fail("trained"))
+    run["config"]["device"] = "cuda"
+    del run["config"]["mixup"]  # of before there was this
+    (tmp_path / "analogue-s1.json").write_text(json.dumps(run))
+    experiment.main()
+    monkeypatch.setattr("sys.argv", ["analogue.py", *arguments, "--epochs", "4", "--seeds", "2,1"])
+    with pytest.raises(SystemExit, match=r"epochs is 3 in .*analogue-s1\.json, but 4 in what is asked for"):
+        experiment.main()
 
 
 def test_cifar_becomes_small_enough_for_a_cpu(tmp_path, monkeypatch):
@@ -73,6 +102,10 @@ def test_cifar_becomes_small_enough_for_a_cpu(tmp_path, monkeypatch):
     assert abs(small.train_images[0, 1, 1, 3] - mean) <= 0.5
     with pytest.raises(SystemExit):
         experiment.main()  # nothing is overwritten
+    before, bare = file.read_bytes(), tmp_path / "small"
+    monkeypatch.setattr("sys.argv", [*arguments[:4], str(bare), "--examples", "4"])
+    experiment.main()
+    assert file.read_bytes() == before and data.load("npz", bare).train_images.shape == (4, 3, 16, 16)
 
 
 def test_results_of_several_folders_are_joined(tmp_path, monkeypatch, capsys):
@@ -114,12 +147,27 @@ def test_results_of_several_folders_are_joined(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["joined.py", str(tmp_path / "twice"), str(parts[0]), str(parts[0])])
     with pytest.raises(SystemExit, match="seed 0 is in more than one of the studies"):
         experiment.main()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "accuracy.json").write_text("{}")
+    monkeypatch.setattr("sys.argv", ["joined.py", str(tmp_path / "none"), str(parts[0]), str(tmp_path / "empty")])
+    with pytest.raises(SystemExit, match=r"nothing was joined: .*empty/accuracy\.json lacks 'settings'.*: check"):
+        experiment.main()
     other = SCRIPTS.parent / "results" / "2026-11-22-h200-cifar10"
     monkeypatch.setattr("sys.argv", ["joined.py", str(tmp_path / "unlike"), str(parts[0]), str(other)])
     with pytest.raises(SystemExit, match="differ in more than methods"):
         experiment.main()
     assert not (tmp_path / "unlike").exists()
     mixed = json.loads((parts[0] / "accuracy.json").read_text())
+    for known in ({"labels": "0123456789"}, {"labels": "0123456789", "train_examples": 1}):  # the first: newer
+        (parts[0] / "accuracy.json").write_text(json.dumps({**mixed, "data_set": {**mixed["data_set"], **known}}))
+        monkeypatch.setattr("sys.argv", ["joined.py", str(tmp_path / str(len(known))), *map(str, parts)])
+        if "train_examples" in known:
+            with pytest.raises(SystemExit, match=r"different data sets \(name .*, train examples 1, labels 01.*; name"):
+                experiment.main()
+        else:
+            experiment.main()
+            joined = json.loads((tmp_path / "1" / "accuracy.json").read_text())
+            assert joined["data_set"] == {**mixed["data_set"], **known}
     mixed["settings"]["base"]["mixup"] = 0.2
     (parts[0] / "accuracy.json").write_text(json.dumps(mixed))
     monkeypatch.setattr("sys.argv", ["joined.py", str(tmp_path / "mixed"), *map(str, parts)])
@@ -149,6 +197,23 @@ def test_methods_are_compared_by_pairs_of_all_studies(tmp_path, monkeypatch, cap
         "r = 0.7: -1.00 ± nan (standard error), better in 0 of 1 pairs",
         "all: +1.00 ± 1.15 (standard error), better in 2 of 3 pairs",
     ]
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "accuracy.json").write_text(json.dumps({"accuracies": rows[3:5]}))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "accuracy.json").write_text("{}")
+    for folder, message in (
+        ("copy", r"random at r = 0\.5 with seed 1 is the same run in .*second and in .*copy: leave one of them out"),
+        ("empty", r"empty/accuracy\.json lacks 'accuracies', which the study accuracy writes: check the folder"),
+    ):
+        monkeypatch.setattr("sys.argv", ["paired.py", "sadp", "random", *map(str, folders), str(tmp_path / folder)])
+        with pytest.raises(SystemExit, match=message):
+            experiment.main()
+    for row in rows[3:5]:
+        row["test_accuracy"] += 0.01  # made again: another run
+    (tmp_path / "copy" / "accuracy.json").write_text(json.dumps({"accuracies": rows[3:5]}))
+    monkeypatch.setattr("sys.argv", ["paired.py", "sadp", "random", *map(str, folders), str(tmp_path / "copy")])
+    experiment.main()
+    capsys.readouterr()
     for wrong, message in (("loss", "no folder has runs of loss and of random"), ("sadp", "No such file")):
         where = folders if wrong == "loss" else [tmp_path]
         monkeypatch.setattr("sys.argv", ["paired.py", wrong, "random", *map(str, where)])

@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from test_train import CONFIG, StopAfter, colour_data, without_seconds
+from torch.distributions import Beta
 
-from sadp_fast import train
+from sadp_fast import augmentation, train
 from sadp_fast.augmentation import draw_mixup, mixup
 from sadp_fast.train import Trainer
 
@@ -36,7 +38,7 @@ def test_the_memory_format_stays(device):
     assert mixed.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("alpha", [0.2, 0.5, 1.0, 8.0])
+@pytest.mark.parametrize("alpha", [0.01, 0.03, 0.2, 0.5, 1.0, 8.0, 100.0])
 def test_shares_are_those_of_a_beta_distribution(alpha, device):
     """Their spread about 1/2, which is the same for s and 1 - s: 1 / (4 (2 alpha + 1)) is Beta's variance."""
     torch.manual_seed(1)
@@ -44,6 +46,29 @@ def test_shares_are_those_of_a_beta_distribution(alpha, device):
     assert share.min() >= 0.5 and share.max() <= 1 and share.isfinite().all()
     variance = 1 / (4 * (2 * alpha + 1))
     assert (share - 0.5).square().mean().item() == pytest.approx(variance, rel=0.02)
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.05, 0.2])
+def test_shares_of_small_alphas_are_those_that_numpy_draws(alpha, device):
+    """Mostly 1, and never exactly 1/2, which both of a share's gamma variables being 0 would make it."""
+    torch.manual_seed(2)
+    share = draw_mixup(200_000, alpha, torch.device(device)).double().cpu().numpy()
+    other = np.random.default_rng(0).beta(alpha, alpha, 200_000)
+    other = np.maximum(other, 1 - other)
+    assert (share == 0.5).mean() < 1e-4
+    for limit in (0.6, 0.9, 0.999):
+        expected = (other > limit).mean()
+        # Five standard deviations of the difference of two such shares.
+        assert abs((share > limit).mean() - expected) < 5 * (2 * expected * (1 - expected) / 200_000) ** 0.5
+    assert share.mean() == pytest.approx(other.mean(), abs=0.002)
+
+
+def test_shares_are_drawn_in_float64(monkeypatch, device):
+    """A GPU draws in the concentrations' own precision, the CPU always in this one."""
+    drawn = []
+    monkeypatch.setattr(augmentation, "Beta", lambda a, b, **options: drawn.append((a.dtype, b.dtype)) or Beta(a, b))
+    assert draw_mixup(5, 0.01, torch.device(device)).dtype == torch.float32
+    assert drawn == [(torch.float64, torch.float64)]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])

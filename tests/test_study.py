@@ -8,6 +8,7 @@ import re
 import shutil
 import threading
 import time
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,9 @@ from torch import nn
 from sadp_fast import SADP, BatchNormLIF, cli, data, inclusion_probabilities, models, reset, train
 from sadp_fast.config import TrainConfig
 from sadp_fast.exact import gradient_norms
+from sadp_fast.sources import sources
 from sadp_fast.study import command, deadline, plan, runs, timing, trajectory, variance
+from sadp_fast.study.markdown import write_report
 from sadp_fast.study.measure import EXACT, SCORES, measure, pearson, sparsity, spearman
 from sadp_fast.study.progress import Display
 from sadp_fast.study.registry import STUDIES
@@ -331,7 +334,7 @@ def test_all_writes_every_result_and_one_report(finished):
     for result in results.values():
         assert result["settings"]["seeds"] == [0, 1] and result["missing_runs"] == []
         assert result["environments"][0]["versions"]["torch"] == torch.__version__
-        assert result["data_set"] == {"name": "digits", "train_examples": 1437}
+        assert result["data_set"] == data.load("digits").identity
 
     rows = results["correlation"]["over_training"]
     assert [(r["seed"], r["epoch"]) for r in rows] == [(s, e) for s in (0, 1) for e in (1, 2, 3)]
@@ -423,6 +426,92 @@ def test_report_of_what_is_there(finished, no_training, capsys):
     shutil.rmtree("some/runs")
     assert cli.main(["study", "variance", "--out", "some", "--report-only", "--device", "cpu"]) == 2
     assert "some holds no finished run for the study variance" in capsys.readouterr().err
+
+
+def test_as_many_examples_are_named_as_were_measured(finished, monkeypatch):
+    from matplotlib.figure import Figure
+
+    shutil.copytree(finished, "few")
+    titles = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *arguments, **options: titles.append(self.get_suptitle()))
+    for name in ("correlation", "variance"):
+        result = json.loads(Path("few", f"{name}.json").read_text())
+        for examples, shown in ((1437, 32), (20, 20)):
+            result["data_set"]["train_examples"] = examples
+            STUDIES[name].plots(result, Path("few"))
+            assert f" of {shown} examples (" in titles[-1]
+    report = write_report({"variance": result}, {"variance": []}, Path("few")).read_text()
+    assert "| examples (measurements) | 20 |" in report
+
+
+def edited(path, change):
+    """The run file with something changed in it."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_runs_of_other_data_are_refused(finished, monkeypatch, capsys):
+    """Before anything is trained on them, and where two finished runs are shown together."""
+    shutil.copytree(finished, "mixed")
+    full = next(Path("mixed/runs").glob("*-full-r0-s1-*"))
+    show = ["study", "accuracy", "--out", "mixed", "--device", "cpu", "--quiet"]
+    labels = data.load("digits").identity["labels"]
+    edited(full, lambda file: file["data_set"].pop("labels"))  # of before they were known
+    assert cli.main(show) == 0
+    assert json.loads(Path("mixed/accuracy.json").read_text())["data_set"]["labels"] == labels
+    for key, value in (("labels", "0123456789"), ("name", "letters"), ("train_examples", 1436)):
+        edited(full, lambda file, key=key, value=value: file["data_set"].update({key: value}))
+        capsys.readouterr()
+        assert cli.main([*show, "--report-only"]) == 2
+        message = capsys.readouterr().err
+        assert f"{key.replace('_', ' ')} {value}" in message and f"labels {labels}" in message
+        assert "'full, r = 0, seed 0' of one" in message and "'full, r = 0, seed 1' of another" in message
+        assert "keep those of each in a folder of their own" in message and message.count("\n") == 1
+        edited(full, lambda file: file["data_set"].update(name="digits", train_examples=1437, labels=labels))
+
+    next(Path("mixed/runs").glob("*-full-r0-s0-*")).unlink()
+    edited(full, lambda file: file["data_set"].update(labels="0123456789"))
+    with monkeypatch.context() as context:
+        context.setattr(train, "run", lambda *arguments, **options: pytest.fail("trained"))
+        assert cli.main(show) == 2
+    message = capsys.readouterr().err
+    assert f"the run file {full} is of another data set" in message and f"labels {labels}): check --data-dir" in message
+    edited(full, lambda file: file["identity"]["config"].update(dataset="mnist"))  # of another study
+    plan_of = plan.Plan(TrainConfig(), ("full",), (0.5,), (0,), plan.Size(), None, Path("mixed"))
+    assert runs.Runs(plan_of, Display(None, 0)).data.name == "digits"
+
+
+@pytest.mark.parametrize(("study", "method"), [("accuracy", "sadp"), ("variance", "scores")])
+@pytest.mark.parametrize("begun_with", ["0123abcd", ["0123abcd", "89abcdef"], None])
+def test_a_run_names_all_sources_that_trained_it(study, method, begun_with, monkeypatch):
+    """Also one that was begun when a checkpoint held the newest alone. None: by these sources."""
+    arguments = [*FAST, "--seeds", "1", "--ratios", "0.3", "--methods", "sadp", "--out", "here"]
+    saved = train.Trainer.save
+
+    def save(self, path):
+        saved(self, path)
+        if len(self.history) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(train.Trainer, "save", save)
+        assert cli.main(["study", study, *arguments]) == 130
+    (checkpoint,) = Path("here/unfinished").glob("*/checkpoint.pt")
+    state = torch.load(checkpoint, weights_only=True)
+    if begun_with is None:
+        assert state["sources"] == [sources()]
+    else:
+        torch.save({**state, "sources": begun_with}, checkpoint)
+    monkeypatch.setattr(train, "prepare", lambda *arguments: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if begun_with else "error")
+        assert cli.main(["study", study, *arguments]) == 0
+    names = [begun_with] if isinstance(begun_with, str) else begun_with or []
+    (path,) = (path for path in Path("here/runs").glob(f"*-{method}-*") if "threshold" not in path.name)
+    run = json.loads(path.read_text())
+    assert run["versions"]["sadp_fast"].split(", ", 1)[1] == f"sources {', then '.join([*names, sources()])}"
+    assert "sources" not in run
 
 
 def test_processes_share_the_work(finished, monkeypatch, capsys):
@@ -648,7 +737,8 @@ def test_a_study_stops_in_time(monkeypatch, capsys):
     output = capsys.readouterr()
     assert "accuracy: no finished run yet" in output.out
     assert output.err == (
-        "sadp-fast: stopped by --stop-after, runs are missing; to go on: sadp-fast study accuracy --resume here\n"
+        "sadp-fast: stopped by --stop-after, runs are missing; to go on: "
+        "sadp-fast study accuracy --resume here --device cpu\n"
     )
     # The last epoch, then random with nothing to expect its time by; by it, full data would take longer than is left.
     assert study(0.7) == (command.STOPPED, ["full-r0-s0", "random-r0.3-s0"], [])
@@ -732,7 +822,7 @@ def test_interrupted_study_goes_on_where_it_was(study, method, finished, monkeyp
         context.setattr(train.Trainer, "save", save)
         assert cli.main(["study", study, *arguments]) == 130
     assert capsys.readouterr().err == (
-        f"sadp-fast: interrupted; to go on: sadp-fast study {study} --resume 'cut short'\n"
+        f"sadp-fast: interrupted; to go on: sadp-fast study {study} --resume 'cut short' --device cpu\n"
     )
     assert len(list(Path("cut short/unfinished").iterdir())) == 1 and not Path("cut short/runs").exists()
     epochs = []
@@ -784,6 +874,30 @@ def test_bars_in_a_terminal(monkeypatch):
     )
 
 
+def test_ratios_are_checked_for_studies_that_train_them(capsys):
+    asked = [*FAST, "--seeds", "0", "--ratios", "0.9", "--methods", "sadp", "--out", "here"]
+    for study in ("correlation", "variance"):
+        assert cli.main(["study", study, *asked]) == 0
+    for study in ("convergence", "accuracy", "time", "all"):
+        capsys.readouterr()
+        assert cli.main(["study", study, *asked]) == 2
+        assert "sadp: prune ratio 0.9 over 3 epochs needs" in capsys.readouterr().err
+
+
+def test_a_study_that_another_process_begins_meanwhile_is_found(monkeypatch):
+    """It writes study.json after this one has looked for it, and before this one lists the folder."""
+    began, listed = plan.Plan(TrainConfig(), ("full",), (0.5,), (0,), plan.Size(), None, Path("here")), Path.iterdir
+    Path("here").mkdir()
+
+    def iterdir(self):
+        monkeypatch.setattr(Path, "iterdir", listed)
+        command._remember(began)
+        return listed(self)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert command._remembered(Path("here"))["methods"] == ["full"]
+
+
 ERRORS = [
     (["nothing"], "invalid choice: 'nothing'"),
     (["all", "--ratios", "0.3,1"], "'1' is not above 0 and below 1"),
@@ -791,7 +905,10 @@ ERRORS = [
     (["all", "--seeds", "1,-2"], "'-2' is not a whole number of at least 0"),
     (["all", "--seeds", "1,1"], "'1,1' names something twice"),
     (["all", "--methods", "full,best"], "'best' is not one of full,"),
-    (["all", "--methods", "full,sadp:lr=high"], "'high' is not a number above 0, which lr in 'sadp:lr=high'"),
+    (
+        ["all", "--methods", "full,sadp:lr=high"],
+        "'high' is not a number above 0, at most 1000, which lr in 'sadp:lr=high'",
+    ),
     (["all", "--methods", "full:epochs=3,full:epochs=03"], "names something twice"),
     (["all", "--stop-after", "0"], "--stop-after: '0' is not a number above 0"),
     (["accuracy", "--methods", "sadp:epochs=2", "--out", "new"], "sadp:epochs=2: prune ratio 0.5 over 2 epochs needs"),

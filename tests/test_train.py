@@ -10,8 +10,9 @@ import torch
 
 from sadp_fast import spike_storage, train
 from sadp_fast.augmentation import crop_flip_normalise
-from sadp_fast.config import METHODS, SETTINGS, SettingError, TrainConfig, read_variant, write_variant
+from sadp_fast.config import METHODS, SETTINGS, SettingError, TrainConfig, folder_name, read_variant, write_variant
 from sadp_fast.data import Dataset
+from sadp_fast.sources import sources
 from sadp_fast.train import Trainer, TrainError
 
 CONFIG = TrainConfig(model="mlp", epochs=4, batch_size=16, time_steps=2)
@@ -149,6 +150,17 @@ def test_variants_of_methods_are_read(text):
     assert own == {**plain, **VARIANTS[text]}
 
 
+def test_a_variants_folder_has_a_name_that_every_file_system_takes():
+    variant = "sadp:epochs=4:lr=0.0012"
+    assert folder_name(variant) == "sadp-epochs=4-lr=0.0012"
+    variant += ":weight_decay=0."
+    longest = variant + "1" * (100 - len(variant))
+    assert folder_name(longest) == longest.replace(":", "-")
+    names = {folder_name(longest + digits) for digits in ("1", "2", "1" * 300, "1" * 301)}
+    assert len(names) == 4 and {len(name) for name in names} == {100}
+    assert all(name.startswith(longest[:89].replace(":", "-") + "-") for name in names)
+
+
 def test_equal_variants_are_written_alike():
     texts = "sadp:lr=0.10:weights=none", "sadp:weights=none:lr=1e-1"
     assert {write_variant(*read_variant(text)) for text in texts} == {"sadp:lr=0.1:weights=none"}
@@ -165,10 +177,13 @@ def test_equal_variants_are_written_alike():
         ("sadp:", "'' in 'sadp:' is not SETTING=VALUE"),
         ("sadp:epochs=0", "'0' is not a whole number of at least 1, which epochs in 'sadp:epochs=0' has to be"),
         ("sadp:epochs=", "'' is not a whole number"),
-        ("sadp:lr=nan", "'nan' is not a number above 0, which lr"),
+        ("sadp:lr=nan", "'nan' is not a number above 0, at most 1000, which lr"),
+        ("sadp:lr=1e39", "'1e39' is not a number above 0, at most 1000, which lr"),
         ("full:weight-decay=-1", "'-1' is not a number of at least 0, which weight_decay"),
         ("full:weight-decay=inf", "'inf' is not a number of at least 0, which weight_decay"),
-        ("full:mixup=-0.1", "'-0.1' is not a number of at least 0, which mixup"),
+        ("full:mixup=-0.1", "'-0.1' is not 0, or from 0.01 to 100, which mixup"),
+        ("full:mixup=0.001", "'0.001' is not 0, or from 0.01 to 100, which mixup"),
+        ("full:mixup=101", "'101' is not 0, or from 0.01 to 100, which mixup"),
         ("full:cutout=-1", "'-1' is not a whole number of at least 0, which cutout"),
         ("sadp:smoothing=2", "'2' is not between 0 and 1, which smoothing"),
         ("sadp:weights=all", "'all' is not one of unbiased,sum,none, which weights"),
@@ -258,6 +273,19 @@ def test_resuming_another_configuration_names_the_field(tmp_path):
         train.run(replace(CONFIG, lr=0.1), colour_data(), tmp_path, resume=True)
 
 
+def test_a_run_goes_on_on_another_device_of_its_kind(tmp_path):
+    whole = train.run(CONFIG, colour_data(), tmp_path / "whole").history
+    with pytest.raises(KeyboardInterrupt):
+        train.run(CONFIG, colour_data(), tmp_path / "cut", [StopAfter(2)])
+    resumed = train.run(replace(CONFIG, device="cpu:0"), colour_data(), tmp_path / "cut", resume=True).history
+    assert without_seconds(resumed) == without_seconds(whole)
+    state = checkpoint(tmp_path / "cut")
+    state["config"]["device"] = "cuda:1"
+    torch.save(state, tmp_path / "cut" / "checkpoint.pt")
+    with pytest.raises(TrainError, match=r"device is 'cpu', but the run in .* has 'cuda': resume with that value"):
+        train.run(CONFIG, colour_data(), tmp_path / "cut", resume=True)
+
+
 @pytest.mark.parametrize("begun_with", ["0123abcd", None])
 def test_going_on_with_other_sources_is_said(tmp_path, begun_with):
     """Each time: a run of two versions stays one. None: a checkpoint of before they were kept."""
@@ -276,7 +304,40 @@ def test_going_on_with_other_sources_is_said(tmp_path, begun_with):
     with pytest.warns(UserWarning, match=said), pytest.raises(KeyboardInterrupt):
         train.run(CONFIG, colour_data(), tmp_path, [StopAfter(3)], resume=True)
     with pytest.warns(UserWarning, match=said):
-        train.run(CONFIG, colour_data(), tmp_path, resume=True)
+        result = train.run(CONFIG, colour_data(), tmp_path, resume=True)
+    assert result.sources == checkpoint(tmp_path)["sources"] == [begun_with or "an earlier version", sources()]
+
+
+def test_sources_that_train_nothing_are_not_a_runs(tmp_path):
+    assert train.run(CONFIG, colour_data(), tmp_path).sources == [sources()]
+    torch.save({**checkpoint(tmp_path), "sources": ["0123abcd"]}, tmp_path / "checkpoint.pt")
+    with pytest.warns(UserWarning, match="begun with other sources"):
+        assert train.run(CONFIG, colour_data(), tmp_path, resume=True).sources == ["0123abcd"]
+
+
+def test_resuming_on_other_data_names_both(tmp_path):
+    data = colour_data()
+    train.run(CONFIG, data, tmp_path)
+    assert checkpoint(tmp_path)["data_set"] == data.identity
+    swapped = replace(data, train_labels=data.train_labels.flip(0))
+    for other in (swapped, replace(data, train_images=data.train_images[:64], train_labels=data.train_labels[:64])):
+        with pytest.raises(
+            TrainError, match=r"train examples \d+, labels [0-9a-f]{10}, but the run in .* began with "
+        ) as error:
+            train.run(CONFIG, other, tmp_path, resume=True)
+        assert all(identity["labels"] in str(error.value) for identity in (data.identity, other.identity))
+    train.run(CONFIG, replace(data, name="moved"), tmp_path, resume=True)
+    state = checkpoint(tmp_path)
+    del state["data_set"]
+    torch.save(state, tmp_path / "checkpoint.pt")  # of before it was kept
+    train.run(CONFIG, swapped, tmp_path, resume=True)
+
+
+def test_a_data_set_is_told_apart_once(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Dataset, "identity", property(lambda self: asked.append(self) or {"name": self.name}))
+    train.run(CONFIG, colour_data(), tmp_path)
+    assert len(asked) == 1
 
 
 def test_damaged_checkpoint_is_one_clear_error(tmp_path):
@@ -461,15 +522,29 @@ def test_running_mean():
     for value in (1.0, 2.0, 6.0):
         mean.add(torch.tensor(value))
     assert mean.read() == 3.0 and mean.peek() is None and mean.peek() == 3.0
-    mean.add(torch.tensor(1.5), 0.5)  # half of this batch is padding
-    assert mean.read() == 3.0 and mean.steps == 4
+    mean.add(torch.tensor(0.75), 0.25)  # a quarter of a batch, of examples whose mean is 3, and padding
+    assert mean.read() == 3.0 and mean.steps == 4 and mean.peek() == 3.0 and mean.peek() == 3.0
 
 
-def test_padding_does_not_make_an_epochs_loss_small(tmp_path):
-    """Nothing is learned: the last epoch's loss, whose last batch is filled up, is that of the others."""
-    config = replace(CONFIG, lr=1e-12, epochs=3, batch_size=64).of("full")
-    first, second, last = (entry["loss"] for entry in train.run(config, colour_data(), tmp_path).history)
-    assert [first, second] == pytest.approx([last, last], rel=0.15)
+@pytest.mark.parametrize(("batch_size", "steps"), [(16, 5), (70, 1), (64, 2), (35, 2)])
+def test_an_epochs_loss_is_the_mean_over_its_examples(monkeypatch, batch_size, steps):
+    """However much of the last batch is padding: here every example's loss is 2."""
+    trainer = Trainer(replace(CONFIG.of("full"), epochs=1, batch_size=batch_size), colour_data())
+    shown = []
+
+    class Viewer(train.Progress):
+        def step(self, epoch, share, step, loss, kept):
+            shown.append(loss)
+
+    def two(output, target, reduction="mean"):
+        losses = 0 * output.sum(1) + 2
+        return losses.mean() if reduction == "mean" else losses
+
+    trainer.criterion = two
+    monkeypatch.setattr(train, "REPORT_EVERY", 1)
+    loss = train.train_epoch(trainer, [Viewer()])
+    assert loss.steps == steps and loss.read() == pytest.approx(2.0)
+    assert shown[1:] == pytest.approx([2.0] * (steps - 1)) and loss.peek() == pytest.approx(2.0)
 
 
 @pytest.mark.gpu

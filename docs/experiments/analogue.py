@@ -4,7 +4,7 @@
     python docs/experiments/analogue.py --dataset digits --model conv --epochs 4 --out OUT   # to see it work
 
 One step in time, all data, every other setting that of `sadp-fast train`. Writes OUT/analogue-sSEED.json after each
-seed, skips what is there, and prints the mean.
+seed, skips what is there, which has to be of the same settings, and prints the mean.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from selection import trained  # beside this file
+from selection import one_setting, trained  # beside this file
 from torch import Tensor, nn
 
 from sadp_fast import data, options, report
@@ -68,9 +68,11 @@ def main() -> None:
     base = TrainConfig(**options.with_defaults(asked, given.data_dir))
     dataset = data.load(given.dataset, given.data_dir)
     given.out.mkdir(parents=True, exist_ok=True)
+    paths = {int(seed): given.out / f"analogue-s{int(seed)}.json" for seed in given.seeds.split(",")}
+    there = {str(path): json.loads(path.read_text())["config"] for path in paths.values() if path.exists()}
+    one_setting({"what is asked for": vars(base), **there})
     runs = []
-    for seed in map(int, given.seeds.split(",")):
-        path = given.out / f"analogue-s{seed}.json"
+    for seed, path in paths.items():
         if not path.exists():
             config = TrainConfig(**{**vars(base), "seed": seed}).of("full")
             run = {"name": "analogue", "config": vars(config), **environment(device), **train(config, dataset)}

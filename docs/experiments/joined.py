@@ -11,18 +11,29 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from sadp_fast.config import TrainConfig
+from sadp_fast.data import described, differ
 from sadp_fast.report import write_json
 from sadp_fast.study.registry import STUDIES
 from sadp_fast.study.study import each_once
 from sadp_fast.study.training_runs import run_name, set_time_ratios
 
+KEYS = ("settings", "data_set", "accuracies", "environments", "missing_runs")  # what is read of a study
 LISTS = ("methods", "ratios", "seeds")  # of the settings: what the studies may differ in
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A study's accuracy.json; raises ValueError for another file."""
+    result = json.loads(path.read_text())
+    if lacking := [key for key in KEYS if key not in result]:
+        raise ValueError(f"{path} lacks {lacking[0]!r}, which the study accuracy writes: check the folder")
+    return result
 
 
 def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -34,10 +45,13 @@ def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
         {**result, "settings": {**result["settings"], "base": {**known, **base}}}
         for result, base in zip(results, bases, strict=True)
     ]
+    for one, other in combinations([result["data_set"] for result in results], 2):
+        if differ(one, other):
+            raise ValueError(f"the studies are of different data sets ({described(one)}; {described(other)})")
     first = results[0]
     for other in results[1:]:
         alike = [{key: value for key, value in r["settings"].items() if key not in LISTS} for r in (first, other)]
-        if first["data_set"] != other["data_set"] or alike[0] != alike[1]:
+        if alike[0] != alike[1]:
             raise ValueError("the studies differ in more than methods, ratios and seeds, and cannot be joined")
     rows = {}
     for row in (row for result in results for row in result["accuracies"]):
@@ -54,6 +68,7 @@ def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
     found = {run_name(*cell) for cell in rows}
     return {
         **first,
+        "data_set": {key: value for result in results for key, value in result["data_set"].items()},
         "settings": settings,
         "environments": each_once([entry for result in results for entry in result["environments"]]),
         "missing_runs": [name for name in missing if name not in found],
@@ -68,7 +83,7 @@ def main() -> None:
     if (out / "accuracy.json").exists():
         sys.exit(f"{out}/accuracy.json is there already: name a new folder")
     try:
-        result = joined([json.loads((folder / "accuracy.json").read_text()) for folder in folders])
+        result = joined([read(folder / "accuracy.json") for folder in folders])
     except (OSError, ValueError) as error:
         sys.exit(f"nothing was joined: {error}")
     study = STUDIES["accuracy"]

@@ -3,7 +3,7 @@
     python docs/experiments/paired.py sadp random FOLDER FOLDER...     # each holds an accuracy.json
 
 Prints, for each ratio and for all, how many pairs there are, the mean of the first method's accuracy minus the second's
-in points, its standard error, and how many pairs the first one wins.
+in points, its standard error, and how many pairs the first one wins. A run that lies in two of the folders is refused.
 """
 
 from __future__ import annotations
@@ -13,13 +13,30 @@ import math
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
+
+
+def accuracies(folder: Path) -> list[dict[str, Any]]:
+    """The runs of a study's accuracy.json; raises ValueError for another file."""
+    path = folder / "accuracy.json"
+    result = json.loads(path.read_text())
+    if "accuracies" not in result:
+        raise ValueError(f"{path} lacks 'accuracies', which the study accuracy writes: check the folder")
+    return result["accuracies"]
 
 
 def differences(method: str, other: str, folders: list[Path]) -> dict[float, list[float]]:
     """By ratio, the differences in points of all pairs of runs; raises ValueError where there are none."""
     found: dict[float, list[float]] = {}
+    seen: dict[tuple[Any, ...], Path] = {}
     for folder in folders:
-        rows = json.loads((folder / "accuracy.json").read_text())["accuracies"]
+        rows = [row for row in accuracies(folder) if row["method"] in (method, other)]
+        for row in rows:  # which would count twice
+            run = tuple(row.get(key) for key in ("method", "ratio", "seed", "test_accuracy", "seconds"))
+            if run in seen:
+                name = f"{row['method']} at r = {row['ratio']:g} with seed {row['seed']}"
+                raise ValueError(f"{name} is the same run in {seen[run]} and in {folder}: leave one of them out")
+            seen[run] = folder
         accuracy = {(row["method"], row["ratio"], row["seed"]): 100 * row["test_accuracy"] for row in rows}
         for (name, ratio, seed), value in accuracy.items():
             if name == method and (other, ratio, seed) in accuracy:

@@ -4,8 +4,8 @@
     python docs/experiments/selection.py --dataset digits --model conv --out OUT   # to see it work
 
 Runs every way, or those that `--ways` names with semicolons between them, with every seed, writes OUT/NAME-sSEED.json
-after each, skips what is there, and draws OUT/selection.png and OUT/selection.json of all that is there. Processes may
-share OUT if each takes its own --seeds.
+after each, skips what is there, and draws OUT/selection.png and OUT/selection.json of all that is there: one setting's
+runs. Processes may share OUT if each takes its own --seeds.
 docs/findings.md says what was seen.
 """
 
@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sadp_fast import data, options, pruner, report
-from sadp_fast.config import TrainConfig
+from sadp_fast.config import METHODS, TrainConfig
 from sadp_fast.neuron import reset
 from sadp_fast.ops import score as ops
 from sadp_fast.score import el2n_score
@@ -174,9 +176,30 @@ def trained(trainer: Trainer) -> dict[str, Any]:
     return {"test_accuracy": accuracy, "test_loss": loss, "losses": losses, "seconds": seconds}
 
 
+def one_setting(configs: dict[str, dict[str, Any]]) -> None:
+    """Exit where configurations, by where they stand, differ in more than seed, device and what their methods change.
+
+    A file lacks the settings that are newer than it: they were at their defaults.
+    """
+    known: dict[str, tuple[str, Any]] = {}
+    for where, config in configs.items():
+        own = {"seed", "device", "method", *METHODS[config["method"]]}
+        for key, value in {**asdict(TrainConfig()), **config}.items():
+            first, other = (where, value) if key in own else known.setdefault(key, (where, value))
+            if value != other:
+                sys.exit(f"{key} is {value!r} in {where}, but {other!r} in {first}: name another folder with --out")
+
+
+def runs_in(out: Path) -> dict[str, dict[str, Any]]:
+    """All runs that are there, by their files."""
+    return {str(path): json.loads(path.read_text()) for path in sorted(out.glob("*-s*.json"))}
+
+
 def show(out: Path, data_set: str) -> None:
     """Table, plot and JSON of all runs that are there."""
-    runs = [json.loads(path.read_text()) for path in sorted(out.glob("*-s*.json"))]
+    found = runs_in(out)
+    one_setting({path: run["config"] for path, run in found.items()})
+    runs = list(found.values())
     names = [name for name in ways(runs[0]["config"]["epochs"]) if any(run["name"] == name for run in runs)]
     report.write_json({"runs": runs}, out / "selection.json", indent=1)
     lines = []
@@ -220,6 +243,8 @@ def main() -> None:
     base = TrainConfig(**options.with_defaults(asked, given.data_dir))
     dataset = data.load(given.dataset, given.data_dir)
     given.out.mkdir(parents=True, exist_ok=True)
+    there = {path: run["config"] for path, run in runs_in(given.out).items()}
+    one_setting({"what is asked for": vars(base), **there})
     for seed in map(int, given.seeds.split(",")):
         for name, (variant, patch) in chosen.items():
             path = given.out / f"{name.replace(' ', '_').replace(',', '')}-s{seed}.json"

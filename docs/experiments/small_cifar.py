@@ -38,7 +38,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.out.exists():
         parser.error(f"--out {args.out} exists; name another file")
-    np.savez_compressed(args.out, **arrays(load("cifar10", args.data_dir), args.examples))
+    content = arrays(load("cifar10", args.data_dir), args.examples)
+    with args.out.open("xb") as file:  # by its name alone, NumPy would write OUT.npz, whatever is there
+        np.savez_compressed(file, **content)
 
 
 if __name__ == "__main__":

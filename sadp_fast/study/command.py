@@ -100,7 +100,8 @@ def run(given: dict[str, Any]) -> int:
     display = Display(None if quiet else console, sum(study.requests(plan) for study in studies))
     runs = Runs(plan, display, deadline)
     if not plan.report_only:
-        _check_ratios(plan)
+        if any(study.trains_cells for study in studies):
+            _check_ratios(plan)
         known = _remembered(plan.folder)
         if known is None or set(plan.methods) - set(_with_finished(known, plan.base, plan.folder)["methods"]):
             _check_runs(plan, runs.data)
@@ -109,7 +110,8 @@ def run(given: dict[str, Any]) -> int:
         _remember(plan)
         if not quiet:
             _introduce(plan, console)
-    again = f"sadp-fast study {given['study']} --resume {shlex.quote(str(plan.folder))}"
+    device = f" --device {plan.base.device}" if "device" in given else ""  # what was begun goes on on its kind alone
+    again = f"sadp-fast study {given['study']} --resume {shlex.quote(str(plan.folder))}{device}"
     try:
         with display.open():
             results, plots = {}, {}
@@ -229,9 +231,11 @@ def _remembered(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         if folder.exists() and not folder.is_dir():
             raise StudyError(f"{folder} is a file: name a new folder with --out")
-        if folder.exists() and any(not path.name.startswith(".study.json") for path in folder.iterdir()):
+        holds = folder.exists() and any(not path.name.startswith(".study.json") for path in folder.iterdir())
+        if not holds:
+            return None
+        if not path.exists():  # looked for again: another process may have written it before the folder was listed
             raise StudyError(f"{folder} is not empty and holds no study: name a new folder with --out")
-        return None
     try:
         written = json.loads(path.read_text())
         size: dict[str, Any] = written["size"]

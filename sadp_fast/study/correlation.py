@@ -13,7 +13,7 @@ from .figures import Table, band, known, legend_below, mean, panels, save, score
 from .measure import EXACT, SCORES, pearson, spearman
 from .plan import Plan
 from .runs import Runs
-from .study import Files, Study, title
+from .study import Files, Study, measured_examples, title
 from .trajectory import shown_epochs
 
 KINDS = ("pearson", "spearman")
@@ -46,6 +46,8 @@ class Correlation(Study):
         "sparsity is not public; this way is ours."
     )
 
+    trains_cells = False
+
     def requests(self, plan: Plan) -> int:
         return len(plan.seeds) * (1 + len(plan.size.thresholds))
 
@@ -68,7 +70,6 @@ class Correlation(Study):
 
     def plots(self, result: dict[str, Any], folder: Path) -> list[tuple[Path, str]]:
         figure, axes = panels(2, 2, 11, 7.6)
-        examples = result["settings"]["size"]["examples"]
         rows, seeds = result["over_training"], _seeds(result["over_training"])
         for panel, kind in zip(axes[:2], KINDS, strict=True):
             epochs = sorted({row["epoch"] for row in rows})
@@ -95,7 +96,7 @@ class Correlation(Study):
             _stretch(panel, known(values))
         legend_below(figure, axes[0])
         figure.suptitle(
-            f"Correlation of scores with the exact gradient norm of {examples} examples "
+            f"Correlation of scores with the exact gradient norm of {measured_examples(result)} examples "
             f"({seeds_text(len(seeds))})\n{title(result)}"
         )
         return [(save(figure, folder / "correlation.png"), self.question)]

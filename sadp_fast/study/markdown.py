@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .registry import STUDIES
+from .study import measured_examples
 
 NOT_COMPARABLE = (
     "The paper's code was not published. The score's exact form, the schedule of ratios, how small probabilities are "
@@ -68,7 +69,8 @@ def write_report(results: dict[str, dict[str, Any]], plots: dict[str, list[tuple
         )
     lines += ["", "## Settings", "", "| setting | value |", "| --- | --- |"]
     lines += [f"| {key} | {value} |" for key, value in settings["base"].items()]
-    lines += [f"| {key.replace('_', ' ')} (measurements) | {value} |" for key, value in settings["size"].items()]
+    size = {**settings["size"], "examples": measured_examples(first)}
+    lines += [f"| {key.replace('_', ' ')} (measurements) | {value} |" for key, value in size.items()]
     path = folder / "report.md"
     path.write_text("\n".join([*lines, ""]))
     return path

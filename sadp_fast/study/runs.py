@@ -10,12 +10,15 @@ from typing import Any
 
 from .. import train
 from ..config import TrainConfig, folder_name
-from ..data import Dataset, load
+from ..data import Dataset, described, differ, load
 from . import trajectory
 from .deadline import Deadline, OutOfTime
 from .plan import Plan
 from .progress import Display
-from .store import Store, StudyError, training_identity
+from .store import Store, StudyError, conditions_of, read_file, training_identity
+
+# By which a folder's runs are of the data at hand; those of other studies may lie among them.
+_DATA = ("dataset", "image_size", "split_by", "time_steps")
 
 
 class Runs:
@@ -37,7 +40,7 @@ class Runs:
 
     @cached_property
     def data(self) -> Dataset:
-        """The data set on the study's device."""
+        """The data set on the study's device; raises StudyError where the folder's runs are of another one."""
         base = self.plan.base
         loaded = load(
             base.dataset,
@@ -46,17 +49,25 @@ class Runs:
             time_steps=base.time_steps,
             split_by=base.split_by,
         )
+        for path in self.store.paths():
+            file = read_file(path)
+            config, found = conditions_of(file["identity"].get("config", {})), file.get("data_set", {})
+            if all(config.get(key) == getattr(base, key) for key in _DATA) and differ(found, loaded.identity):
+                raise StudyError(
+                    f"the run file {path} is of another data set ({described(found)}) than the one at hand "
+                    f"({described(loaded.identity)}): check --data-dir, or name a new folder with --out"
+                )
         return loaded.to(base.device)
 
     def training(self, method: str, ratio: float, seed: int) -> dict[str, Any] | None:
         """A training run's file: "data_set" and "history", an entry an epoch as of `train.run`."""
         config = self.plan.config(method, ratio, seed)
-        name = f"{config.dataset}-{config.model}-{_short(method)}-r{config.prune_ratio:g}-s{seed}"
+        name = f"{config.dataset}-{config.model}-{folder_name(method)}-r{config.prune_ratio:g}-s{seed}"
 
         def run(folder: Path) -> dict[str, Any]:
             self._prepare(config)
             result = train.run(config, self.data, folder, self.display.viewers, resume=True)
-            return {**self._data_set(), "history": result.history}
+            return {"data_set": self.data.identity, "sources": result.sources, "history": result.history}
 
         found = self._get(name, training_identity(config), ("data_set", "history"), config.epochs, run)
         if found is not None and len(found["history"]) != config.epochs:
@@ -109,14 +120,14 @@ class Runs:
         self, method: str, ratio: float, run: Callable[[TrainConfig, Dataset], dict[str, Any]] | None
     ) -> dict[str, Any] | None:
         config = self.plan.config(method, ratio, 0)
-        name = f"{config.dataset}-{config.model}-timing-{_short(method)}-r{config.prune_ratio:g}"
+        name = f"{config.dataset}-{config.model}-timing-{folder_name(method)}-r{config.prune_ratio:g}"
         identity = {"kind": "timing", "config": config.conditions(), "steps": self.plan.size.timed_steps}
         if run is None:
             return self.store.read(name, identity, ("timing",))
 
         def measured(_folder: Path) -> dict[str, Any]:
             self._prepare(config)
-            return {**self._data_set(), "timing": run(config, self.data)}
+            return {"data_set": self.data.identity, "timing": run(config, self.data)}
 
         return self._get(name, identity, ("timing",), 1, measured)
 
@@ -157,11 +168,3 @@ class Runs:
             except ValueError as error:
                 raise StudyError(str(error)) from error
             self._warm.add(alike)
-
-    def _data_set(self) -> dict[str, Any]:
-        return {"data_set": {"name": self.data.name, "train_examples": len(self.data.train_labels)}}
-
-
-def _short(method: str) -> str:
-    """For a file's name, which a digest makes unique."""
-    return folder_name(method)[:100]

@@ -29,10 +29,13 @@ class StudyError(RuntimeError):
     """A study cannot be run or shown; the message is one sentence that says why and the remedy."""
 
 
-def environment(device: str) -> dict[str, Any]:
-    """Where something ran: the device's name and the versions of what it ran with."""
+def environment(device: str, trained_by: list[str] | None = None) -> dict[str, Any]:
+    """Where something ran: the device's name and the versions of what it ran with.
+
+    trained_by: the sources of this package, in order; None: those that run now.
+    """
     versions = report.versions()
-    versions["sadp_fast"] = f"{versions['sadp_fast']}, sources {sources()}"
+    versions["sadp_fast"] = f"{versions['sadp_fast']}, sources {', then '.join(trained_by or [sources()])}"
     return {"device": report.device_name(device), "versions": versions}
 
 
@@ -81,10 +84,14 @@ class Store:
     def produce(
         self, name: str, identity: dict[str, Any], device: str, run: Callable[[Path], dict[str, Any]]
     ) -> dict[str, Any]:
-        """Run it, in a folder of its own that may hold an earlier attempt's checkpoint, and keep what it returns."""
+        """Run it, in a folder of its own that may hold an earlier attempt's checkpoint, and keep what it returns.
+
+        Of that, "sources" are those that trained it, where these may be others than today's: see `environment`.
+        """
         path, unfinished = self.path(name, identity), self.unfinished(name, identity)
         whole, start = not unfinished.exists(), time.monotonic()
-        value = {"identity": identity, **environment(device), **run(unfinished)}
+        content = run(unfinished)
+        value = {"identity": identity, **environment(device, content.pop("sources", None)), **content}
         value["wall_seconds"] = time.monotonic() - start if whole else None
         write_json(value, path, indent=None)
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -134,9 +141,13 @@ class Store:
         alike = [took for other, took in seconds if same(seedless(other), seedless(identity))]
         return max(alike or [took * work(identity) / work(other) for other, took in seconds], default=None)
 
+    def paths(self) -> list[Path]:
+        """The file of every finished run."""
+        return sorted((self.folder / "runs").glob("*.json"))
+
     def files(self) -> list[dict[str, Any]]:
         """Every finished run; raises StudyError for a damaged file."""
-        return [read_file(path) for path in sorted((self.folder / "runs").glob("*.json"))]
+        return [read_file(path) for path in self.paths()]
 
 
 def same(found: dict[str, Any], wanted: dict[str, Any]) -> bool:

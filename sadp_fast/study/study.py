@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from ..config import TrainConfig
+from ..data import described, differ
 from .figures import Table
 from .plan import Plan
 from .runs import Runs
@@ -19,9 +21,10 @@ class NothingFinished(StudyError):
 
 @dataclass
 class Files:
-    """The run files that a result is made of, and the names of those that are not there."""
+    """The run files that a result is made of, with their names, and the names of those that are not there."""
 
     found: list[dict[str, Any]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
     def take(self, file: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
@@ -30,16 +33,17 @@ class Files:
             self.missing.append(name)
         else:
             self.found.append(file)
+            self.names.append(name)
         return file
 
     def header(self, study: str, plan: Plan) -> dict[str, Any]:
-        """What every result begins with; raises NothingFinished."""
+        """What every result begins with; raises NothingFinished, and StudyError for files of different data sets."""
         if not self.found:
             raise NothingFinished(f"{plan.folder} holds no finished run for the study {study}: leave --report-only out")
         where = [{key: file[key] for key in ("device", "versions")} for file in self.found]
         return {
             "study": study,
-            "data_set": self.found[0]["data_set"],
+            "data_set": self._data_set(),
             "settings": {
                 "base": {
                     key: value
@@ -55,6 +59,20 @@ class Files:
             "missing_runs": self.missing,
         }
 
+    def _data_set(self) -> dict[str, Any]:
+        """What the files know of their data set, all together."""
+        runs: list[tuple[str, dict[str, Any]]] = []  # one of each
+        for name, file in zip(self.names, self.found, strict=True):
+            if not any(file["data_set"] == known for _, known in runs):
+                runs.append((name, file["data_set"]))
+        for (name, one), (other_name, other) in combinations(runs, 2):
+            if differ(one, other):
+                raise StudyError(
+                    f"the runs are of different data sets, '{name}' of one ({described(one)}) and '{other_name}' of "
+                    f"another ({described(other)}): keep those of each in a folder of their own"
+                )
+        return {key: value for _, known in runs for key, value in known.items()}
+
 
 def each_once(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The entries in their order, equal ones once."""
@@ -68,6 +86,7 @@ class Study:
     paper: str  # the figure that it reproduces
     question: str
     reading: str  # how to read plots and tables, and what they cannot say
+    trains_cells = True  # whether it trains every method at every ratio of the plan
 
     def requests(self, plan: Plan) -> int:
         """How many runs it asks for."""
@@ -94,6 +113,11 @@ REGULARISATION = {
     "cutout": "cutout {:g} pixels",
     "mixup": "mixup {:g}",
 }
+
+
+def measured_examples(result: dict[str, Any]) -> int:
+    """Of how many training examples gradient norms were taken: the data set may have fewer than were asked for."""
+    return min(result["settings"]["size"]["examples"], result["data_set"]["train_examples"])
 
 
 def title(result: dict[str, Any]) -> str:

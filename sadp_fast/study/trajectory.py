@@ -66,8 +66,9 @@ def trajectory(
         folder: holds the checkpoint, which is continued where there is one.
 
     Returns:
-        "data_set", and "snapshots": for each epoch measured its "epoch", "test_accuracy", "sparsity" and "values",
-        which holds a list of N numbers for each of `SCORES` and for the exact norm.
+        "data_set", "sources" (that trained it, in order), and "snapshots": for each epoch measured its "epoch",
+        "test_accuracy", "sparsity" and "values", which holds a list of N numbers for each of `SCORES` and for the exact
+        norm.
     """
     trainer = train.Trainer(config, data)
     _set_threshold(trainer.model, threshold)
@@ -83,7 +84,8 @@ def trajectory(
         train.finish_epoch(trainer, entry, checkpoint, viewers)
     kept = ("epoch", "test_accuracy", "sparsity", "values")
     return {
-        "data_set": {"name": data.name, "train_examples": len(data.train_labels)},
+        "data_set": trainer.data_set,
+        "sources": trainer.sources,
         "snapshots": [{key: entry[key] for key in kept} for entry in trainer.history if "values" in entry],
     }
 

@@ -27,7 +27,7 @@ from .measure import EXACT, SCORES
 from .plan import Plan
 from .runs import Runs
 from .store import short
-from .study import Files, Study, title
+from .study import Files, Study, measured_examples, title
 from .trajectory import AGES, shown_epochs
 
 OPTIMUM = "optimum"
@@ -69,6 +69,8 @@ class Variance(Study):
         "earlier epochs of the same training: in use, an example's score is as old as its last draw. ε-greedy trains "
         "without weights: this is its variance if it had them. Values worse than any plot shows are in the JSON file."
     )
+
+    trains_cells = False
 
     def requests(self, plan: Plan) -> int:
         return len(plan.seeds)
@@ -153,7 +155,7 @@ class Variance(Study):
             panel.set_ylim(max(min(shown) / 1.5, 1e-6), min(TOP, max(1.0, *shown) * 1.5))
         legend_below(figure, axes[0])
         figure.suptitle(
-            f"Variance of the pruned gradient, from exact norms of {settings['size']['examples']} examples "
+            f"Variance of the pruned gradient, from exact norms of {measured_examples(result)} examples "
             f"({seeds_text(len(seeds))})\n{title(result)}"
         )
         return [(save(figure, folder / "variance.png"), self.question)]
