@@ -198,19 +198,21 @@ def test_methods_are_compared_by_pairs_of_all_studies(tmp_path, monkeypatch, cap
         "all: +1.00 ± 1.15 (standard error), better in 2 of 3 pairs",
     ]
     (tmp_path / "copy").mkdir()
-    (tmp_path / "copy" / "accuracy.json").write_text(json.dumps({"accuracies": rows[3:5]}))
+    (tmp_path / "copy" / "accuracy.json").write_text(json.dumps({"accuracies": rows[2:4]}))
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "accuracy.json").write_text("{}")
     for folder, message in (
-        ("copy", r"random at r = 0\.5 with seed 1 is the same run in .*second and in .*copy: leave one of them out"),
+        ("copy", r"sadp at r = 0\.5 with seed 1 is the same run in .*second and in .*copy: leave one of them out"),
         ("empty", r"empty/accuracy\.json lacks 'accuracies', which the study accuracy writes: check the folder"),
     ):
         monkeypatch.setattr("sys.argv", ["paired.py", "sadp", "random", *map(str, folders), str(tmp_path / folder)])
         with pytest.raises(SystemExit, match=message):
             experiment.main()
-    for row in rows[3:5]:
-        row["test_accuracy"] += 0.01  # made again: another run
-    (tmp_path / "copy" / "accuracy.json").write_text(json.dumps({"accuracies": rows[3:5]}))
+    for row in rows[2:4]:
+        row["test_accuracy"] += 0.001  # made again: another run
+    (tmp_path / "copy" / "accuracy.json").write_text(
+        json.dumps({"accuracies": [*rows[2:4], rows[5]]})
+    )  # one of no pair
     monkeypatch.setattr("sys.argv", ["paired.py", "sadp", "random", *map(str, folders), str(tmp_path / "copy")])
     experiment.main()
     capsys.readouterr()

@@ -30,17 +30,20 @@ def differences(method: str, other: str, folders: list[Path]) -> dict[float, lis
     found: dict[float, list[float]] = {}
     seen: dict[tuple[Any, ...], Path] = {}
     for folder in folders:
-        rows = [row for row in accuracies(folder) if row["method"] in (method, other)]
-        for row in rows:  # which would count twice
-            run = tuple(row.get(key) for key in ("method", "ratio", "seed", "test_accuracy", "seconds"))
-            if run in seen:
-                name = f"{row['method']} at r = {row['ratio']:g} with seed {row['seed']}"
-                raise ValueError(f"{name} is the same run in {seen[run]} and in {folder}: leave one of them out")
-            seen[run] = folder
-        accuracy = {(row["method"], row["ratio"], row["seed"]): 100 * row["test_accuracy"] for row in rows}
-        for (name, ratio, seed), value in accuracy.items():
-            if name == method and (other, ratio, seed) in accuracy:
-                found.setdefault(ratio, []).append(value - accuracy[other, ratio, seed])
+        rows = {(row["method"], row["ratio"], row["seed"]): row for row in accuracies(folder)}
+        for name, ratio, seed in rows:
+            if name != method or (other, ratio, seed) not in rows:
+                continue
+            pair = [rows[each, ratio, seed] for each in (method, other)]
+            for row in pair:  # one of two folders would count twice
+                run = (row["method"], ratio, seed, row["test_accuracy"], row.get("seconds"))
+                if run in seen:
+                    raise ValueError(
+                        f"{row['method']} at r = {ratio:g} with seed {seed} is the same run in {seen[run]} and in "
+                        f"{folder}: leave one of them out"
+                    )
+                seen[run] = folder
+            found.setdefault(ratio, []).append(100 * pair[0]["test_accuracy"] - 100 * pair[1]["test_accuracy"])
     if not found:
         raise ValueError(f"no folder has runs of {method} and of {other} with the same ratio and seed")
     return dict(sorted(found.items()))
