@@ -256,7 +256,7 @@ class EnergyTaps:
             )
         for name, calls in self._energies.items():
             for row, energies in zip(self._buffers[name], zip(*calls, strict=True), strict=True):
-                total = torch.stack([_come(energy) for energy in energies]).sum(0)
+                total = torch.stack([_none_as_zero(energy) for energy in energies]).sum(0)
                 row.add_(total) if name in self._written else row.copy_(total)
         self._sum_statistics()
 
@@ -269,7 +269,7 @@ class EnergyTaps:
                 calls = [call for call in self._calls[name] if getattr(call, attribute) is not None]  # with gradients
                 values = [getattr(call, attribute) for call in calls]
                 if kind == "delta":
-                    values = [v if call.has_norms else _come(v) for call, v in zip(calls, values, strict=True)]
+                    values = [v if call.has_norms else _none_as_zero(v) for call, v in zip(calls, values, strict=True)]
                 if values:
                     found.append((row, values[0] if len(values) == 1 else torch.cat(values)))
         alike = groupby(enumerate(found), key=lambda x: (x[1][0] - x[0], x[1][1].shape[0], x[1][1].dtype))
@@ -295,7 +295,7 @@ def energy_per_example(t: Tensor, steps: int, batch_size: int, channel_scale: Te
     return squared_norm_per_example(_folded(t.detach(), steps, batch_size), channel_scale).sum(0)
 
 
-def _come(norms: Tensor) -> Tensor:
+def _none_as_zero(norms: Tensor) -> Tensor:
     """What a call has measured, or 0 where no gradient has come to any of its examples: the loss does not see it."""
     return torch.where(norms.isnan().all(), 0.0, norms)
 
