@@ -250,8 +250,7 @@ class _BatchNormNode(BaseNode):
         """gamma / sigma of each channel, as the normalisation of x [M, C, *] used it, float [C]."""
         with torch.no_grad():
             if self._uses_batch_statistics:
-                values = x if x.dtype == torch.float64 else x.float()
-                variance = values.transpose(0, 1).flatten(1).var(1, correction=0)
+                variance = batch_variance(x)
             else:
                 assert self.running_var is not None
                 variance = self.running_var
@@ -275,6 +274,12 @@ class _BatchNormNode(BaseNode):
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
             f"track_running_stats={self.track_running_stats}, {super().extra_repr()}"
         )
+
+
+def batch_variance(x: Tensor) -> Tensor:
+    """Variance of each channel of x [M, C, *], not corrected, as a normalisation takes it: float [C]."""
+    values = x if x.dtype == torch.float64 else x.float()
+    return values.transpose(0, 1).flatten(1).var(1, correction=0)
 
 
 def _mark_sum(out: Tensor, count: int | None, residual: Tensor | None) -> Tensor:

@@ -12,7 +12,8 @@ import tempfile
 import warnings
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ class Dataset:
         """Shape of one example: (C, H, W), or (T, C, H, W) for event frames."""
         return tuple(self.train_images.shape[1:])
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """By what runs of one data set know each other: "name", "train_examples", and "labels", a digest.
 
@@ -98,8 +99,8 @@ class Dataset:
 
     def to(self, device: torch.device | str) -> "Dataset":
         """The same data set with every tensor on `device`."""
-        tensors = {key: value.to(device) for key, value in vars(self).items() if isinstance(value, Tensor)}
-        return Dataset(**{**vars(self), **tensors})
+        tensors: dict[str, Any] = {k: value.to(device) for k, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
 
 def differ(one: dict[str, Any], other: dict[str, Any]) -> bool:

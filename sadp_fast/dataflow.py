@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import surrogate
-from .batch_norm_lif import CallEnergies
+from .batch_norm_lif import CallEnergies, batch_variance
 from .neuron import BaseNode
 from .own_hook import OwnHook
 from .reference.lif import squared_norm_per_example
@@ -136,6 +136,10 @@ class Probe:
     # Layers that ``resolve`` found on the other side of a transposition of time and batch than the neuron beside them.
     batch_first: set[str] = field(default_factory=set)
 
+    def settings(self) -> list[tuple[nn.Module, str, Any]]:
+        """(module, attribute, value) while the model runs: what is to measure."""
+        return [(node, "collect_statistics", True) for node in self.model.modules() if keeps_energies(node)]
+
     def hooks(self) -> list[torch.utils.hooks.RemovableHandle]:
         """Register the recording hooks; the caller removes them."""
         handles = []
@@ -162,9 +166,9 @@ class Probe:
         @torch.no_grad()
         def measured(module: Any, x: Tensor, output: Tensor) -> dict[str, Any]:
             if calls is self.layers:
-                return {"input_norms": squared_norm_per_example(x.detach())}
+                return {"input_norms": squared_norm_per_example(x)}
             if calls is self.norms:
-                return {"scale": batch_norm_scale(module, x.detach(), output) if _scalable(module, x, output) else None}
+                return {"scale": batch_norm_scale(module, x, output) if _scalable(module, x, output) else None}
             energies = getattr(module, "energies", None)
             return {"energies": energies[-1] if energies else None}
 
@@ -238,6 +242,20 @@ def _edge(t: Tensor) -> Edge:
     return (t.grad_fn, t.output_nr)
 
 
+def _back(edge: Edge, passable: set[str] = _VIEWS) -> Iterator[Edge]:
+    """An edge, and those that it comes from through nodes of these kinds."""
+    yield edge
+    while edge[0] is not None and _kind(edge[0]) in passable:
+        edge = edge[0].next_functions[0]
+        yield edge
+
+
+def _behind_views(t: Tensor) -> Any:
+    """The node that has made what t shows, itself or through views; None where there is none."""
+    *_, (node, _) = _back(_edge(t))
+    return node
+
+
 def _kind(node: Any) -> str:
     return re.sub(r"Backward\d*$", "", node.name().rsplit("::", 1)[-1])
 
@@ -266,15 +284,11 @@ class _Graph:
         ``alone``: only if every tensor on the way has no other consumer. ``moves``: whether transpositions may be
         passed.
         """
-        passable = _VIEWS | _MOVES if moves else _VIEWS
-        while edge[0] is not None:
-            if alone and self.consumers[edge] != 1:
+        for behind in _back(edge, _VIEWS | _MOVES if moves else _VIEWS):
+            if behind[0] is None or (alone and self.consumers[behind] != 1):
                 return None
-            if edge in sources:
-                return edge
-            if _kind(edge[0]) not in passable:
-                return None
-            edge = edge[0].next_functions[0]
+            if behind in sources:
+                return behind
         return None
 
     def moves_time(self, edge: Edge, source: Edge) -> bool:
@@ -323,22 +337,10 @@ def _with_unique_sites(layers: list[WeightLayer]) -> list[WeightLayer]:
 
 def _scalable(norm: _BatchNorm, x: Tensor, output: Tensor) -> bool:
     """Whether ``batch_norm_scale`` is all that the module multiplies x by: a subclass may do more than normalise."""
-    node = _behind_views(output.grad_fn)
-    if node is None or "BatchNorm" not in _kind(node):
+    node = _behind_views(output)
+    if node is None or "BatchNorm" not in _kind(node) or _edge(x) not in _back(node.next_functions[0]):
         return False
-    source, number = node.next_functions[0]
-    while (source, number) != _edge(x):
-        if source is None or _kind(source) not in _VIEWS:
-            return False
-        source, number = source.next_functions[0]
     return norm.training or norm.running_var is not None
-
-
-def _behind_views(node: Any) -> Any:
-    """The node whose output a view, or a chain of them, shows."""
-    while node is not None and _kind(node) in _VIEWS:
-        node = node.next_functions[0][0]
-    return node
 
 
 def batch_norm_scale(norm: _BatchNorm, x: Tensor, output: Tensor) -> Tensor:
@@ -351,10 +353,9 @@ def batch_norm_scale(norm: _BatchNorm, x: Tensor, output: Tensor) -> Tensor:
     inverse_sigma = None
     if norm.training and _recomputes():
         folded = x.flatten(0, 1) if getattr(norm, "step_mode", "s") == "m" else x
-        variance = folded.detach().float().transpose(0, 1).flatten(1).var(1, correction=0)
-        inverse_sigma = torch.rsqrt(variance + norm.eps)
+        inverse_sigma = torch.rsqrt(batch_variance(folded.detach()) + norm.eps)
     elif norm.training:
-        inverse_sigma = getattr(_behind_views(output.grad_fn), "_saved_result2", None)
+        inverse_sigma = getattr(_behind_views(output), "_saved_result2", None)
     if inverse_sigma is None or inverse_sigma.numel() != norm.num_features:
         if norm.running_var is None:
             raise RuntimeError(

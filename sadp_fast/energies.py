@@ -65,7 +65,6 @@ class EnergyTaps:
         self.layer_rows = torch.tensor([[self._row[row] for row in side] for side in (inputs, deltas)], device=device)
         self.multiplicity = torch.tensor([layer.multiplicity for layer in layers], device=device)
         self._buffers = {name: (self._view("output", name), self._view("delta", name)) for name in own}
-        self._before: list[tuple[BaseNode, bool, Any]] = []  # neurons that measure, and how they were set before
         self.start()
 
     def _order(self, row: _Row) -> tuple[bool, str, str]:
@@ -149,20 +148,16 @@ class EnergyTaps:
 
         return hook
 
-    def switch(self, on: bool) -> None:
-        """Let the neurons measure, or leave them as they were."""
-        if on:
-            for name, node in self.neurons.items():
-                own = "energy_buffers" if name in self._buffers else "channel_scale"
-                self._before.append((node, node.collect_statistics, getattr(node, own)))
-                node.collect_statistics = True
-                if name in self._buffers:
-                    node.energy_buffers = self._buffers[name]  # type: ignore[assignment]
-            return
-        for node, collected, value in self._before:
-            node.collect_statistics = collected
-            setattr(node, "energy_buffers" if keeps_energies(node) else "channel_scale", value)
-        self._before.clear()
+    def settings(self) -> list[tuple[nn.Module, str, Any]]:
+        """(module, attribute, value) while the model runs: what is to measure, and what the hooks will set."""
+        found: list[tuple[nn.Module, str, Any]] = []
+        for name, node in self.neurons.items():
+            found.append((node, "collect_statistics", True))
+            if name in self._buffers:
+                found.append((node, "energy_buffers", self._buffers[name]))
+            else:
+                found.append((node, "channel_scale", node.channel_scale))
+        return found
 
     # --------------------------------------------------------------------------------------------------- one batch
 

@@ -572,9 +572,8 @@ class SADP:
                 self._keep(batch, batch.direct_score)
             return
         gradient, taps = batch.loss_gradient, batch.taps
-        if gradient is None:  # the batch was skipped: no loss, or no backward pass, which may come yet
+        if gradient is None or taps is None:  # the batch was skipped: no loss, or no backward pass, which may come yet
             self._meter.abandon()
-        if gradient is None or taps is None:
             return
         taps.finish()
         mean_factor = batch.mean_factor

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .dataflow import Probe, WeightLayer, keeps_energies, trainable_layers, weight_parameters
+from .dataflow import Probe, WeightLayer, trainable_layers, weight_parameters
 from .energies import EnergyTaps
 
 
@@ -43,7 +43,7 @@ class ScoreMeter:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._in_forward = False  # whether a batch's forward pass is under way
         self._measuring = False  # whether neurons collect statistics
-        self._before_probe: list[tuple[nn.Module, bool]] = []  # those that do for the probe, and whether they did
+        self._before: list[tuple[nn.Module, str, Any]] = []  # how they were set before they did
 
     @property
     def reads_dataflow(self) -> bool:
@@ -115,15 +115,13 @@ class ScoreMeter:
         if on == self._measuring:
             return
         self._measuring = on
-        if self._probe is None:
-            if self._taps is not None:
-                self._taps.switch(on)
-            return
+        measures = self._taps if self._probe is None else self._probe
+        settings = self._before
         if on:
-            nodes = [node for node in self.model.modules() if keeps_energies(node)]
-            self._before_probe = [(node, bool(node.collect_statistics)) for node in nodes]
-        for node, collected in self._before_probe:
-            node.collect_statistics = on or collected  # type: ignore[assignment]
+            settings = [] if measures is None else measures.settings()
+            self._before = [(node, name, getattr(node, name)) for node, name, _ in settings]
+        for node, name, value in settings:
+            setattr(node, name, value)
 
     def read(self, loss: Tensor, batch_size: int) -> EnergyTaps:
         """Read the dataflow from the loss of the first scored batch, before its backward pass; what measures it.

@@ -176,6 +176,7 @@ def test_results_of_several_folders_are_joined(tmp_path, monkeypatch, capsys):
 
 
 def test_methods_are_compared_by_pairs_of_all_studies(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(SCRIPTS)
     experiment = load("paired")
     rows = [
         {"method": method, "ratio": ratio, "seed": seed, "test_accuracy": accuracy}

@@ -482,11 +482,8 @@ def test_runs_of_other_data_are_refused(finished, monkeypatch, capsys):
     assert runs.Runs(plan_of, Display(None, 0)).data.name == "digits"
 
 
-@pytest.mark.parametrize(("study", "method"), [("accuracy", "sadp"), ("variance", "scores")])
-@pytest.mark.parametrize("begun_with", ["0123abcd", ["0123abcd", "89abcdef"], None])
-def test_a_run_names_all_sources_that_trained_it(study, method, begun_with, monkeypatch):
-    """Also one that was begun when a checkpoint held the newest alone. None: by these sources."""
-    arguments = [*FAST, "--seeds", "1", "--ratios", "0.3", "--methods", "sadp", "--out", "here"]
+def interrupted(arguments, monkeypatch):
+    """The command's exit code where Ctrl-C comes behind the checkpoint of a run's second epoch."""
     saved = train.Trainer.save
 
     def save(self, path):
@@ -496,7 +493,15 @@ def test_a_run_names_all_sources_that_trained_it(study, method, begun_with, monk
 
     with monkeypatch.context() as context:
         context.setattr(train.Trainer, "save", save)
-        assert cli.main(["study", study, *arguments]) == 130
+        return cli.main(arguments)
+
+
+@pytest.mark.parametrize(("study", "method"), [("accuracy", "sadp"), ("variance", "scores")])
+@pytest.mark.parametrize("begun_with", ["0123abcd", ["0123abcd", "89abcdef"], None])
+def test_a_run_names_all_sources_that_trained_it(study, method, begun_with, monkeypatch):
+    """Also one that was begun when a checkpoint held the newest alone. None: by these sources."""
+    arguments = [*FAST, "--seeds", "1", "--ratios", "0.3", "--methods", "sadp", "--out", "here"]
+    assert interrupted(["study", study, *arguments], monkeypatch) == 130
     (checkpoint,) = Path("here/unfinished").glob("*/checkpoint.pt")
     state = torch.load(checkpoint, weights_only=True)
     if begun_with is None:
@@ -811,16 +816,7 @@ def without_seconds(history):
 @pytest.mark.parametrize(("study", "method"), [("accuracy", "sadp"), ("variance", "scores")])
 def test_interrupted_study_goes_on_where_it_was(study, method, finished, monkeypatch, capsys):
     arguments = [*FAST[:-1], "--seeds", "1", "--ratios", "0.3", "--methods", "sadp", "--out", "cut short"]
-    saved = train.Trainer.save
-
-    def save(self, path):
-        saved(self, path)
-        if len(self.history) == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as context:
-        context.setattr(train.Trainer, "save", save)
-        assert cli.main(["study", study, *arguments]) == 130
+    assert interrupted(["study", study, *arguments], monkeypatch) == 130
     assert capsys.readouterr().err == (
         f"sadp-fast: interrupted; to go on: sadp-fast study {study} --resume 'cut short' --device cpu\n"
     )

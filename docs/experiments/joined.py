@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ KEYS = ("settings", "data_set", "accuracies", "environments", "missing_runs")  #
 LISTS = ("methods", "ratios", "seeds")  # of the settings: what the studies may differ in
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A study's accuracy.json; raises ValueError for another file."""
+def read(folder: Path, keys: Sequence[str] = KEYS) -> dict[str, Any]:
+    """A study's accuracy.json, which has these keys; raises ValueError for another file."""
+    path = folder / "accuracy.json"
     result = json.loads(path.read_text())
-    if lacking := [key for key in KEYS if key not in result]:
+    if lacking := [key for key in keys if key not in result]:
         raise ValueError(f"{path} lacks {lacking[0]!r}, which the study accuracy writes: check the folder")
     return result
 
@@ -45,9 +46,11 @@ def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
         {**result, "settings": {**result["settings"], "base": {**known, **base}}}
         for result, base in zip(results, bases, strict=True)
     ]
-    for one, other in combinations([result["data_set"] for result in results], 2):
-        if differ(one, other):
-            raise ValueError(f"the studies are of different data sets ({described(one)}; {described(other)})")
+    data_set: dict[str, Any] = {}
+    for other in (result["data_set"] for result in results):
+        if differ(data_set, other):
+            raise ValueError(f"the studies are of different data sets ({described(data_set)}; {described(other)})")
+        data_set |= other
     first = results[0]
     for other in results[1:]:
         alike = [{key: value for key, value in r["settings"].items() if key not in LISTS} for r in (first, other)]
@@ -68,7 +71,7 @@ def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
     found = {run_name(*cell) for cell in rows}
     return {
         **first,
-        "data_set": {key: value for result in results for key, value in result["data_set"].items()},
+        "data_set": data_set,
         "settings": settings,
         "environments": each_once([entry for result in results for entry in result["environments"]]),
         "missing_runs": [name for name in missing if name not in found],
@@ -83,7 +86,7 @@ def main() -> None:
     if (out / "accuracy.json").exists():
         sys.exit(f"{out}/accuracy.json is there already: name a new folder")
     try:
-        result = joined([read(folder / "accuracy.json") for folder in folders])
+        result = joined([read(folder) for folder in folders])
     except (OSError, ValueError) as error:
         sys.exit(f"nothing was joined: {error}")
     study = STUDIES["accuracy"]

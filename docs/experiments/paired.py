@@ -8,21 +8,13 @@ in points, its standard error, and how many pairs the first one wins. A run that
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-
-def accuracies(folder: Path) -> list[dict[str, Any]]:
-    """The runs of a study's accuracy.json; raises ValueError for another file."""
-    path = folder / "accuracy.json"
-    result = json.loads(path.read_text())
-    if "accuracies" not in result:
-        raise ValueError(f"{path} lacks 'accuracies', which the study accuracy writes: check the folder")
-    return result["accuracies"]
+from joined import read  # beside this file
 
 
 def differences(method: str, other: str, folders: list[Path]) -> dict[float, list[float]]:
@@ -30,7 +22,7 @@ def differences(method: str, other: str, folders: list[Path]) -> dict[float, lis
     found: dict[float, list[float]] = {}
     seen: dict[tuple[Any, ...], Path] = {}
     for folder in folders:
-        rows = {(row["method"], row["ratio"], row["seed"]): row for row in accuracies(folder)}
+        rows = {(row["method"], row["ratio"], row["seed"]): row for row in read(folder, ["accuracies"])["accuracies"]}
         for name, ratio, seed in rows:
             if name != method or (other, ratio, seed) not in rows:
                 continue

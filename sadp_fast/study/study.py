@@ -21,10 +21,9 @@ class NothingFinished(StudyError):
 
 @dataclass
 class Files:
-    """The run files that a result is made of, with their names, and the names of those that are not there."""
+    """The run files that a result is made of, each behind its name, and the names of those that are not there."""
 
-    found: list[dict[str, Any]] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
+    found: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
     def take(self, file: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
@@ -32,15 +31,14 @@ class Files:
         if file is None:
             self.missing.append(name)
         else:
-            self.found.append(file)
-            self.names.append(name)
+            self.found.append((name, file))
         return file
 
     def header(self, study: str, plan: Plan) -> dict[str, Any]:
         """What every result begins with; raises NothingFinished, and StudyError for files of different data sets."""
         if not self.found:
             raise NothingFinished(f"{plan.folder} holds no finished run for the study {study}: leave --report-only out")
-        where = [{key: file[key] for key in ("device", "versions")} for file in self.found]
+        where = [{key: file[key] for key in ("device", "versions")} for _, file in self.found]
         return {
             "study": study,
             "data_set": self._data_set(),
@@ -62,7 +60,7 @@ class Files:
     def _data_set(self) -> dict[str, Any]:
         """What the files know of their data set, all together."""
         runs: list[tuple[str, dict[str, Any]]] = []  # one of each
-        for name, file in zip(self.names, self.found, strict=True):
+        for name, file in self.found:
             if not any(file["data_set"] == known for _, known in runs):
                 runs.append((name, file["data_set"]))
         for (name, one), (other_name, other) in combinations(runs, 2):
