@@ -4,7 +4,7 @@ import os
 import time
 from pathlib import Path
 
-# As sadp_fast.train does, before cuBLAS is first used: no 64 MiB set aside for products that are small. Peers gain too.
+# As sadp_fast.lab.train does, before cuBLAS is first used: no 64 MiB set aside for small products. Peers gain too.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
 os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "128")
 

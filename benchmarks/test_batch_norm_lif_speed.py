@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import sadp_fast
 from sadp_fast import surrogate
-from sadp_fast.dynamics import Dynamics
-from sadp_fast.reference.lif import multi_step
+from sadp_fast.ops.common.dynamics import Dynamics
+from sadp_fast.ops.lif.reference import multi_step
 
 CUDA = torch.cuda.is_available()
 T, BATCH = 4, 128 if CUDA else 2

@@ -16,8 +16,8 @@ from lif_layers import ALPHA, LEAKY, TAU, Layer, Peer, from_rest, learners, our_
 from torch import Tensor
 
 import sadp_fast
-from sadp_fast.dynamics import Dynamics
-from sadp_fast.reference.lif import multi_step
+from sadp_fast.ops.common.dynamics import Dynamics
+from sadp_fast.ops.lif.reference import multi_step
 from sadp_fast.surrogate import Sigmoid
 
 CUDA = torch.cuda.is_available()

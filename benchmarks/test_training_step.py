@@ -65,7 +65,7 @@ class Subject(NamedTuple):
 
 @pytest.fixture(scope="module", autouse=True)
 def _choose_convolutions():
-    """As sadp_fast.train does: cuDNN tries its algorithms once for each shape."""
+    """As sadp_fast.lab.train does: cuDNN tries its algorithms once for each shape."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
     yield
     torch.backends.cudnn.benchmark = before

@@ -1,7 +1,7 @@
 """Time of a pruned epoch over that of a full one, beside 1 - r, which no overhead at all would give.
 
-The training loop is that of `sadp-fast train` (sadp_fast.train.Trainer). Full and pruned epochs take turns, so that a
-device that slows down slows both. Evaluation and checkpoints are not timed.
+The training loop is that of `sadp-fast train` (sadp_fast.lab.train.Trainer). Full and pruned epochs take turns, so that
+a device that slows down slows both. Evaluation and checkpoints are not timed.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import pytest
 import torch
 from bench_report import set_value, shown
 
-from sadp_fast.data import Dataset, load
-from sadp_fast.train import TrainConfig, Trainer
+from sadp_fast.lab.data import Dataset, load
+from sadp_fast.lab.train import TrainConfig, Trainer
 
 CUDA = torch.cuda.is_available()
 RATIOS = (0.3, 0.5, 0.7)

@@ -28,7 +28,7 @@ from compile_ahead import MOST_PROCESSES, lif_once
 from lif_layers import from_rest, our_node
 
 import sadp_fast
-from sadp_fast.ops.autotune import Choice
+from sadp_fast.ops.common.autotune import Choice
 
 DTYPES = (torch.float32, torch.bfloat16)  # float16 is launched as bfloat16 is
 

@@ -1,15 +1,15 @@
 """Spike-aware data pruning for spiking neural networks, with fused neuron kernels (arXiv 2510.04098)."""
 
 from . import surrogate
-from .batch_norm_lif import BatchNormIF, BatchNormLIF, BatchNormParametricLIF
-from .casting import cast_weights_at_once
-from .graphs import GraphedStep
-from .neuron import IFNode, LIFNode, ParametricLIFNode, reset
-from .ops.autotune import autotune
-from .pruner import SADP
-from .sampling import Sample, sample
-from .selection import inclusion_probabilities, prune_ratios
-from .spike_storage import packed_spikes
+from .memory.packed_spikes import packed_spikes
+from .memory.weight_casting import cast_weights_at_once
+from .nn.batch_norm_lif import BatchNormIF, BatchNormLIF, BatchNormParametricLIF
+from .nn.neuron import IFNode, LIFNode, ParametricLIFNode, reset
+from .ops.common.autotune import autotune
+from .prune.graphed_step import GraphedStep
+from .prune.probabilities import inclusion_probabilities, prune_ratios
+from .prune.sadp import SADP
+from .prune.sampling import Sample, sample
 
 __version__ = "0.1.0"
 

@@ -18,12 +18,12 @@ import torch
 from selection import one_setting, trained  # beside this file
 from torch import Tensor, nn
 
-from sadp_fast import data, options, report
-from sadp_fast.config import TrainConfig
-from sadp_fast.models import plain, sew_resnet, vgg
-from sadp_fast.study.figures import spread
-from sadp_fast.study.store import environment
-from sadp_fast.train import Trainer
+from sadp_fast.lab import data, options, report
+from sadp_fast.lab.config import TrainConfig
+from sadp_fast.lab.models import plain, sew_resnet, vgg
+from sadp_fast.lab.study.figures import spread
+from sadp_fast.lab.study.store import environment
+from sadp_fast.lab.train import Trainer
 
 # Whose neurons are made by their module's `lif`.
 FAMILIES = {"conv": plain, "sew_resnet18": sew_resnet, "spiking_vgg": vgg, "vggsnn": vgg}

@@ -17,12 +17,12 @@ from typing import Any
 
 from rich.console import Console
 
-from sadp_fast.config import TrainConfig
-from sadp_fast.data import described, differ
-from sadp_fast.report import write_json
-from sadp_fast.study.registry import STUDIES
-from sadp_fast.study.study import each_once
-from sadp_fast.study.training_runs import run_name, set_time_ratios
+from sadp_fast.lab.config import TrainConfig
+from sadp_fast.lab.data import described, differ
+from sadp_fast.lab.report import write_json
+from sadp_fast.lab.study.registry import STUDIES
+from sadp_fast.lab.study.study import each_once
+from sadp_fast.lab.study.training_runs import run_name, set_time_ratios
 
 KEYS = ("settings", "data_set", "accuracies", "environments", "missing_runs")  # what is read of a study
 LISTS = ("methods", "ratios", "seeds")  # of the settings: what the studies may differ in

@@ -23,14 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sadp_fast import data, options, pruner, report
-from sadp_fast.config import METHODS, TrainConfig
-from sadp_fast.neuron import reset
-from sadp_fast.ops import score as ops
-from sadp_fast.score import el2n_score
-from sadp_fast.study.figures import one_line_each, save, spread
-from sadp_fast.study.store import environment
-from sadp_fast.train import EVALUATION_BATCH, Trainer, train_epoch
+from sadp_fast.lab import data, options, report
+from sadp_fast.lab.config import METHODS, TrainConfig
+from sadp_fast.lab.study.figures import one_line_each, save, spread
+from sadp_fast.lab.study.store import environment
+from sadp_fast.lab.train import EVALUATION_BATCH, Trainer, train_epoch
+from sadp_fast.nn.neuron import reset
+from sadp_fast.ops.score import op as ops
+from sadp_fast.prune import sadp as pruner
+from sadp_fast.statistics.score import el2n_score
 
 
 def before_each_draw(trainer: Trainer, action: Callable[[int], None]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from sadp_fast.data import Dataset, load
+from sadp_fast.lab.data import Dataset, load
 
 
 def arrays(data: Dataset, examples: int) -> dict[str, np.ndarray]:

@@ -1,1 +1,1 @@
-"""Fused Triton operators, one file each: kernel, launcher, registered operator, autograd function."""
+"""The operators, one folder each: reference.py in plain torch, kernels.py in Triton, launch.py, op.py for autograd."""

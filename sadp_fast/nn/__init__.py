@@ -1,0 +1,1 @@
+"""Spiking neurons as modules, batch normalisation with a neuron behind it, surrogate gradients."""

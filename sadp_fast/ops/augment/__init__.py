@@ -1,0 +1,1 @@
+"""Random crops, flips and normalisation of images on the device."""

@@ -1,0 +1,1 @@
+"""Multi-step integrate-and-fire."""

@@ -1,0 +1,1 @@
+"""Spikes packed into bits, and back."""

@@ -1,0 +1,1 @@
+"""Spike-aware data pruning: from scores to the batches of the next epoch."""

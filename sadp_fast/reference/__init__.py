@@ -1,1 +1,0 @@
-"""Plain torch versions of every fused path: the specification, the tests' oracle and the CPU path."""

@@ -1,0 +1,314 @@
+"""The energies that a batch's score is made of: what measures them in the forward and the backward pass.
+
+Every neuron, layer input or gradient that is measured owns a row of one [R, B] tensor, whatever writes it: the kernels
+of a ``BatchNormLIF``, a ``LIFNode``'s statistics, or a reduction over a tensor that no neuron knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.batch_norm_lif import CallEnergies
+from ..nn.neuron import BaseNode, CallStatistics
+from ..ops.lif.reference import squared_norm_per_example
+from .dataflow import Probe, WeightLayer, batch_norm_scale, first_input, keeps_energies
+from .own_hook import OwnHook
+
+_Row = tuple[str, str]  # ("output" or "delta", neuron), or ("input" or "gradient", layer)
+
+
+class EnergyTaps:
+    """Measures the given weight layers for batches of one size.
+
+    Args:
+        model: the network.
+        layers: of it, as ``Probe.resolve`` has read them.
+        steps: T, time steps that one call of the model's neurons covers.
+        batch_size: B.
+        device: of the model.
+
+    Attributes:
+        energies: float32 [R, B]: NaN where nothing was measured in this batch, 0 where no gradient came to a layer's
+            output, since the loss does not depend on it.
+        layer_rows: int64 [2, L], which rows hold the energy of each layer's input and of the gradient at its output.
+        multiplicity: float32 [L], ``patch_multiplicity`` of each layer.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: list[WeightLayer], *, steps: int, batch_size: int, device: torch.device
+    ) -> None:
+        self.layers, self.steps, self.batch_size = layers, steps, batch_size
+        self._model = model
+        names = {name for layer in layers for name in (layer.input_neuron, layer.output_neuron) if name is not None}
+        self.neurons: dict[str, BaseNode] = {name: model.get_submodule(name) for name in sorted(names)}  # type: ignore[misc]
+        inputs: list[_Row] = [
+            ("output", layer.input_neuron) if layer.input_neuron else ("input", layer.name) for layer in layers
+        ]
+        deltas: list[_Row] = [
+            ("delta", layer.output_neuron) if layer.output_neuron else ("gradient", layer.name) for layer in layers
+        ]
+        own = [name for name, node in self.neurons.items() if keeps_energies(node)]
+        rows = {*inputs, *deltas, *(("output", name) for name in own), *(("delta", name) for name in own)}
+        self._row = {row: i for i, row in enumerate(sorted(rows, key=self._order))}
+        # Rows begin at multiples of 16 bytes: kernels are compiled anew for addresses that are aligned in another way.
+        stride = -(-batch_size // 4) * 4
+        self.energies = torch.full((len(rows), stride), torch.nan, device=device)[:, :batch_size]
+        self._views = self.energies.unbind(0)
+        gradients = [row for (kind, _), row in self._row.items() if kind == "gradient"]  # neighbours
+        self._gradients = self.energies[gradients[0] : gradients[-1] + 1] if gradients else None
+        self.layer_rows = torch.tensor([[self._row[row] for row in side] for side in (inputs, deltas)], device=device)
+        self.multiplicity = torch.tensor([layer.multiplicity for layer in layers], device=device)
+        self._buffers = {name: (self._view("output", name), self._view("delta", name)) for name in own}
+        self.start()
+
+    def _order(self, row: _Row) -> tuple[bool, str, str]:
+        """The statistics of one kind that ``finish`` sums are neighbours."""
+        kind, name = row
+        return kind in ("output", "delta") and not keeps_energies(self.neurons[name]), kind, name
+
+    def _view(self, kind: str, name: str) -> Tensor:
+        return self._views[self._row[kind, name]]
+
+    @classmethod
+    def of_first_batch(
+        cls, model: nn.Module, layers: list[WeightLayer], probe: Probe, *, steps: int, batch_size: int
+    ) -> EnergyTaps:
+        """Measure the batch that ``probe`` has recorded, before its backward pass.
+
+        The statistics of neurons that were off are replaced by reductions, equal to them up to rounding.
+        """
+
+        def known(name: str | None) -> str | None:
+            return name if name is not None and keeps_energies(model.get_submodule(name)) else None
+
+        taps = cls(
+            model,
+            [replace(x, input_neuron=known(x.input_neuron), output_neuron=known(x.output_neuron)) for x in layers],
+            steps=steps,
+            batch_size=batch_size,
+            device=model.get_submodule(layers[0].name).weight.device,  # type: ignore[arg-type]
+        )
+        for call in probe.neurons:
+            if call.name in taps.neurons and call.energies is not None:
+                taps._energies.setdefault(call.name, []).append(call.energies)
+        for layer in taps.layers:
+            for call in probe.layers:
+                if call.name == layer.name and layer.input_neuron is None:
+                    assert call.input_norms is not None
+                    taps._add(("input", layer.name), _summed(_folded(call.input_norms, steps, batch_size)))
+            for call in (*probe.layers, *probe.norms):
+                if call.name == layer.gradient_site and layer.output_neuron is None:
+                    node, number = call.output
+                    node.register_prehook(taps._gradient_hook(layer, call.scale, number))
+        return taps
+
+    # ------------------------------------------------------------------------------------------------------- hooks
+
+    def hooks(self, active: Callable[[], bool]) -> list[torch.utils.hooks.RemovableHandle]:
+        """Register the forward hooks that measure while ``active()``; the caller removes them."""
+        handles = []
+
+        def register(name: str, hook: Callable[..., None]) -> None:
+            module = self._model.get_submodule(name)
+            handles.append(module.register_forward_hook(OwnHook(module, hook), with_kwargs=True))
+
+        for name in self.neurons:
+            register(name, self._neuron_hook(active, name))
+        for layer in self.layers:
+            if layer.input_neuron is None:
+                register(layer.name, self._input_hook(active, layer))
+            if layer.output_neuron is None or layer.norm is not None:
+                register(layer.gradient_site, self._site_hook(active, layer))
+        return handles
+
+    def _neuron_hook(self, active: Callable[[], bool], name: str) -> Callable[..., None]:
+        def hook(node: BaseNode, _inputs: Any, _named: Any, output: Tensor) -> None:
+            if active():
+                self._saw_neuron(name, node, output)
+
+        return hook
+
+    def _input_hook(self, active: Callable[[], bool], layer: WeightLayer) -> Callable[..., None]:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], _output: Tensor) -> None:
+            if active():
+                self._saw_input(layer, first_input(inputs, named))
+
+        return hook
+
+    def _site_hook(self, active: Callable[[], bool], layer: WeightLayer) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
+            if active():
+                self._saw_site(layer, module, first_input(inputs, named), output)
+
+        return hook
+
+    def settings(self) -> list[tuple[nn.Module, str, Any]]:
+        """(module, attribute, value) while the model runs: what is to measure, and what the hooks will set."""
+        found: list[tuple[nn.Module, str, Any]] = []
+        for name, node in self.neurons.items():
+            found.append((node, "collect_statistics", True))
+            if name in self._buffers:
+                found.append((node, "energy_buffers", self._buffers[name]))
+            else:
+                found.append((node, "channel_scale", node.channel_scale))
+        return found
+
+    # --------------------------------------------------------------------------------------------------- one batch
+
+    def start(self) -> None:
+        """Begin a batch."""
+        self._batch = object()
+        self._calls: dict[str, list[CallStatistics]] = {}
+        self._written: set[str] = set()  # neurons whose first call writes its rows ...
+        self._energies: dict[str, list[CallEnergies]] = {}  # ... and all their other calls
+        self._reduced: set[_Row] = set()
+        if self._gradients is not None:
+            self._gradients.zero_()
+
+    def _saw_neuron(self, name: str, node: Any, output: Tensor) -> None:
+        multi_step = node.step_mode == "m"
+        examples = output.shape[1 if multi_step else 0]
+        if examples != self.batch_size:
+            remedy = (
+                "put time first, x.repeat(T, 1, ...) for T equal steps, or loop over the steps with step_mode='s'"
+                if multi_step
+                else "if that is [T, N, *], set step_mode='m'"
+            )
+            raise ValueError(
+                f"the neuron {name} (step_mode='{node.step_mode}') was called on {list(output.shape)}, which it reads "
+                f"as {'[T, N, *]' if multi_step else '[N, *]'} with N = {examples}, in a batch of {self.batch_size}: "
+                f"{remedy}; a model that splits its batches can use score='loss' or 'el2n'"
+            )
+        if name not in self._buffers:
+            self._calls.setdefault(name, []).append(node.calls[-1])
+        elif name in self._written:
+            self._energies.setdefault(name, []).append(node.energies[-1])
+        else:
+            self._written.add(name)
+            node.energy_buffers = None  # a second call in this batch must not overwrite the first
+
+    def _saw_input(self, layer: WeightLayer, x: Tensor) -> None:
+        self._reduce(("input", layer.name), x)
+
+    def _saw_site(self, layer: WeightLayer, module: Any, x: Tensor, output: Tensor) -> None:
+        scale = batch_norm_scale(module, x, output) if layer.norm is not None else None
+        if layer.output_neuron is None:
+            hook = self._gradient_hook(layer, scale, 0)
+            if output.requires_grad:
+                output.register_hook(lambda grad: hook((grad,)))
+        elif scale is not None:
+            self.neurons[layer.output_neuron].channel_scale = scale
+
+    def _gradient_hook(
+        self, layer: WeightLayer, scale: Tensor | None, number: int
+    ) -> Callable[[tuple[Tensor, ...]], None]:
+        batch = self._batch
+
+        def hook(grads: tuple[Tensor, ...]) -> None:
+            # A backward pass that comes after its batch is over would write into another batch's row.
+            if grads[number] is not None and batch is self._batch:
+                self._reduce(("gradient", layer.name), grads[number], scale)
+
+        return hook
+
+    @torch.no_grad()
+    def _reduce(self, row: _Row, t: Tensor, scale: Tensor | None = None) -> None:
+        """Add t's energy to its row."""
+        folded = _folded(t.detach(), self.steps, self.batch_size)
+        if scale is None and folded.is_cuda:
+            from ..ops.score import op as ops  # Triton is imported where it is used, so that CPU users need no Triton
+
+            if ops.write_energy(folded, self._views[self._row[row]], row in self._reduced):
+                self._reduced.add(row)
+                return
+        self._add(row, squared_norm_per_example(folded, scale).sum(0))
+
+    def _add(self, row: _Row, energy: Tensor) -> None:
+        """Write an energy [B] into its row, or add it where the row was written in this batch."""
+        out = self._views[self._row[row]]
+        out.add_(energy) if row in self._reduced else out.copy_(energy)
+        self._reduced.add(row)
+
+    def finish(self) -> None:
+        """Complete ``energies`` after the backward pass.
+
+        Raises:
+            RuntimeError: a layer or a neuron was not called.
+        """
+        called = {*self._calls, *self._written, *self._energies}
+        missing = [name for name in self.neurons if name not in called]
+        missing += [name for kind, name in self._row if kind == "input" and (kind, name) not in self._reduced]
+        if missing:
+            raise RuntimeError(
+                f"{', '.join(missing)} was called in the first batch but not in this one: scores need the same forward "
+                "pass for every batch; use score='loss' or 'el2n' for this model"
+            )
+        for name, calls in self._energies.items():
+            for row, energies in zip(self._buffers[name], zip(*calls, strict=True), strict=True):
+                total = torch.stack([_none_as_zero(energy) for energy in energies]).sum(0)
+                row.add_(total) if name in self._written else row.copy_(total)
+        self._sum_statistics()
+
+    def _sum_statistics(self) -> None:
+        """Sum the statistics of neurons that keep them by steps, neighbouring rows of equal T at once."""
+        found = []
+        for row, (kind, name) in enumerate(self._row):
+            if kind in ("output", "delta") and name not in self._buffers:
+                attribute = "spike_count" if kind == "output" else "grad_norm_sq"
+                calls = [call for call in self._calls[name] if getattr(call, attribute) is not None]  # with gradients
+                values = [getattr(call, attribute) for call in calls]
+                if kind == "delta":
+                    values = [v if call.has_norms else _none_as_zero(v) for call, v in zip(calls, values, strict=True)]
+                if values:
+                    found.append((row, values[0] if len(values) == 1 else torch.cat(values)))
+        alike = groupby(enumerate(found), key=lambda x: (x[1][0] - x[0], x[1][1].shape[0], x[1][1].dtype))
+        for _, group in alike:
+            rows, tensors = zip(*(item for _, item in group), strict=True)
+            torch.sum(torch.stack(tensors), 1, dtype=torch.float32, out=self.energies[rows[0] : rows[-1] + 1])
+
+    def forget(self) -> None:
+        """Set the energies back to NaN, once they are used."""
+        self.energies.fill_(torch.nan)
+
+
+def energy_per_example(t: Tensor, steps: int, batch_size: int, channel_scale: Tensor | None = None) -> Tensor:
+    """Sum over time of the squared norm of each example's part of t, float [B].
+
+    Args:
+        t: [T, B, *], [T * B, *] or [B, *].
+        channel_scale: [C], multiplies t along the first dimension behind the batch.
+
+    Raises:
+        ValueError: t's shape does not show its examples.
+    """
+    return squared_norm_per_example(_folded(t.detach(), steps, batch_size), channel_scale).sum(0)
+
+
+def _none_as_zero(norms: Tensor) -> Tensor:
+    """What a call has measured, or 0 where no gradient has come to any of its examples: the loss does not see it."""
+    return torch.where(norms.isnan().all(), 0.0, norms)
+
+
+def _summed(norms: Tensor) -> Tensor:
+    """[T, B, *] -> [B]."""
+    return norms.flatten(2).sum((0, 2)) if norms.ndim > 2 else norms.sum(0)
+
+
+def _folded(t: Tensor, steps: int, batch_size: int) -> Tensor:
+    """t as a view [T or 1, B, *]."""
+    if steps > 1 and t.shape[0] == steps * batch_size:
+        return t.unflatten(0, (steps, batch_size))
+    if t.ndim > 1 and t.shape[0] == steps and t.shape[1] == batch_size:
+        return t
+    if t.shape[0] == batch_size:
+        return t.unsqueeze(0)
+    raise ValueError(
+        f"cannot tell the {batch_size} examples apart in a tensor of shape {tuple(t.shape)}: expected [T, B, *], "
+        f"[T * B, *] or [B, *] with T = {steps}; use score='loss' or 'el2n' for this model"
+    )
