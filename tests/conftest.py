@@ -20,6 +20,8 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from sadp_fast import native
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -112,6 +114,11 @@ class Outcomes:
 
 def pytest_addoption(parser):
     parser.addoption("--outcomes", metavar="FILE.json", help="write what ran, where, and how it ended")
+
+
+def pytest_report_header():
+    """Which copy is tested: in a clone's folder, its modules with the installed package's library."""
+    return native.description()
 
 
 def pytest_configure(config):
