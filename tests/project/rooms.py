@@ -104,12 +104,15 @@ def foreign_names(tree: ast.Module) -> list[tuple[int, str]]:
     own = _defined(tree)
     found = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and _is_private(node.attr) and node.attr not in own:
-            if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
-                found.append((node.lineno, ast.unparse(node)))
+        if isinstance(node, ast.Attribute) and _is_private(node.attr) and node.attr not in own and not _is_own(node):
+            found.append((node.lineno, ast.unparse(node)))
         elif isinstance(node, ast.ImportFrom):
             found += [(node.lineno, f"import {alias.name}") for alias in node.names if _is_private(alias.name)]
     return found
+
+
+def _is_own(node: ast.Attribute) -> bool:
+    return isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
 
 
 def _is_private(name: str) -> bool:
@@ -123,7 +126,6 @@ def _defined(tree: ast.Module) -> set[str]:
             names.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
-                names.add(node.attr)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _is_own(node):
+            names.add(node.attr)
     return names
