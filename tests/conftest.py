@@ -127,7 +127,13 @@ def pytest_configure(config):
         config.pluginmanager.register(Outcomes(config.getoption("--outcomes")))
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    """Slow tests wait to be asked for, by ``-m slow`` or by name; those that need a GPU are slow without one alone."""
+    asked = config.option.markexpr or any("::" in argument for argument in config.args)
+    waiting = [item for item in items if item.get_closest_marker("slow") and not item.get_closest_marker("gpu")]
+    if waiting and not asked:
+        config.hook.pytest_deselected(items=waiting)
+        items[:] = [item for item in items if item not in set(waiting)]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

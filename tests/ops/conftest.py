@@ -11,6 +11,12 @@ from pathlib import Path
 import pytest
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "compiled_report" in getattr(item, "fixturenames", ()):
+            item.add_marker("compiled")
+
+
 @pytest.fixture(scope="session")
 def compiled_report(tmp_path_factory):
     """A function of a script among these tests and its arguments: what it prints, from JSON.
