@@ -32,5 +32,5 @@ export SADP_CUDA_ARCHITECTURES="${SADP_CUDA_ARCHITECTURES:-90}"
 export OMP_WAIT_POLICY=PASSIVE
 
 # A process for each of two cores. Each takes the next tests when it has none, in files' order; what several tests need
-# that takes long, they share (tests/ops/conftest.py).
+# that takes long, they share (tests/conftest.py).
 workers=(-n 2 --dist worksteal)
