@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ..prune import sadp as pruner
-from ..prune.probabilities import POLICIES, SCHEDULES
+from ..prune.policies import POLICIES
+from ..prune.schedule import SCHEDULES
 
 # The methods, and how each differs from the configuration at hand. Their papers say what they select and how they weigh
 # it; smoothing (for InfoBatch its s = .5 at the mean, for epsilon-greedy epsilon) and momentum are our constants.
