@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..prune.policies import POLICIES
-from ..prune.sadp import WEIGHTS
 from ..prune.schedule import SCHEDULES
+from ..prune.settings import WEIGHTS
 from . import data, models
 from .config import (
     AMP,
