@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
-from ..prune import sadp as pruner
-from ..prune.probabilities import POLICIES, SCHEDULES
+from ..prune.policies import POLICIES
+from ..prune.schedule import SCHEDULES
+from ..prune.scores import SCORES as _SADP_SCORES
+from ..prune.settings import WEIGHTS, Settings
 
 # The methods, and how each differs from the configuration at hand. Their papers say what they select and how they weigh
 # it; smoothing (for InfoBatch its s = .5 at the mean, for epsilon-greedy epsilon) and momentum are our constants.
@@ -42,7 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "sadp": {},
 }
-SCORES = tuple("grad_norm" if score == "given" else score for score in pruner.SCORES)
+SCORES = tuple("grad_norm" if score == "given" else score for score in _SADP_SCORES)
 AUGMENT = ("auto", "crop-flip", "crop", "none")
 TRAINED_BY_SGD = ("sew_resnet18", "spiking_vgg", "vggsnn")  # the other networks by AdamW
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -109,7 +111,7 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
     "score": one_of(*SCORES),
     "policy": one_of(*POLICIES),
     "smoothing": SHARE,
-    "weights": one_of(*pruner.WEIGHTS),
+    "weights": one_of(*WEIGHTS),
     "score_momentum": BELOW_ONE,
     "schedule": one_of(*SCHEDULES),
     "warmup_epochs": NATURAL,
@@ -170,10 +172,9 @@ class TrainConfig:
 
     def settled(self) -> TrainConfig:
         """The same run, with what `SADP` takes for weights, warm-up and tail written out where they are None."""
-        weights, warmup, tail = pruner.settle(
-            self.policy, self.epochs, self.weights, self.warmup_epochs, self.tail_epochs
-        )
-        return replace(self, weights=weights, warmup_epochs=warmup, tail_epochs=tail)
+        names = ("policy", "weights", "warmup_epochs", "tail_epochs")
+        settled = Settings(**{name: getattr(self, name) for name in names}).settled(self.epochs)
+        return replace(self, **{name: getattr(settled, name) for name in names})
 
     def conditions(self) -> dict[str, Any]:
         """What decides the result: not the device, nor what the method does not use, nor how a default is written.

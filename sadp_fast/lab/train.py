@@ -342,9 +342,9 @@ class Trainer:
         """
         first: dict[tuple[bool, bool], int] = {}
         for epoch, ratio in enumerate(self.sadp.ratios):
-            first.setdefault((ratio > 0, self.sadp._needs_scores(epoch)), epoch)
+            first.setdefault((ratio > 0, self.sadp.takes_scores(epoch)), epoch)
         for epoch in first.values():
-            self.sadp.epoch = epoch
+            self.sadp.skip_to(epoch)
             with closing(self.sadp.batches(self.config.batch_size)) as batches:
                 for _, index in zip(range(2), batches, strict=False):
                     self.step(index, self.config.lr)
