@@ -6,7 +6,6 @@ other tests use on a machine without a GPU, cannot be switched off once triton i
 """
 
 import functools
-import inspect
 import itertools
 import json
 import os
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sadp_fast.ops.lif import op as _registered  # noqa: F401  the operators, which tests call by name
-from sadp_fast.ops.lif.launch import LONGEST_CHUNK
+from sadp_fast.ops.lif.configuration import LONGEST_CHUNK
 
 CHUNK = LONGEST_CHUNK[4]  # of float32, in which most of these tests run
 
@@ -31,7 +30,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STATISTICS = ("without", "with")
 GRIDS = {"": 0, ", few warps": 10**6}  # a GPU of so many multiprocessors; with few, threads hold fewer elements
 SPILLED = {"backward T=96 bfloat16 with statistics": 8}  # bytes of a thread
-SPILLED_BY = {(3, 4): {"forward T=96 bfloat16 without statistics, few warps": 32}}  # more, by a version of Triton
 SPILLED_LEARNED = {  # by several versions of Triton, of which none spills in all of these
     "backward T=40 float32 with statistics, learned": 8,
     "backward T=40 bfloat16 with statistics, learned": 24,
@@ -87,14 +85,8 @@ def compile_recorded(recorder: Recorder, architecture: int):
             aligned += [i] * (value % 16 == 0)
         else:
             signature[name] = "fp32"
-    if "constexprs" in inspect.signature(ASTSource).parameters:  # Triton 3.3 and later
-        signature |= dict.fromkeys(constants, "constexpr")
-        attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    else:
-        from triton.backends.compiler import AttrsDescriptor
-
-        attributes = {"arg_properties": {"tt.divisibility": aligned, "tt.equal_to": []}, "cls": "AttrsDescriptor"}
-        attributes = AttrsDescriptor.from_dict(attributes)
+    signature |= dict.fromkeys(constants, "constexpr")
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(recorder.kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
@@ -124,7 +116,7 @@ def local_memory(cubin: bytes) -> int | None:
 
 def describe(compiled, recorder: Recorder) -> dict:
     return {
-        "elements": recorder.call[1]["BLOCK"] // 32 // recorder.call[1]["num_warps"],  # of a thread
+        "elements": recorder.call[1]["HOW"].cut.block // 32 // recorder.call[1]["num_warps"],  # of a thread
         "accesses": memory_accesses(compiled.asm["ptx"]),
         "local": local_memory(compiled.asm["cubin"]),
         "shared": compiled.metadata.shared,
@@ -136,6 +128,7 @@ def describe(compiled, recorder: Recorder) -> dict:
 
 def compile_for(architecture: int) -> dict:
     """Everything that the tests ask about one architecture."""
+    from sadp_fast.ops.lif import configuration
     from sadp_fast.ops.lif import launch as lif_launch
     from sadp_fast.ops.lif import op as lif
     from sadp_fast.surrogate import FUSED
@@ -150,7 +143,7 @@ def compile_for(architecture: int) -> dict:
         constants = (0.0, 1.0 if tau is None or learned else tau, leak, decay_input, 1.0, v_reset or 0.0, soft_reset)
         v_init = torch.empty(x.shape[1:]) if everything else None
         reciprocal_tau = torch.empty(()) if learned else None
-        chunks = len(x) > lif_launch.LONGEST_CHUNK[x.element_size()]
+        chunks = len(x) > configuration.LONGEST_CHUNK[x.element_size()]
         _, v, _, checkpoints, _ = lif._launch_forward(
             x, v_init, reciprocal_tau, *constants, everything, chunks, statistics
         )
@@ -165,36 +158,36 @@ def compile_for(architecture: int) -> dict:
         for name, dtype in DTYPES.items():
             x = torch.empty(steps, 2, 64, 32, 32, dtype=dtype)
             for statistics, grid in itertools.product(STATISTICS, grids(steps, name)):
-                lif_launch.multiprocessors = lambda device, grid=grid: GRIDS[grid]
+                configuration.multiprocessors = lambda device, grid=grid: GRIDS[grid]
                 for tau in (2.0, LEARNED) if architecture == 90 and statistics == "with" else (2.0,):
                     launch(x, tau, True, 0.0, 0, statistics=statistics == "with")
                     for direction, recorder in (("forward", forward), ("backward", backward)):
                         key = f"{direction} T={steps} {name} {statistics} statistics{grid}" + f", {tau}" * (tau != 2.0)
                         report[key] = describe(compile_recorded(recorder, architecture), recorder)
     if architecture == 90:
-        candidates = lif_launch._candidates
-        lif_launch.multiprocessors = lambda device: GRIDS[""]
+        candidates = lif_launch.candidates
+        configuration.multiprocessors = lambda device: GRIDS[""]
         for steps, name in CANDIDATES:
             x = torch.empty(steps, 2, 64, 32, 32, dtype=DTYPES[name])
             of = {direction: candidates(x, direction) for direction in ("forward", "backward")}
             for number in range(1, max(map(len, of.values()))):
-                lif_launch._candidates = lambda x, direction, number=number, of=of: [
+                lif_launch.candidates = lambda x, direction, number=number, of=of: [
                     of[direction][number % len(of[direction])]
                 ]
                 launch(x, 2.0, True, 0.0, 0, statistics=True)
                 for direction, recorder in (("forward", forward), ("backward", backward)):
                     key = f"{direction} T={steps} {name} candidate {number}"
                     report[key] = describe(compile_recorded(recorder, architecture), recorder)
-        lif_launch._candidates = candidates
+        lif_launch.candidates = candidates
         # The interpreter does not check types: every branch of the kernels has to get through the compiler too.
         variants = [(*DYNAMICS[1], surrogate) for surrogate in range(len(FUSED))]
         variants += [(*dynamics, 0) for dynamics in DYNAMICS]
         x = torch.empty(VARIANT_STEPS, 2, 8, 4, 4, dtype=torch.float16)
         for walk in WALKS:
-            lif_launch.TUNING = {
-                key: ((VARIANT_STEPS, lif_launch.Tuning(4, tile=walk == "tile")),) for key in lif_launch.TUNING
+            configuration.TUNING = {
+                key: ((VARIANT_STEPS, configuration.Tuning(4, tile=walk == "tile")),) for key in configuration.TUNING
             }
-            lif_launch.multiprocessors = lambda device: GRIDS[""]
+            configuration.multiprocessors = lambda device: GRIDS[""]
             for variant in variants:
                 launch(x, *variant, statistics=True, everything=True)
                 for direction, recorder in (("forward", forward), ("backward", backward)):
@@ -216,12 +209,8 @@ def triton_version() -> tuple[int, ...]:
 
 @functools.cache
 def compiled_for(architecture: int) -> dict:
-    import triton
-
     import sadp_fast
 
-    if architecture >= 100 and triton_version() < (3, 3):
-        pytest.skip(f"Triton {triton.__version__} does not know sm_{architecture}")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     package = str(Path(sadp_fast.__file__).parents[1])
     environment["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -259,7 +248,7 @@ def test_no_register_spills(architecture, key, steps, dtype):
     local = compiled_for(architecture)[key]["local"]
     if local is None:
         pytest.skip("this Triton ships no cuobjdump")
-    assert local <= (SPILLED | SPILLED_BY.get(triton_version(), {})).get(key, 0)
+    assert local <= SPILLED.get(key, 0)
 
 
 def test_a_learned_tau_spills_little():
@@ -291,8 +280,7 @@ def test_memory_is_read_and_written_16_bytes_at_a_time(architecture, key, steps,
 def test_tiles_stay_in_registers_and_are_accessed_as_a_whole(architecture, key, steps, dtype):
     """Only statistics go through shared memory; with a load and a store a step, long T took many seconds to compile."""
     report = compiled_for(architecture)[key]
-    if triton_version() >= (3, 5):  # those before move forward tiles through it
-        assert "without" not in key or report["shared"] == 0
+    assert "without" not in key or report["shared"] == 0
     if several_chunks(steps, dtype):
         assert report["operations"] < 10
 
@@ -301,10 +289,6 @@ def test_tiles_stay_in_registers_and_are_accessed_as_a_whole(architecture, key, 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norms_of_16_steps_take_16_exchanges(architecture, dtype):
     """And no shared memory; one by one they would take 80."""
-    import triton
-
-    if not hasattr(triton.language, "gather"):
-        pytest.skip(f"Triton {triton.__version__} has no tl.gather")
     report = compiled_for(architecture)
     assert report[f"backward T=16 {dtype} without statistics"]["exchanges"] == 0
     found = report[f"backward T=16 {dtype} with statistics"]
@@ -323,16 +307,6 @@ def test_no_contraction(walk, direction, dynamics):
     tau, _, v_reset = dynamics
     written = 2 if walk == "tile" else (1 if v_reset is None else 2) + (tau == LEARNED)  # an element and step
     assert report["fma"] == (0 if direction == "forward" else written * VARIANT_STEPS * report["elements"])
-
-
-def test_no_kernel_calls_itself_by_name():
-    """Triton before 3.5 hashes a function with those it names, and never comes back from one that names itself."""
-    from sadp_fast.ops.lif import kernels as ops
-
-    kernels = {name: value.fn for name, value in vars(ops).items() if isinstance(value, type(ops._lif_forward_kernel))}
-    assert {"_lif_forward_kernel", "_lif_backward_kernel", "charge"} <= set(kernels)
-    for name, function in kernels.items():
-        assert name not in function.__code__.co_names, name
 
 
 def test_every_variant_compiles():

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .kernels import SMALLEST_GAIN
+from ..common.equations import SMALLEST_GAIN
 from .launch import Neuron, Normalisation, NormalisationKind, layer_for
 
 
