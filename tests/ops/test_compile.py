@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sadp_fast.ops.lif import op as _registered  # noqa: F401  the operators, which tests call by name
-from sadp_fast.ops.lif.launch import LONGEST_CHUNK
+from sadp_fast.ops.lif.configuration import LONGEST_CHUNK
 
 CHUNK = LONGEST_CHUNK[4]  # of float32, in which most of these tests run
 
@@ -118,7 +118,7 @@ def local_memory(cubin: bytes) -> int | None:
 
 def describe(compiled, recorder: Recorder) -> dict:
     return {
-        "elements": recorder.call[1]["BLOCK"] // 32 // recorder.call[1]["num_warps"],  # of a thread
+        "elements": recorder.call[1]["HOW"].cut.block // 32 // recorder.call[1]["num_warps"],  # of a thread
         "accesses": memory_accesses(compiled.asm["ptx"]),
         "local": local_memory(compiled.asm["cubin"]),
         "shared": compiled.metadata.shared,
@@ -130,6 +130,7 @@ def describe(compiled, recorder: Recorder) -> dict:
 
 def compile_for(architecture: int, part: str) -> dict:
     """What the tests ask about one architecture: all of them, or slow ones alone."""
+    from sadp_fast.ops.lif import configuration
     from sadp_fast.ops.lif import launch as lif_launch
     from sadp_fast.ops.lif import op as lif
     from sadp_fast.surrogate import FUSED
@@ -144,7 +145,7 @@ def compile_for(architecture: int, part: str) -> dict:
         constants = (0.0, 1.0 if tau is None or learned else tau, leak, decay_input, 1.0, v_reset or 0.0, soft_reset)
         v_init = torch.empty(x.shape[1:]) if everything else None
         reciprocal_tau = torch.empty(()) if learned else None
-        chunks = len(x) > lif_launch.LONGEST_CHUNK[x.element_size()]
+        chunks = len(x) > configuration.LONGEST_CHUNK[x.element_size()]
         _, v, _, checkpoints, _ = lif._launch_forward(
             x, v_init, reciprocal_tau, *constants, everything, chunks, statistics
         )
@@ -159,7 +160,7 @@ def compile_for(architecture: int, part: str) -> dict:
         for name, dtype in DTYPES.items():
             x = torch.empty(steps, 2, 64, 32, 32, dtype=dtype)
             for statistics, grid in itertools.product(STATISTICS, grids(steps, name)):
-                lif_launch.multiprocessors = lambda device, grid=grid: GRIDS[grid]
+                configuration.multiprocessors = lambda device, grid=grid: GRIDS[grid]
                 taus = [2.0] if rare(architecture, steps, name) == (part == "rare") else []
                 taus += [LEARNED] if architecture == 90 and statistics == "with" and part == "rare" else []
                 for tau in taus:
@@ -168,30 +169,30 @@ def compile_for(architecture: int, part: str) -> dict:
                         key = f"{direction} T={steps} {name} {statistics} statistics{grid}" + f", {tau}" * (tau != 2.0)
                         report[key] = describe(compile_recorded(recorder, architecture), recorder)
     if architecture == 90 and part == "rare":
-        candidates = lif_launch._candidates
-        lif_launch.multiprocessors = lambda device: GRIDS[""]
+        candidates = lif_launch.candidates
+        configuration.multiprocessors = lambda device: GRIDS[""]
         for steps, name in CANDIDATES:
             x = torch.empty(steps, 2, 64, 32, 32, dtype=DTYPES[name])
             of = {direction: candidates(x, direction) for direction in ("forward", "backward")}
             for number in range(1, max(map(len, of.values()))):
-                lif_launch._candidates = lambda x, direction, number=number, of=of: [
+                lif_launch.candidates = lambda x, direction, number=number, of=of: [
                     of[direction][number % len(of[direction])]
                 ]
                 launch(x, 2.0, True, 0.0, 0, statistics=True)
                 for direction, recorder in (("forward", forward), ("backward", backward)):
                     key = f"{direction} T={steps} {name} candidate {number}"
                     report[key] = describe(compile_recorded(recorder, architecture), recorder)
-        lif_launch._candidates = candidates
+        lif_launch.candidates = candidates
     if architecture == 90 and part == "usual":
         # The interpreter does not check types: every branch of the kernels has to get through the compiler too.
         variants = [(*DYNAMICS[1], surrogate) for surrogate in range(len(FUSED))]
         variants += [(*dynamics, 0) for dynamics in DYNAMICS]
         x = torch.empty(VARIANT_STEPS, 2, 8, 4, 4, dtype=torch.float16)
         for walk in WALKS:
-            lif_launch.TUNING = {
-                key: ((VARIANT_STEPS, lif_launch.Tuning(4, tile=walk == "tile")),) for key in lif_launch.TUNING
+            configuration.TUNING = {
+                key: ((VARIANT_STEPS, configuration.Tuning(4, tile=walk == "tile")),) for key in configuration.TUNING
             }
-            lif_launch.multiprocessors = lambda device: GRIDS[""]
+            configuration.multiprocessors = lambda device: GRIDS[""]
             for variant in variants:
                 launch(x, *variant, statistics=True, everything=True)
                 for direction, recorder in (("forward", forward), ("backward", backward)):
@@ -311,16 +312,6 @@ def test_no_contraction(walk, direction, dynamics, compiled_for):
     tau, _, v_reset = dynamics
     written = 2 if walk == "tile" else (1 if v_reset is None else 2) + (tau == LEARNED)  # an element and step
     assert report["fma"] == (0 if direction == "forward" else written * VARIANT_STEPS * report["elements"])
-
-
-def test_no_kernel_calls_itself_by_name():
-    """Triton before 3.5 hashes a function with those it names, and never comes back from one that names itself."""
-    from sadp_fast.ops.lif import kernels as ops
-
-    kernels = {name: value.fn for name, value in vars(ops).items() if isinstance(value, type(ops._lif_forward_kernel))}
-    assert {"_lif_forward_kernel", "_lif_backward_kernel", "charge"} <= set(kernels)
-    for name, function in kernels.items():
-        assert name not in function.__code__.co_names, name
 
 
 def test_every_variant_compiles(compiled_for):

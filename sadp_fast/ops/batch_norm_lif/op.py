@@ -15,9 +15,9 @@ from torch import Tensor
 from ..common import layout
 from ..common.dispatch import nothing, refuse_second_derivative, runs_directly
 from ..common.dynamics import Dynamics
+from ..common.equations import SMALLEST_GAIN
 from ..lif.op import lif
 from . import reference
-from .kernels import SMALLEST_GAIN
 from .launch import Neuron, Normalisation, NormalisationKind, as_read, layer_for
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,30 +42,13 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
-def early_launch(device: torch.device) -> dict[str, bool]:
-    """Constants for a kernel with EARLY: tl.constexpr, which calls ``await_previous_kernel`` where that is true.
+def early_launch(device: torch.device) -> bool:
+    """Whether a kernel that calls ``await_previous_kernel`` can be launched with ``launch_pdl``.
 
     Such a kernel comes up while the one in front of it on the stream ends (programmatic dependent launch), which hides
-    a microsecond; needs compute capability 9.0 and a Triton that knows of it.
+    a microsecond; needs compute capability 9.0.
     """
-    possible = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0) and _knows_early_launches()
-    return {"EARLY": True, "launch_pdl": True} if possible else {"EARLY": False}
-
-
-def keep(kept: dict, key: Hashable, value: Any, most: int = 4096) -> Any:
-    """Keep the value under its key, and return it; what was kept goes once there are so many."""
-    if len(kept) >= most:
-        kept.clear()
-    kept[key] = value
-    return value
-
-
-def _knows_early_launches() -> bool:
-    try:
-        from triton.backends.nvidia.compiler import CUDAOptions
-    except ImportError:
-        return False
-    return hasattr(CUDAOptions, "launch_pdl")
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class Launch:

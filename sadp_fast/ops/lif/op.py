@@ -1,7 +1,7 @@
 """Multi-step integrate-and-fire as operators: forward and backward pass are one kernel each.
 
 Reading order: registered operators, autograd functions, ``multi_step`` (what a neuron calls) and ``lif`` (the same as a
-function of tensors). The kernels are in lif_kernels.py, their launches in lif_launch.py.
+function of tensors). The kernels are in kernels.py, their launches in launch.py.
 """
 
 from __future__ import annotations
@@ -20,17 +20,8 @@ from ..common.dispatch import nothing, refuse_second_derivative, runs_directly
 from ..common.dynamics import Dynamics
 from ..common.layout import sequence_like, sequence_strides, v_like, with_dense_inner
 from ..common.saved_tensors import hooks_of_saved_tensors
-from .launch import (
-    Constants,
-    Stores,
-    Wanted,
-    add_partials,
-    chunk_steps,
-    constants_of,
-    run_backward,
-    run_forward,
-    takes_several_chunks,
-)
+from .configuration import Stores, Wanted, chunk_steps, takes_several_chunks
+from .launch import Constants, add_partials, constants_of, run_backward, run_forward
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
