@@ -31,7 +31,7 @@ from sadp_fast.lab.train import EVALUATION_BATCH, Trainer, train_epoch
 from sadp_fast.nn.neuron import reset
 from sadp_fast.ops.score import op as ops
 from sadp_fast.prune import sadp as pruner
-from sadp_fast.statistics.score import el2n_score
+from sadp_fast.prune.baselines import el2n_score
 
 
 def before_each_draw(trainer: Trainer, action: Callable[[int], None]) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ..prune import sadp as pruner
-from ..prune.probabilities import POLICIES, SCHEDULES
+from ..prune.policies import POLICIES
+from ..prune.schedule import SCHEDULES
 from .methods import METHODS
 
 SCORES = tuple("grad_norm" if score == "given" else score for score in pruner.SCORES)

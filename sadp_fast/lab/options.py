@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from ..prune.probabilities import POLICIES, SCHEDULES
+from ..prune.policies import POLICIES
 from ..prune.sadp import WEIGHTS
+from ..prune.schedule import SCHEDULES
 from . import data, models
 from .config import (
     AMP,

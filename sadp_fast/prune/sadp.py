@@ -21,12 +21,14 @@ from torch.utils.data import DataLoader
 from ..errors import name_of
 from ..statistics.energies import EnergyTaps
 from ..statistics.meter import ScoreMeter
-from ..statistics.score import el2n_score, spike_aware_score
+from ..statistics.score import spike_aware_score
+from .baselines import el2n_score
 from .batching import Drawn, EpochBatches, pack, rank_and_world, shuffled
 from .criterion import mean_factor, per_example, without_reduction
 from .loader import PrunedLoader
-from .probabilities import inclusion_probabilities, prune_ratios
+from .probabilities import inclusion_probabilities
 from .sampling import sample
+from .schedule import prune_ratios
 
 SCORES = ("all", "last", "loss", "el2n", "given", "random", "static_random")
 _GRADIENT_SCORES = ("all", "last")

@@ -18,7 +18,7 @@ import torch
 
 from sadp_fast.lab import cli, data, models, options, report, train_command
 from sadp_fast.lab.config import METHODS, SCORES, SettingError, TrainConfig
-from sadp_fast.prune.probabilities import POLICIES
+from sadp_fast.prune.policies import POLICIES
 
 for package in ("sklearn", "rich", "matplotlib", "PIL"):
     pytest.importorskip(package)

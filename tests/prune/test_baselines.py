@@ -19,7 +19,7 @@ from sadp_fast import SADP
 from sadp_fast.lab import train as training
 from sadp_fast.lab.config import METHODS
 from sadp_fast.lab.data import load
-from sadp_fast.prune.probabilities import POLICIES
+from sadp_fast.prune.policies import POLICIES
 from sadp_fast.prune.sadp import WEIGHTS, _Batch
 
 INFOBATCH = {"score": "loss", "policy": "infobatch"}

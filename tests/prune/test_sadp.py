@@ -1070,4 +1070,4 @@ def test_a_neuron_without_its_time_axis(data, step_mode, remedy):
 )
 def test_el2n_wants_two_classes(output, target):
     with pytest.raises(ValueError, match=r"EL2N needs logits \[B, classes\] of two classes or more"):
-        sadp_fast.statistics.score.el2n_score(torch.zeros(output), torch.zeros(target))
+        sadp_fast.prune.baselines.el2n_score(torch.zeros(output), torch.zeros(target))
