@@ -1,0 +1,99 @@
+"""What the readers of data sets share: finding files, reading NumPy's, and errors that say the remedy."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .dataset import DataError
+
+# What the readers of NumPy, gzip, pickle and Pillow raise on a file that is cut off, damaged or of another kind.
+UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    IndexError,
+    TypeError,
+    SyntaxError,
+    AttributeError,  # an .npy file loads as an array, which has no `files`
+    KeyError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+    pickle.UnpicklingError,
+)
+
+
+def damaged(path: Path, error: BaseException) -> DataError:
+    """The error for a file that no reader of its format can read."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return DataError(f"{path} is damaged or of another format ({reason}): get the file again")
+
+
+def read_npz(path: Path, keys: Sequence[str]) -> list[np.ndarray]:
+    """The arrays of these names in an .npz file; raises DataError."""
+    try:
+        with np.load(path) as archive:
+            missing = [key for key in keys if key not in archive.files]
+            arrays = [] if missing else [archive[key] for key in keys]
+    except UNREADABLE as error:
+        raise damaged(path, error) from error
+    if missing:
+        raise DataError(f"{path} has no array {missing[0]!r}: it must hold {', '.join(keys)}")
+    return arrays
+
+
+def read_note(path: Path, key: str) -> str | None:
+    """A line of text that an .npz file holds beside its arrays; None where it holds none of this name."""
+    try:
+        with np.load(path) as archive:
+            note = archive[key] if key in archive.files else None
+    except UNREADABLE as error:
+        raise damaged(path, error) from error
+    if note is not None and (note.dtype.kind != "U" or note.ndim > 0 or not str(note).isprintable()):
+        raise DataError(f"{path}: {key!r} is {note.dtype} of shape {note.shape}: store one line of text")
+    return None if note is None else str(note)
+
+
+def inside(path: Path, name: str) -> Path:
+    """The folder of this name in a folder, or the folder itself where there is none."""
+    if path.is_file():
+        raise DataError(f"{path} is a file: give the folder {name}, or the one that it is in")
+    return path / name if (path / name).is_dir() else path
+
+
+def labelled_files(
+    train: Path, test: Path, suffixes: set[str], what: str
+) -> tuple[list[str], list[list[tuple[Path, int]]]]:
+    """The classes, and the files of both splits with their labels; every class has some to train on."""
+    classes = _classes(train)
+    if unknown := sorted(set(_classes(test)) - set(classes)):
+        raise DataError(f"{test / unknown[0]} is a class that {train} lacks: the folders' names are the classes")
+    splits = []
+    for split in (train, test):
+        files = [
+            (file, label)
+            for label, name in enumerate(classes)
+            for file in sorted((split / name).rglob("*"))
+            if file.suffix.lower() in suffixes
+        ]
+        if not files:
+            raise DataError(f"no {what} in {split}: put them into {split}/<class>/ as {', '.join(sorted(suffixes))}")
+        splits.append(files)
+    if empty := sorted(set(range(len(classes))) - {label for _, label in splits[0]}):
+        raise DataError(
+            f"no {what} in {train / classes[empty[0]]}, and the folders' names are the classes: put "
+            f"{', '.join(sorted(suffixes))} into it, or remove it"
+        )
+    return classes, splits
+
+
+def _classes(split: Path) -> list[str]:
+    """The folders that are not hidden, sorted."""
+    return sorted(folder.name for folder in split.iterdir() if folder.is_dir() and not folder.name.startswith("."))
