@@ -17,8 +17,8 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 import sadp_fast
 from sadp_fast import SADP
 from sadp_fast.lab import train as training
-from sadp_fast.lab.config import METHODS
 from sadp_fast.lab.data import load
+from sadp_fast.lab.methods import METHODS
 from sadp_fast.prune.policies import POLICIES
 from sadp_fast.prune.sadp import WEIGHTS, _Batch
 

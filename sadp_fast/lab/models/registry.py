@@ -79,7 +79,5 @@ def build(name: str, in_shape: tuple[int, ...], num_classes: int, time_steps: in
     model, frame = MODELS[name], Frame(channels, height, width, events)
     if frame.side < model.smallest:
         least = f"{model.smallest}x{model.smallest}"
-        raise ValueError(
-            f"model {name!r} needs images of at least {least} pixels, not {height}x{width}: use 'mlp'"
-        )
+        raise ValueError(f"model {name!r} needs images of at least {least} pixels, not {height}x{width}: use 'mlp'")
     return SpikingNetwork(*model.layers(frame, num_classes), time_steps, events=events)

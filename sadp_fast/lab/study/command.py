@@ -16,7 +16,8 @@ from torch import nn
 
 from ...prune.sadp import SADP
 from .. import config, data, models, report, train
-from ..config import METHODS, TrainConfig
+from ..config import TrainConfig
+from ..methods import METHODS
 from ..options import add_settings, check_device, list_of, variant, with_defaults
 from ..settings import ABOVE_ZERO, NATURAL, number
 from .deadline import Deadline
