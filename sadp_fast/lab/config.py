@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -13,11 +14,19 @@ from ..prune.settings import Settings
 from .data.registry import DATASETS, by_recipe, takers
 from .event_frames import SPLITS
 from .methods import METHODS
-from .models.registry import MODELS, WEIGHT_DECAY
-from .settings import AT_LEAST_ZERO, NATURAL, POSITIVE, SHARE, SettingError, reader, setting
+from .models.registry import MODELS, trained_by
+from .settings import SettingError, number, reader, setting
 
 EXACT = "grad_norm"  # the score that training gives to SADP
 SCORES = tuple(EXACT if score == "given" else score for score in PRUNING_SCORES)
+POSITIVE = number(int, lambda value: value >= 1, "a whole number of at least 1")
+NATURAL = number(int, lambda value: 0 <= value < 2**63, "a whole number of at least 0")
+TIME_STEPS = number(int, lambda value: 1 <= value <= 100_000, "a whole number of at least 1, at most 100000")
+SHARE = number(float, lambda value: 0 <= value <= 1, "between 0 and 1")
+ABOVE_ZERO = number(float, lambda value: 0 < value < math.inf, "a number above 0")
+AT_LEAST_ZERO = number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+LEARNING_RATE = number(float, lambda value: 0 < value <= 1000, "a number above 0, at most 1000")
+MIXUP = number(float, lambda value: value == 0 or 0.01 <= value <= 100, "0, or from 0.01 to 100")
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -26,7 +35,7 @@ class DataSettings:
     """The data set and the network."""
 
     dataset: str = setting("digits", "", choices=DATASETS, metavar="NAME", shown="digits, no files needed")
-    image_size: int = setting(32, "side of an imagefolder's images", range=POSITIVE, metavar="PIXELS")
+    image_size: int = setting(32, "side of an imagefolder's images", read=POSITIVE, metavar="PIXELS")
     split_by: str = setting(
         "number",
         f"frames of equal numbers of events (default) or of equal time: {', '.join(takers('split_by'))}",
@@ -34,19 +43,9 @@ class DataSettings:
         shown="",
     )
     model: str = setting(
-        "conv",
-        "network",
-        choices=MODELS,
-        metavar="NAME",
-        shown="; ".join(["conv", *(f"{model} for {names}" for model, names in by_recipe("model", "conv"))]),
+        "conv", "network", choices=MODELS, metavar="NAME", shown=by_recipe("model", "conv", "{value} for {names}")
     )
-    time_steps: int = setting(
-        4,
-        "time steps",
-        range=(lambda value: 1 <= value <= 100_000, "a whole number of at least 1, at most 100000"),
-        metavar="T",
-        shown="4; event frames 10, or their own",
-    )
+    time_steps: int = setting(4, "time steps", read=TIME_STEPS, metavar="T", shown="4; event frames 10, or their own")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,37 +60,17 @@ class TrainingSettings:
     `TrainConfig.of` makes.
     """
 
-    epochs: int = setting(
-        30,
-        "epochs",
-        range=POSITIVE,
-        metavar="N",
-        shown="; ".join(["30", *(f"{names} {epochs}" for epochs, names in by_recipe("epochs", 30))]),
-    )
-    batch_size: int = setting(
-        32,
-        "examples a step",
-        range=POSITIVE,
-        metavar="B",
-        shown="; ".join(["32", *(f"{names} {size}" for size, names in by_recipe("batch_size", 32))]),
-    )
-    lr: float = setting(
-        2e-3,
-        "peak learning rate",
-        range=(lambda value: 0 < value <= 1000, "a number above 0, at most 1000"),
-        metavar="RATE",
-        shown="by --model",
-    )
+    epochs: int = setting(30, "epochs", read=POSITIVE, metavar="N", shown=by_recipe("epochs", 30))
+    batch_size: int = setting(32, "examples a step", read=POSITIVE, metavar="B", shown=by_recipe("batch_size", 32))
+    lr: float = setting(2e-3, "peak learning rate", read=LEARNING_RATE, metavar="RATE", shown="by --model")
     weight_decay: float | None = setting(
         None,
         "weight decay",
-        range=AT_LEAST_ZERO,
+        read=AT_LEAST_ZERO,
         metavar="RATE",
-        shown="5e-4 with SGD, which trains "
-        + ", ".join(model.name for model in MODELS.values() if model.optimizer == "SGD")
-        + f"; else AdamW's {WEIGHT_DECAY['AdamW']}",
+        shown=f"5e-4 with SGD, which trains {', '.join(trained_by('SGD'))}; else AdamW's 0.01",
     )
-    label_smoothing: float = setting(0.0, "label smoothing, 0 to 1", range=SHARE, metavar="S")
+    label_smoothing: float = setting(0.0, "label smoothing, 0 to 1", read=SHARE, metavar="S")
     augment: str = setting(
         "auto",
         "crop training images at random by up to four pixels, and mirror half of them",
@@ -101,14 +80,14 @@ class TrainingSettings:
     cutout: int = setting(
         0,
         "side of a square hidden at random in every augmented training image",
-        range=NATURAL,
+        read=NATURAL,
         metavar="PIXELS",
-        shown="; ".join([*(f"{names} {side}" for side, names in by_recipe("cutout", 0)), "else none"]),
+        shown=by_recipe("cutout", 0).removeprefix("0; ") + "; else none",
     )
     mixup: float = setting(
         0.0,
         "mix each training example with another one, by shares from Beta(ALPHA, ALPHA)",
-        range=(lambda value: value == 0 or 0.01 <= value <= 100, "0, or from 0.01 to 100"),
+        read=MIXUP,
         metavar="ALPHA",
         shown="0, not at all",
     )
@@ -132,7 +111,7 @@ class TrainConfig(Settings, TrainingSettings, DataSettings):
         metavar="NAME",
         shown="all, the spike-aware bound over all weight layers; last: over the last one; grad_norm: exact, slow",
     )
-    seed: int = setting(0, "seed of weights, draws and augmentation", range=NATURAL, metavar="N")
+    seed: int = setting(0, "seed of weights, draws and augmentation", read=NATURAL, metavar="N")
     device: str = setting("cpu", "cpu, cuda or cuda:N", shown="cuda where there is a GPU")
 
     def __post_init__(self) -> None:
@@ -142,6 +121,11 @@ class TrainConfig(Settings, TrainingSettings, DataSettings):
         """SADP's part; raises ValueError for a value that is out of its range."""
         values = {each.name: getattr(self, each.name) for each in fields(Settings)}
         return Settings(**values | ({"score": "given"} if self.score == EXACT else {}))
+
+    def settled(self, epochs: int | None = None) -> TrainConfig:
+        """The same run, with what `SADP` takes for weights, warm-up and tail written out where they are None."""
+        settled: Any = super().settled(self.epochs if epochs is None else epochs)
+        return settled
 
     def of(self, variant: str) -> TrainConfig:
         """The same conditions for a method or a variant of one (see `read_variant`)."""
@@ -154,7 +138,7 @@ class TrainConfig(Settings, TrainingSettings, DataSettings):
         So a full-data run is one and the same run beside all settings of pruning.
         """
         unused = PRUNING if self.prune_ratio == 0 else SCORING if _uniform(self.score) else set()
-        settled = asdict(self.settled(self.epochs))
+        settled = asdict(self.settled())
         return {key: value for key, value in settled.items() if key not in {"device", *unused}}
 
 

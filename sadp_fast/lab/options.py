@@ -11,6 +11,7 @@ import torch
 
 from . import data
 from .config import PRUNING, DataSettings, TrainConfig, TrainingSettings, implied_by, read_variant, write_variant
+from .data.registry import takers
 from .models import MODELS
 from .settings import SettingError, add_options
 
@@ -57,10 +58,10 @@ def with_defaults(options: dict[str, Any], data_dir: str | None) -> dict[str, An
             f"--data-dir is given, but {dataset} needs no files: leave it out or choose another --dataset"
         )
     for option in ("image_size", "split_by"):
-        takers = data.takers(option)
-        if option in options and dataset not in takers:
+        those = takers(option)
+        if option in options and dataset not in those:
             flag = f"--{option.replace('_', '-')}"
-            raise CommandError(f"{flag} is for --dataset {' and '.join(takers)} only: leave it out")
+            raise CommandError(f"{flag} is for --dataset {' and '.join(those)} only: leave it out")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     recipe = data.recipe(dataset, data_dir)
     options = {"dataset": dataset, **recipe, **implied_by(options), "device": device, **options}

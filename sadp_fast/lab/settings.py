@@ -8,14 +8,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import Field, field, fields
 from typing import Any
 
-Range = tuple[Callable[[Any], bool], str]  # a condition, and what it requires in words
-
-POSITIVE: Range = lambda value: value >= 1, "a whole number of at least 1"
-NATURAL: Range = lambda value: 0 <= value < 2**63, "a whole number of at least 0"
-SHARE: Range = lambda value: 0 <= value <= 1, "between 0 and 1"
-ABOVE_ZERO: Range = lambda value: 0 < value < math.inf, "a number above 0"
-AT_LEAST_ZERO: Range = lambda value: 0 <= value < math.inf, "a number of at least 0"
-
 
 class SettingError(argparse.ArgumentTypeError, ValueError):  # the first, so that readers can be types of options
     """Text that names no method, setting or value; the message says why."""
@@ -26,7 +18,8 @@ def setting(default: Any, help: str, **more: Any) -> Any:
 
     Args:
         help: what it is; "" where its choices say all.
-        range: a Range, for a number.
+        read: what reads it from text.
+        range: in its place, for a number: a condition, and what it requires in words.
         choices: the words that it may be.
         metavar: what its value is called; with choices, these are listed in the help.
         shown: the default in the help's words; "" says nothing of it.
@@ -68,7 +61,7 @@ def reader(of: Field[Any]) -> Callable[[str], Any]:
         return one_of(*of.metadata["choices"])
     if "range" in of.metadata:
         return number(float if "float" in of.type else int, *of.metadata["range"])
-    return str
+    return of.metadata.get("read", str)
 
 
 def add_options(group: Any, settings: type, names: Iterable[str] | None = None) -> None:

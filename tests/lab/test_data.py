@@ -446,7 +446,7 @@ def test_event_folders(tmp_path, inside):
 
 
 @pytest.mark.parametrize("wrong", [{"time_steps": 0}, {"split_by": "space"}])
-@pytest.mark.parametrize("name", data.takers("split_by"))
+@pytest.mark.parametrize("name", data.EVENTS)
 def test_frames_that_cannot_be_are_refused(tmp_path, name, wrong):
     write_recordings(tmp_path)
     with pytest.raises(data.DataError, match="ask for at least 1, split by number or time"):

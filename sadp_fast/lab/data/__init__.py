@@ -13,7 +13,9 @@ from .files import read_note
 from .images import the_archive
 from .registry import DATASETS, takers
 
-__all__ = ["DATASETS", "EVENT_STEPS", "DataError", "Dataset", "described", "differ", "load", "recipe", "takers"]
+__all__ = ["DATASETS", "EVENTS", "EVENT_STEPS", "DataError", "Dataset", "described", "differ", "load", "recipe"]
+
+EVENTS = takers("split_by")
 
 
 def load(

@@ -72,32 +72,11 @@ def described(identity: dict[str, Any]) -> str:
 
 
 def from_arrays(name: str, arrays: Sequence[np.ndarray], num_classes: int, where: Path) -> Dataset:
-    """The checks that every source shares, then NHW, NHWC or NTCHW arrays as tensors, channels before pixels."""
+    """NHW, NHWC or NTCHW arrays of images with their labels as tensors, channels before pixels; raises DataError."""
     train_x, train_y, test_x, test_y = arrays
     for split, images, labels in (("train", train_x, train_y), ("test", test_x, test_y)):
-        if images.dtype != np.uint8 or images.ndim not in (3, 4, 5):
-            raise DataError(
-                f"{where}: {split} images are {images.dtype} of shape {images.shape}: "
-                "they must be uint8 of shape NHW, NHWC or NTCHW"
-            )
-        if images.ndim == 4 and images.shape[1] <= 4 < min(images.shape[2:]):
-            raise DataError(
-                f"{where}: {split} images of shape {images.shape} look like NCHW, but NHWC is expected: store "
-                "x.transpose(0, 2, 3, 1)"
-            )
-        if not images.size or images.shape[1:] != train_x.shape[1:]:
-            raise DataError(
-                f"{where}: {split} images of shape {images.shape} beside train images of shape {train_x.shape}: "
-                "both need examples of one common shape"
-            )
-        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-            raise DataError(
-                f"{where}: {split} labels are {labels.dtype} of shape {labels.shape} for {len(images)} images: "
-                "they must be one integer an image"
-            )
-        if labels.min() < 0 or labels.max() >= num_classes:
-            wrong = labels.min() if labels.min() < 0 else labels.max()
-            raise DataError(f"{where}: {split} labels hold {wrong}, out of range: classes are 0 to {num_classes - 1}")
+        if problem := _problem(images, labels, train_x, num_classes):
+            raise DataError(f"{where}: {split} {problem}")
     train_images, test_images = (_channels_first(images) for images in (train_x, test_x))
     # Drawn at random, since files are often ordered by class in a way that a stride would follow.
     count = min(10_000, 1 + 2**28 // train_images[0].numel())  # at most 2 GiB of float64
@@ -115,6 +94,24 @@ def from_arrays(name: str, arrays: Sequence[np.ndarray], num_classes: int, where
         std=std.float().clamp_min(1e-3),
         augmented=sample.ndim == 4 and sample.shape[1] == 3,
     )
+
+
+def _problem(images: np.ndarray, labels: np.ndarray, train: np.ndarray, num_classes: int) -> str | None:
+    """What is wrong with a split's arrays, beside the training images."""
+    are = f"images of shape {images.shape}"
+    if images.dtype != np.uint8 or images.ndim not in (3, 4, 5):
+        return f"images are {images.dtype} of shape {images.shape}: they must be uint8 of shape NHW, NHWC or NTCHW"
+    if images.ndim == 4 and images.shape[1] <= 4 < min(images.shape[2:]):
+        return f"{are} look like NCHW, but NHWC is expected: store x.transpose(0, 2, 3, 1)"
+    if not images.size or images.shape[1:] != train.shape[1:]:
+        return f"{are} beside train images of shape {train.shape}: both need examples of one common shape"
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        found = f"{labels.dtype} of shape {labels.shape}"
+        return f"labels are {found} for {len(images)} images: they must be one integer an image"
+    if labels.min() < 0 or labels.max() >= num_classes:
+        wrong = labels.min() if labels.min() < 0 else labels.max()
+        return f"labels hold {wrong}, out of range: classes are 0 to {num_classes - 1}"
+    return None
 
 
 def _channels_first(images: np.ndarray) -> Tensor:

@@ -36,29 +36,32 @@ def damaged(path: Path, error: BaseException) -> DataError:
     return DataError(f"{path} is damaged or of another format ({reason}): get the file again")
 
 
-def read_npz(path: Path, keys: Sequence[str]) -> list[np.ndarray]:
-    """The arrays of these names in an .npz file; raises DataError."""
+def _stored(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
+    """Those of these arrays that an .npz file holds; raises DataError."""
     try:
         with np.load(path) as archive:
-            missing = [key for key in keys if key not in archive.files]
-            arrays = [] if missing else [archive[key] for key in keys]
+            return {key: archive[key] for key in keys if key in archive.files}
     except UNREADABLE as error:
         raise damaged(path, error) from error
-    if missing:
-        raise DataError(f"{path} has no array {missing[0]!r}: it must hold {', '.join(keys)}")
-    return arrays
+
+
+def read_npz(path: Path, keys: Sequence[str]) -> list[np.ndarray]:
+    """The arrays of these names in an .npz file; raises DataError."""
+    found = _stored(path, keys)
+    for key in keys:
+        if key not in found:
+            raise DataError(f"{path} has no array {key!r}: it must hold {', '.join(keys)}")
+    return list(found.values())
 
 
 def read_note(path: Path, key: str) -> str | None:
     """A line of text that an .npz file holds beside its arrays; None where it holds none of this name."""
-    try:
-        with np.load(path) as archive:
-            note = archive[key] if key in archive.files else None
-    except UNREADABLE as error:
-        raise damaged(path, error) from error
-    if note is not None and (note.dtype.kind != "U" or note.ndim > 0 or not str(note).isprintable()):
+    note = _stored(path, [key]).get(key)
+    if note is None:
+        return None
+    if note.dtype.kind != "U" or note.ndim > 0 or not str(note).isprintable():
         raise DataError(f"{path}: {key!r} is {note.dtype} of shape {note.shape}: store one line of text")
-    return None if note is None else str(note)
+    return str(note)
 
 
 def inside(path: Path, name: str) -> Path:

@@ -13,20 +13,20 @@ _RECORDINGS = "recordings train/<class>/*.npz and test/<class>/*.npz, in the fol
 _FRAMES = ("time_steps", "split_by")
 
 DATASETS = by_name(
-    Source("digits", "digits", None, {"model": "conv", "epochs": 30, "batch_size": 32}, images.digits),
+    Source("digits", "digits", None, dict(model="conv", epochs=30, batch_size=32), images.digits),
     Source(
         "mnist",
         "MNIST",
         "mnist.npz, or train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
         "t10k-labels-idx1-ubyte, gzipped or not, in the folder or in its MNIST/raw",
-        {"model": "conv", "epochs": 10, "batch_size": 128},
+        dict(model="conv", epochs=10, batch_size=128),
         images.mnist,
     ),
     Source(
         "cifar10",
         "CIFAR-10",
         "cifar10.npz, or data_batch_1 to data_batch_5 and test_batch, in the folder or in its cifar-10-batches-py",
-        {"model": "sew_resnet18", "epochs": 60, "batch_size": 128, "cutout": 8},
+        dict(model="sew_resnet18", epochs=60, batch_size=128, cutout=8),
         partial(
             images.cifar,
             folder="cifar-10-batches-py",
@@ -39,7 +39,7 @@ DATASETS = by_name(
         "cifar100",
         "CIFAR-100",
         "cifar100.npz, or the files train and test, in the folder or in its cifar-100-python",
-        {"model": "sew_resnet18", "epochs": 60, "batch_size": 128, "cutout": 8},
+        dict(model="sew_resnet18", epochs=60, batch_size=128, cutout=8),
         partial(
             images.cifar,
             folder="cifar-100-python",
@@ -48,20 +48,20 @@ DATASETS = by_name(
             classes=100,
         ),
     ),
-    Source("nmnist", "N-MNIST", _RECORDINGS, {"model": "conv", "epochs": 30, "batch_size": 32}, events.nmnist, _FRAMES),
-    Source("dvs", "event", _RECORDINGS, {"model": "sew_resnet18", "epochs": 60, "batch_size": 16}, events.dvs, _FRAMES),
+    Source("nmnist", "N-MNIST", _RECORDINGS, dict(model="conv", epochs=30, batch_size=32), events.nmnist, _FRAMES),
+    Source("dvs", "event", _RECORDINGS, dict(model="sew_resnet18", epochs=60, batch_size=16), events.dvs, _FRAMES),
     Source(
         "npz",
         "npz",
         "an .npz file with train_x, train_y, test_x and test_y",
-        {"model": "conv", "epochs": 30, "batch_size": 32},
+        dict(model="conv", epochs=30, batch_size=32),
         images.npz,
     ),
     Source(
         "imagefolder",
         "image",
         "images in train/<class>/ and in val/<class>/ or test/<class>/",
-        {"model": "sew_resnet18", "epochs": 60, "batch_size": 32},
+        dict(model="sew_resnet18", epochs=60, batch_size=32),
         images.image_folder,
         ("image_size",),
     ),
@@ -73,12 +73,10 @@ def takers(option: str) -> list[str]:
     return [source.name for source in DATASETS.values() if option in source.options]
 
 
-def by_recipe(setting: str, usual: Any) -> list[tuple[Any, str]]:
-    """A setting's other values than the usual one in the recipes, with the names of their data sets, for a help.
-
-    The two of CIFAR are one name.
-    """
+def by_recipe(setting: str, usual: Any, form: str = "{names} {value}") -> str:
+    """For the help: a setting's usual value, then its others in the recipes; the data sets of CIFAR are one name."""
     names: dict[Any, dict[str, None]] = {}
     for source in DATASETS.values():
         names.setdefault(source.recipe.get(setting, usual), {})[source.name.rstrip("0123456789")] = None
-    return [(value, ", ".join(those)) for value, those in names.items() if value != usual]
+    others = [form.format(value=value, names=", ".join(those)) for value, those in names.items() if value != usual]
+    return "; ".join([str(usual), *others])

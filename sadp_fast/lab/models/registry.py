@@ -60,6 +60,11 @@ MODELS = by_name(
 NAMES = tuple(MODELS)
 
 
+def trained_by(optimizer: str) -> list[str]:
+    """The networks that this optimizer trains."""
+    return [model.name for model in MODELS.values() if model.optimizer == optimizer]
+
+
 def build(name: str, in_shape: tuple[int, ...], num_classes: int, time_steps: int) -> SpikingNetwork:
     """A network by name for examples of shape `in_shape`: (C, H, W), or (T, C, H, W) for event frames.
 

@@ -16,10 +16,8 @@ from torch import nn
 
 from ...prune.sadp import SADP
 from .. import config, data, models, report, train
-from ..config import TrainConfig
-from ..methods import METHODS
+from ..config import METHODS, TrainConfig
 from ..options import add_settings, check_device, list_of, variant, with_defaults
-from ..settings import ABOVE_ZERO, NATURAL, number
 from .deadline import Deadline
 from .markdown import write_report
 from .plan import DEFAULT_METHODS, QUICK, Plan, Size
@@ -29,7 +27,7 @@ from .runs import Runs
 from .store import Store, StudyError, conditions_of, same, training_identity, write_json
 from .study import NothingFinished, Study
 
-RATIO = number(float, lambda value: 0 < value < 1, "above 0 and below 1")
+RATIO = config.number(float, lambda value: 0 < value < 1, "above 0 and below 1")
 RATIOS, SEEDS = (0.3, 0.5, 0.7), (0, 1, 2)
 STOPPED = 3  # the exit code where --stop-after left runs out
 # A whole study in minutes on two CPU cores: a smaller network, fewer epochs and seeds.
@@ -69,11 +67,11 @@ def add_parser(commands: Any) -> None:
         f"sadp:weights=unbiased (default: {', '.join(DEFAULT_METHODS)})",
     )
     option("--ratios", type=list_of(RATIO), metavar="LIST", help="pruning ratios (default: 0.3,0.5,0.7)")
-    option("--seeds", type=list_of(number(int, *NATURAL)), metavar="LIST", help="seeds (default: 0,1,2)")
+    option("--seeds", type=list_of(config.NATURAL), metavar="LIST", help="seeds (default: 0,1,2)")
     option("--quick", action="store_true", help="mlp, 8 epochs, seeds 0,1, fewer examples: minutes on two CPU cores")
     option(
         "--stop-after",
-        type=number(float, *ABOVE_ZERO),
+        type=config.ABOVE_ZERO,
         metavar="MINUTES",
         help="begin no run that would take longer than that from now on, stop the one under way after a whole epoch, "
         f"show what is there and end with exit code {STOPPED}",
@@ -194,7 +192,7 @@ def _planned(given: dict[str, Any]) -> Plan:
             raise StudyError("--report-only needs the folder of a study: name it with --out or --resume")
         quick, data_dir = given.get("quick", False), given.get("data_dir")
         options = with_defaults({**(QUICK_BASE if quick else {}), **asked, "device": device}, data_dir)
-        if options["dataset"] in data.takers("time_steps"):
+        if options["dataset"] in data.EVENTS:
             options.setdefault("time_steps", data.EVENT_STEPS)
         base, size = TrainConfig(**options), QUICK if quick else Size()
         began: dict[str, Any] = {
@@ -273,8 +271,7 @@ def _run_of(identity: dict[str, Any], base: TrainConfig) -> tuple[str, float, in
     base = replace(base, prune_ratio=ratio, seed=seed)
     asked = base.of(method)
     # What the study leaves open follows from the run's own epochs and policy.
-    open_to_it = replace(asked, **{key: found[key] for key in ("epochs", "policy") if key in found})
-    own = asdict(open_to_it.settled(open_to_it.epochs))
+    own = asdict(replace(asked, **{key: found[key] for key in ("epochs", "policy") if key in found}).settled())
     plain = {key: own[key] if value is None else value for key, value in asdict(asked).items()}
     changes = {
         key: found[key]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ...prune.probabilities import inclusion_probabilities, relative_variance
-from ..methods import METHODS
+from ..config import METHODS
 from .figures import SCORE_LABELS, Table, band, known, legend_below, mean, panels, save, score_style, seeds_text, spread
 from .measure import EXACT, SCORES
 from .plan import Plan
