@@ -239,12 +239,8 @@ class Trainer:
         self.model.to(device=self.device, memory_format=self.layout)  # type: ignore[call-overload]
         if config.amp != "off":
             cast_weights_at_once(self.model)
-        self.sadp = SADP(
-            self.model,
-            len(data.train_labels),
-            epochs=config.epochs,
-            **vars(config.pruning()),
-        )
+        count, pruning = len(data.train_labels), config.pruning()
+        self.sadp = SADP(self.model, count, epochs=config.epochs, settings=pruning)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         # Fused on the GPU: a few kernels a step, and no wait for the host with a gradient scaler. Without one, the
@@ -332,9 +328,9 @@ class Trainer:
         """
         first: dict[tuple[bool, bool], int] = {}
         for epoch, ratio in enumerate(self.sadp.ratios):
-            first.setdefault((ratio > 0, self.sadp._needs_scores(epoch)), epoch)
+            first.setdefault((ratio > 0, self.sadp.takes_scores(epoch)), epoch)
         for epoch in first.values():
-            self.sadp.epoch = epoch
+            self.sadp.skip_to(epoch)
             with closing(self.sadp.batches(self.config.batch_size)) as batches:
                 for _, index in zip(range(2), batches, strict=False):
                     self.step(index, self.config.lr)
@@ -389,14 +385,14 @@ class Trainer:
         """
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            saved, began = state["config"], state["data_set"]
+            saved, began, self.sources = state["config"], state["data_set"], list(state["sources"])
         except (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
             raise TrainError(f"the checkpoint {path} is damaged ({error}): start a new run") from error
         own, saved = ({**c, "device": device_kind(c["device"])} for c in (asdict(self.config), saved))
         for field, value in own.items():
-            if saved[field] != value:
+            if saved.get(field) != value:
                 raise TrainError(
-                    f"{field} is {value!r}, but the run in {path.parent} has {saved[field]!r}: "
+                    f"{field} is {value!r}, but the run in {path.parent} has {saved.get(field)!r}: "
                     "resume with that value, or start a new run"
                 )
         if differ(self.data_set, {**began, "name": self.data_set["name"]}):  # files may be moved
@@ -404,7 +400,6 @@ class Trainer:
                 f"the data set at hand is {described(self.data_set)}, but the run in {path.parent} began with "
                 f"{described(began)}: resume with that one, or start a new run"
             )
-        self.sources = list(state["sources"])
         others = [name for name in dict.fromkeys(self.sources) if name != sources()]
         if others:
             warnings.warn(
