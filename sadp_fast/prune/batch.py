@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import name_of
 from ..statistics.energies import EnergyTaps
 from .criterion import mean_factor, per_example, without_reduction
+from .scores import Score
 from .scoring import Scoring
 
 
@@ -23,7 +24,6 @@ class Batch:
         weights: float32 [B] of their losses, 0 for padding; None where every weight is 1.
         scored: whether scores are taken from it.
         scoring: where they go.
-        pruned: whether this is a pruned training, whose outputs have to show their examples.
         taps: what measures it; None where nothing does, or its dataflow is to be read first.
     """
 
@@ -31,7 +31,6 @@ class Batch:
     weights: Tensor | None
     scored: bool
     scoring: Scoring
-    pruned: bool = True
     taps: EnergyTaps | None = None
     # d(what backward() was called on) / d(loss): a GradScaler's factor, 1/accumulation
     _loss_gradient: Tensor | None = None
@@ -57,6 +56,14 @@ class Batch:
         self.indices = indices.clone()
         self.weights = None if self.weights is None else self.weights.clone()
 
+    def check(self, output: Tensor) -> None:
+        """Raise ValueError where an output has not one row for each example."""
+        if isinstance(output, Tensor) and (output.ndim == 0 or len(output) != self.size):
+            raise ValueError(
+                f"output must have one row for each of the {self.size} examples, [B, *], got shape "
+                f"{tuple(output.shape)}: take the mean over time before the loss, or move the batch to the front"
+            )
+
     def loss(self, criterion: Callable[..., Tensor], output: Tensor, target: Tensor) -> Tensor:
         """The loss to call ``backward()`` on, see ``SADP.loss``."""
         if self._awaits_backward:
@@ -66,11 +73,6 @@ class Batch:
                 "[B, T, C] for a loss at every step), or build SADP with score='given' or 'random'"
             )
         self.scoring.meter.end_forward()
-        if self.pruned and isinstance(output, Tensor) and (output.ndim == 0 or len(output) != self.size):
-            raise ValueError(
-                f"output must have one row for each of the {self.size} examples, [B, *], got shape "
-                f"{tuple(output.shape)}: take the mean over time before the loss, or move the batch to the front"
-            )
         reduction, unreduced = without_reduction(criterion)
 
         def losses() -> Tensor:
@@ -132,7 +134,27 @@ class Batch:
             # The batch was skipped: no loss, or no backward pass, which may come yet.
             self.scoring.meter.abandon()
         else:
-            self.scoring.keep_measured(self.indices, self.weights, self.taps, self._loss_gradient, self._mean_factor)
+            self._collect_measured(self.taps, self._loss_gradient, self._mean_factor)
+
+    def _collect_measured(self, taps: EnergyTaps, gradient: Tensor, factor: float | Tensor) -> None:
+        """Take the scores of what was measured, as those of the examples' unweighted losses."""
+        scoring, weights = self.scoring, self.weights
+        taps.finish()
+        if isinstance(factor, Tensor):
+            gradient, factor = gradient.float() * factor.float(), 1.0
+        on_gpu = taps.energies.is_cuda and taps.energies.device == scoring.slots.device == gradient.device
+        if on_gpu and type(scoring.score).of_energies is Score.of_energies:
+            from ..ops.score.op import update_scores  # Triton is imported where it is used
+
+            where = (weights, self.indices, scoring.slots, scoring.momentum)
+            update_scores(taps.energies, taps.layer_rows, taps.multiplicity, gradient, factor, *where)
+            return
+        inputs, deltas = taps.energies[taps.layer_rows]
+        scores = scoring.score.of_energies(inputs, deltas, taps.multiplicity)
+        taps.forget()
+        # Back to the unweighted loss: out go the scaler's factor, 1/B and the example's weight.
+        whole = gradient.abs() * factor
+        scoring.keep(self.indices, weights, scores / (whole if weights is None else whole * weights.to(scores)))
 
     def close(self) -> None:
         """Nothing more is to be measured in this batch."""

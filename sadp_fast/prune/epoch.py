@@ -20,7 +20,7 @@ from .settings import Settings
 def draw(
     scores: Tensor, ratio: float, number: int, settings: Settings, score: Score, policy: Policy
 ) -> tuple[Tensor, Drawn]:
-    """Inclusion probabilities [N], and a draw by them with the weights of the losses.
+    """Inclusion probabilities [N], and a draw by them, shuffled, with the weights of the losses.
 
     Args:
         scores: [N], NaN where an example was never scored.
@@ -31,21 +31,21 @@ def draw(
         policy: how they become probabilities.
     """
     n, device = scores.numel(), scores.device
-    if ratio == 0:
-        everything = Drawn(torch.arange(n, device=device), torch.ones(n, device=device))
-        return torch.ones(n, device=device), everything
     keep = (1 - ratio) * n
-    if score.source == "none":
+    if ratio == 0 or score.source == "none":
         p = torch.full((n,), keep / n, device=device)
     else:
         p = inclusion_probabilities(scores, keep, smoothing=settings.smoothing, policy=policy)
-    # The same number for every epoch draws the same subset.
-    indices, weights, _ = sample(p, seed=settings.seed, epoch=0 if score.draws_once else number)
+    if ratio == 0:
+        indices, weights = torch.arange(n, device=device), p
+    else:
+        # The same number for every epoch draws the same subset.
+        indices, weights, _ = sample(p, seed=settings.seed, epoch=0 if score.draws_once else number)
     if settings.weights == "sum":
         weights = weights * (n / keep)
     elif settings.weights == "none":
         weights = torch.ones_like(weights)
-    return p, Drawn(indices, weights)
+    return p, shuffled(Drawn(indices, weights), seed=settings.seed, epoch=number)
 
 
 class Epoch:
@@ -69,16 +69,13 @@ class DrawnEpoch(Epoch):
     """Drawn examples behind those carried over, cut into batches of one size: this rank's share of each.
 
     Args:
-        drawn: this epoch's examples.
+        drawn: this epoch's examples, shuffled.
         carried: what the last epoch left over; trained first.
         batch_size: B, of each rank.
-        number: the epoch, counted from 0.
-        seed: of the order.
-        pad: fill the last batch up with examples of weight 0, instead of leaving the remainder over.
         scoring: takes the scores.
+        pad: fill the last batch up with examples of weight 0, instead of leaving the remainder over.
         scored: whether it does in this epoch.
         weighted: multiply losses by weights of 1 too.
-        pruned: whether this is a pruned training.
 
     Attributes:
         indices: int64 [batches, B].
@@ -92,27 +89,22 @@ class DrawnEpoch(Epoch):
         drawn: Drawn,
         carried: Drawn,
         batch_size: int,
-        *,
-        number: int,
-        seed: int,
-        pad: bool,
         scoring: Scoring,
+        *,
+        pad: bool,
         scored: bool,
         weighted: bool,
-        pruned: bool,
     ) -> None:
         super().__init__()
         rank, self._world = rank_and_world()
-        everything, self.left_over = pack(
-            shuffled(drawn, seed=seed, epoch=number), carried, batch_size * self._world, pad=pad
-        )
+        everything, self.left_over = pack(drawn, carried, batch_size * self._world, pad=pad)
         # In one block each, since kernels read a row at every step.
         self.indices, self.weights = (
             t[:, rank :: self._world].contiguous() for t in (everything.indices, everything.weights)
         )
         self.padding = everything.padding
         self._weighted = weighted or carried.indices.shape[0] > 0
-        self._scoring, self._scored, self._pruned = scoring, scored, pruned
+        self._scoring, self._scored = scoring, scored
 
     def __len__(self) -> int:
         return self.indices.shape[0]
@@ -131,7 +123,7 @@ class DrawnEpoch(Epoch):
             padding = self.padding if k == count - 1 else 0
             weights = self.weights[k] if self._weighted or padding else None
             taps = meter.begin() if self._scored else None
-            self.batch = Batch(self.indices[k], weights, self._scored, self._scoring, self._pruned, taps)
+            self.batch = Batch(self.indices[k], weights, self._scored, self._scoring, taps)
             self.trained += batch_size * self._world - padding
             self.share = (k + 1) / count
             yield self.batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
+from inspect import signature
 from typing import Any, Protocol
 
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
@@ -13,19 +14,8 @@ from .batch import Batch
 from .batching import rank_and_world
 from .epoch import DrawnEpoch
 
-# Taken over from the loader that is given.
-_LOADER_OPTIONS = (
-    "num_workers",
-    "collate_fn",
-    "pin_memory",
-    "timeout",
-    "worker_init_fn",
-    "multiprocessing_context",
-    "generator",
-    "prefetch_factor",
-    "persistent_workers",
-    "pin_memory_device",
-)
+# What of a DataLoader is not taken over: data and batches are passed to the new one.
+_REPLACED = {"dataset", "batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"}
 
 
 class EpochSource(Protocol):
@@ -53,7 +43,7 @@ class PrunedLoader:
         source: what draws them.
         loader: the DataLoader that was given.
         batch_size: of every batch.
-        rows: the indices of each batch of the running or last epoch.
+        rows: the indices of each batch of the running or last epoch, always the same list.
     """
 
     def __init__(self, source: EpochSource, loader: DataLoader) -> None:
@@ -67,10 +57,10 @@ class PrunedLoader:
         self._pruned = None if source.passive else self._with_own_batches()
 
     def _with_own_batches(self) -> DataLoader:
-        options = {name: getattr(self.loader, name) for name in _LOADER_OPTIONS if hasattr(self.loader, name)}
+        options = {name: getattr(self.loader, name) for name in signature(DataLoader).parameters.keys() - _REPLACED}
         if not options.get("pin_memory_device"):
-            options.pop("pin_memory_device", None)  # its mere presence warns in newer versions of torch
-        return DataLoader(self.loader.dataset, batch_sampler=_Rows(self), **options)
+            options.pop("pin_memory_device", None)  # its mere presence warns
+        return DataLoader(self.loader.dataset, batch_sampler=self.rows, **options)
 
     def __getattr__(self, name: str) -> Any:
         # What else one asks a DataLoader for: dataset, num_workers, drop_last, sampler, ...
@@ -83,7 +73,7 @@ class PrunedLoader:
             yield from self._unpruned()
             return
         epoch = self.source.open_epoch(self.batch_size, pad=not self.loader.drop_last)
-        self.rows = epoch.indices.tolist()
+        self.rows[:] = epoch.indices.tolist()
         for _, batch in zip(self.source.train(epoch), self._pruned, strict=True):
             yield batch
 
@@ -107,19 +97,6 @@ class PrunedLoader:
             return len(self.loader)
         expected = self.source.expected_batches(self.batch_size, pad=not self.loader.drop_last)
         return len(self.rows) if expected is None else expected
-
-
-class _Rows:
-    """The batch sampler behind a PrunedLoader."""
-
-    def __init__(self, owner: PrunedLoader) -> None:
-        self._owner = owner
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._owner.rows)
-
-    def __len__(self) -> int:
-        return len(self._owner.rows)
 
 
 def _check(loader: DataLoader, num_examples: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Generic, TypeVar
 
-from ..errors import name_of
+from ..errors import check_choice, name_of
 
 T = TypeVar("T")
 
@@ -36,9 +36,8 @@ class Registry(dict[str, T], Generic[T]):
             TypeError: it is neither a name nor an object of this kind with a name of its own.
         """
         if isinstance(asked, str):
-            if asked in self:
-                return self[asked]
-            raise ValueError(f"{self.kind} must be one of {', '.join(self)}, got {asked!r}: choose one of them")
+            check_choice(self.kind, asked, self)
+            return self[asked]
         if not isinstance(asked, self.base) or not isinstance(getattr(asked, "name", None), str):
             raise TypeError(
                 f"{self.kind} must be a name or a {self.base.__name__} with a `name`, got {name_of(asked)}: choose one "

@@ -24,7 +24,7 @@ from .batching import Drawn, rank_and_world
 from .epoch import DrawnEpoch, Epoch, draw
 from .loader import PrunedLoader
 from .policies import POLICIES
-from .scores import SCORES
+from .scores import SCORES, Score
 from .scoring import Scoring
 from .settings import Settings
 
@@ -58,7 +58,7 @@ class SADP:
 
     Attributes:
         settings: how it prunes; nothing in them is None.
-        score: what an example's score is.
+        scoring: what is known of the examples' scores, and what measures them.
         policy: how scores become probabilities.
         ratios: prune ratio of every epoch.
         probabilities: float32 [N], inclusion probabilities of the running or last epoch.
@@ -94,18 +94,18 @@ class SADP:
         asked = Settings(**options) if settings is None else replace(settings, **options)
         self.ratios = asked.ratios(self.epochs)
         self.settings = asked.settled(self.epochs)
-        self.score, self.policy = SCORES.find(asked.score), POLICIES.find(asked.policy)
-        if self.score.source == "gradients" and not self.passive and hasattr(model, "_orig_mod"):  # torch.compile's
+        score, self.policy = SCORES.find(asked.score), POLICIES.find(asked.policy)
+        if score.source == "gradients" and not self.passive and hasattr(model, "_orig_mod"):  # torch.compile's
             raise ValueError(
-                f"score={self.score.name!r} reads the model's autograd graph, which torch.compile hides: pass and "
+                f"score={score.name!r} reads the model's autograd graph, which torch.compile hides: pass and "
                 "train the uncompiled model (its neurons are fused all the same), or use score='loss'"
             )
         if device is None:
             parameter = next(model.parameters(), None)
             device = "cpu" if parameter is None else parameter.device
         self.model, self.device = model, torch.device(device)
-        self._scoring = Scoring(
-            self.score, model, self.num_examples, momentum=self.settings.score_momentum, device=self.device
+        self.scoring = Scoring(
+            score, model, self.num_examples, momentum=self.settings.score_momentum, device=self.device
         )
         self.probabilities = torch.ones(self.num_examples, device=self.device)
         # Shares of the data that the epochs before each one keep, and all of them: `progress` is asked at every step.
@@ -131,9 +131,14 @@ class SADP:
         return None if self._running is None else self._running.batch
 
     @property
+    def score(self) -> Score:
+        """What an example's score is."""
+        return self.scoring.score
+
+    @property
     def scores(self) -> Tensor:
         """float32 [N]; NaN where an example was never scored."""
-        return self._scoring.values
+        return self.scoring.values
 
     @property
     def examples_trained(self) -> int:
@@ -166,7 +171,7 @@ class SADP:
         if self.score.source != "gradients" or self.passive:
             why = ", since nothing is pruned" if self.passive else ""
             return f"score={self.score.name!r} measures no layer{why}"
-        layers = self._scoring.meter.layers
+        layers = self.scoring.meter.layers
         if layers is None:
             return "the model's dataflow is read in the first scored batch"
         return "\n".join(layer.describe() for layer in layers)
@@ -189,22 +194,19 @@ class SADP:
         self._check_left()
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self._scoring.share()
+        self.scoring.share()
         number, ratio = self._epoch, self.ratios[self._epoch]
         if ratio > 0 and self.score.source != "none" and self._trained >= self.num_examples:
-            self._scoring.look()
+            self.scoring.look()
         self.probabilities, drawn = draw(self.scores, ratio, number, self.settings, self.score, self.policy)
         return DrawnEpoch(
             drawn,
             self._carried,
             batch_size,
-            number=number,
-            seed=self.settings.seed,
+            self.scoring,
             pad=pad or number == len(self.ratios) - 1,  # nothing is carried out of the last epoch
-            scoring=self._scoring,
-            scored=self.takes_scores(number) and self._scoring.has_layers(),
+            scored=self.takes_scores(number) and self.scoring.has_layers(),
             weighted=self._weighs_all or ratio > 0,
-            pruned=not self.passive,
         )
 
     def train(self, epoch: DrawnEpoch) -> Generator[Batch, None, None]:
@@ -216,7 +218,7 @@ class SADP:
         finally:
             if self._running is epoch:
                 self._carried = epoch.left_over
-                self._scoring.end_epoch()
+                self.scoring.end_epoch()
                 self._complete(epoch)
 
     def follow(self, batches: Iterable[Any], batch_size: int, examples: int) -> Iterator[Any]:
@@ -336,7 +338,10 @@ class SADP:
         """
         if self.passive and (self.batch is None or self.batch.weights is None):
             return criterion(output, target)
-        return self._at_hand("loss").loss(criterion, output, target)
+        batch = self._at_hand("loss")
+        if not self.passive:
+            batch.check(output)
+        return batch.loss(criterion, output, target)
 
     @property
     def wants_scores(self) -> bool:
@@ -387,11 +392,11 @@ class SADP:
         return {
             "config": self._config(),
             "epoch": self._epoch,
-            "scores": self._scoring.settled(),
+            "scores": self.scoring.settled(),
             "carried_indices": self._carried.indices.clone(),
             "carried_weights": self._carried.weights.clone(),
             "examples_trained": self._trained,
-            **self._scoring.meter.state_dict(),
+            **self.scoring.meter.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -416,5 +421,5 @@ class SADP:
             self._running = None
         self._epoch, self._trained = int(state["epoch"]), int(state["examples_trained"])
         self._carried = Drawn(state["carried_indices"].to(self.device), state["carried_weights"].to(self.device))
-        self._scoring.load(state["scores"])
-        self._scoring.meter.load_state_dict(state)
+        self.scoring.load(state["scores"])
+        self.scoring.meter.load_state_dict(state)

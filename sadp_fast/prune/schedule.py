@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from ..errors import check_choice
+
 SCHEDULES = ("constant", "linear", "cosine")
 MAX_RATIO = 0.95  # the largest prune ratio of one epoch [ours]
 
@@ -38,8 +40,7 @@ def prune_ratios(
         raise ValueError(
             f"warmup_epochs and tail_epochs must not be negative, got {warmup_epochs} and {tail_epochs}: 0 means none"
         )
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}: choose one of them")
+    check_choice("schedule", schedule, SCHEDULES)
     if ratio == 0:
         return [0.0] * epochs
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..statistics.energies import EnergyTaps
 from .batching import rank_and_world
 from .scores import Score
 
@@ -47,6 +46,8 @@ class Scoring:
 
     Attributes:
         meter: what measures a batch of the model.
+        slots: float32 [N + 1], the scores. One more than examples: padding and unusable scores are written there, so
+            that shapes stay constant.
     """
 
     def __init__(
@@ -54,67 +55,30 @@ class Scoring:
     ) -> None:
         self.score, self.momentum = score, momentum
         self.meter = score.meter(model) or NoMeter()
-        # One slot more than examples: padding and unusable scores are written there, so that shapes stay constant.
-        self._slots = torch.full((num_examples + 1,), torch.nan, device=device)
+        self.slots = torch.full((num_examples + 1,), torch.nan, device=device)
         self._before: Tensor | None = None  # those before the running epoch, which all ranks know
         self._looked_at = False
 
     @property
     def values(self) -> Tensor:
         """float32 [N]; NaN where an example was never scored."""
-        return self._slots[:-1]
+        return self.slots[:-1]
 
     # --------------------------------------------------------------------------------------------- scores of a batch
 
     def keep(self, indices: Tensor, weights: Tensor | None, scores: Tensor) -> None:
         """Write a batch's scores [B] into its examples' slots, but for those that are not finite or of weight 0."""
-        scores = scores.to(self._slots.device, torch.float32)
+        scores = scores.to(self.slots.device, torch.float32)
         usable = torch.isfinite(scores)
         if self.momentum > 0:
-            old = self._slots[indices]
+            old = self.slots[indices]
             scores = torch.where(old.isnan(), scores, self.momentum * old + (1 - self.momentum) * scores)
         if weights is not None:
             usable &= weights > 0
         slot = torch.where(usable, indices, self.values.numel())
         # amax: independent of the order in which an example that occurs twice is written.
-        self._slots.scatter_reduce_(0, slot, scores, "amax", include_self=False)
-        self._slots[-1:].fill_(torch.nan)
-
-    def keep_measured(
-        self,
-        indices: Tensor,
-        weights: Tensor | None,
-        taps: EnergyTaps,
-        gradient: Tensor,
-        mean_factor: float | Tensor,
-    ) -> None:
-        """Write the scores of a batch that was measured, as those of the unweighted loss of each example.
-
-        Args:
-            indices: int64 [B].
-            weights: float32 [B] of the losses, or None where each is 1.
-            taps: what measured it.
-            gradient: 0-dim, of what backward() was called on, with respect to the loss: a scaler's factor.
-            mean_factor: what multiplies the sum of the examples' losses in the loss.
-        """
-        taps.finish()
-        if isinstance(mean_factor, Tensor):
-            gradient, mean_factor = gradient.float() * mean_factor.float(), 1.0
-        on_gpu = taps.energies.is_cuda and taps.energies.device == self._slots.device == gradient.device
-        if on_gpu and type(self.score).of_energies is Score.of_energies:
-            from ..ops.score.op import update_scores  # Triton is imported where it is used
-
-            update_scores(
-                *(taps.energies, taps.layer_rows, taps.multiplicity, gradient, mean_factor),
-                *(weights, indices, self._slots, self.momentum),
-            )
-            return
-        inputs, deltas = taps.energies[taps.layer_rows]
-        scores = self.score.of_energies(inputs, deltas, taps.multiplicity)
-        taps.forget()
-        # Back to the unweighted loss: out go the scaler's factor, 1/B and the example's weight.
-        factor = gradient.abs() * mean_factor
-        self.keep(indices, weights, scores / (factor if weights is None else factor * weights.to(scores)))
+        self.slots.scatter_reduce_(0, slot, scores, "amax", include_self=False)
+        self.slots[-1:].fill_(torch.nan)
 
     # ---------------------------------------------------------------------------------------------- scores of an epoch
 
@@ -171,15 +135,14 @@ class Scoring:
             cause = "train on sadp.loss(criterion, output, target)"
             if given:
                 cause = "call sadp.give(scores), with scores >= 0 (negative ones count as none),"
-            warnings.warn(
-                f"{known} of {count} examples have a finite score, too few to prune by, so that examples are drawn "
-                f"nearly uniformly: {cause} in every batch, and look for NaN in the data",
-                stacklevel=4,
-            )
+            problem = f"{known} of {count} examples have a finite score, too few to prune by"
+            remedy = f"{cause} in every batch, and look for NaN in the data"
         elif zero > count / 2 and not given:
-            warnings.warn(
-                f"{zero} of {count} examples have a score of 0, so that examples are drawn nearly uniformly: neurons "
-                "in front of a scored layer are silent; lower v_threshold, try decay_input=False, or score='all' in "
-                "the place of 'last'",
-                stacklevel=4,
+            problem = f"{zero} of {count} examples have a score of 0"
+            remedy = (
+                "neurons in front of a scored layer are silent; lower v_threshold, try decay_input=False, or "
+                "score='all' in the place of 'last'"
             )
+        else:
+            return
+        warnings.warn(f"{problem}, so that examples are drawn nearly uniformly: {remedy}", stacklevel=4)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any
 
+from ..errors import check_choice
 from . import baselines as _baselines  # noqa: F401  (adds its scores and policies)
 from .policies import POLICIES, Policy
 from .probabilities import check_smoothing
@@ -103,17 +104,11 @@ class Settings:
         SCORES.find(self.score)
         POLICIES.find(self.policy)
         check_smoothing(self.smoothing)
-        if self.weights not in (None, *WEIGHTS):
-            raise ValueError(
-                f"weights must be one of {', '.join(WEIGHTS)} or None, got {self.weights!r}: None is the policy's own"
-            )
+        check_choice("weights", self.weights, (*WEIGHTS, None))
+        check_choice("schedule", self.schedule, SCHEDULES)
         if not 0 <= self.score_momentum < 1:
             raise ValueError(
                 f"score_momentum must be in [0, 1), got {self.score_momentum}: 0 keeps the newest score alone"
-            )
-        if self.schedule not in SCHEDULES:
-            raise ValueError(
-                f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}: choose one of them"
             )
         # NumPy's numbers overflow where Python's do not, and cannot be loaded from a checkpoint.
         kinds: dict[str, type] = dict.fromkeys(("prune_ratio", "smoothing", "score_momentum"), float)
