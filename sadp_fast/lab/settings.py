@@ -55,12 +55,12 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
 def reader(of: Field[Any]) -> Callable[[str], Any]:
     """What reads a setting's value from text."""
-    if of.type == "bool":
+    if isinstance(of.default, bool):
         return lambda text: one_of("true", "false")(text) == "true"
     if "choices" in of.metadata:
         return one_of(*of.metadata["choices"])
     if "range" in of.metadata:
-        return number(float if "float" in of.type else int, *of.metadata["range"])
+        return number(float if "float" in str(of.type) else int, *of.metadata["range"])
     return of.metadata.get("read", str)
 
 
@@ -75,7 +75,7 @@ def add_option(group: Any, of: Field[Any]) -> None:
     """Add a setting's option; its default is only told, so that what was given is known."""
     told = of.metadata
     flag, more = f"--{of.name.replace('_', '-')}", {"help": told["help"]}
-    if of.type == "bool":
+    if isinstance(of.default, bool):
         group.add_argument(flag, action="store_true", **more)
         return
     if "metavar" in told:

@@ -62,7 +62,7 @@ class Dataset:
 
 
 def differ(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two identities are of different data sets, by what both know: those of older runs lack the labels."""
+    """Whether two identities are of different data sets, by what both know."""
     return any(one[key] != other[key] for key in one.keys() & other.keys())
 
 

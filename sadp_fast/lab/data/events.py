@@ -8,7 +8,7 @@ import numpy as np
 
 from ..event_frames import SPLITS, event_frames
 from .dataset import DataError, Dataset, from_arrays
-from .files import damaged, inside, labelled_files, read_npz
+from .files import damaged, inside, labelled_files, read_examples, read_npz
 from .source import Source
 
 EVENT_STEPS = 10  # frames of a recording where nothing else is asked for
@@ -44,17 +44,15 @@ def _recordings(
     train, test = source.find(path, [["train"], ["test"]])
     classes, splits = labelled_files(train, test, {".npz"}, "recordings")
     height, width = size or _sensor_size([file for files in splits for file, _ in files])
-    arrays = []
-    for files in splits:
-        frames = np.empty((len(files), steps, 2, height, width), np.uint8)
-        for row, (file, _) in enumerate(files):
-            t, x, y, p = read_npz(file, ("t", "x", "y", "p"))
-            try:
-                frames[row] = event_frames(t, x, y, p, steps=steps, height=height, width=width, split_by=split_by)
-            except ValueError as error:
-                raise damaged(file, error) from error
-        arrays += [frames, np.array([label for _, label in files])]
-    return arrays, len(classes), path
+
+    def read(file: Path) -> np.ndarray:
+        t, x, y, p = read_npz(file, ("t", "x", "y", "p"))
+        try:
+            return event_frames(t, x, y, p, steps=steps, height=height, width=width, split_by=split_by)
+        except ValueError as error:
+            raise damaged(file, error) from error
+
+    return read_examples(splits, (steps, 2, height, width), read), len(classes), path
 
 
 def _sensor_size(files: list[Path]) -> tuple[int, int]:

@@ -6,13 +6,14 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from .dataset import DataError
 
+Reader = Callable[[Path], np.ndarray]  # of one example's file
 # What the readers of NumPy, gzip, pickle and Pillow raise on a file that is cut off, damaged or of another kind.
 UNREADABLE = (
     OSError,
@@ -95,6 +96,17 @@ def labelled_files(
             f"{', '.join(sorted(suffixes))} into it, or remove it"
         )
     return classes, splits
+
+
+def read_examples(splits: list[list[tuple[Path, int]]], shape: tuple[int, ...], read: Reader) -> list[np.ndarray]:
+    """The uint8 examples of this shape that the files of both splits hold, with their labels behind each split's."""
+    arrays = []
+    for files in splits:
+        examples = np.empty((len(files), *shape), np.uint8)
+        for row, (file, _) in enumerate(files):
+            examples[row] = read(file)
+        arrays += [examples, np.array([label for _, label in files])]
+    return arrays
 
 
 def _classes(split: Path) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .dataset import DataError, Dataset, from_arrays
-from .files import UNREADABLE, damaged, inside, labelled_files, read_note, read_npz
+from .files import UNREADABLE, damaged, inside, labelled_files, read_examples, read_note, read_npz
 from .source import Source
 
 ARRAYS = ("train_x", "train_y", "test_x", "test_y")
@@ -137,16 +137,14 @@ def image_folder(source: Source, path: Path, *, image_size: int) -> Dataset:
 
     train, test = source.find(path, [["train"], ["val", "test"]])
     classes, splits = labelled_files(train, test, IMAGE_SUFFIXES, "images")
-    arrays = []
-    for files in splits:
-        images = np.empty((len(files), image_size, image_size, 3), np.uint8)
-        for row, (file, _) in enumerate(files):
-            try:
-                with Image.open(file) as image:
-                    if image.mode[0] in "IF":  # whose values Pillow would cut off at 255
-                        raise DataError(f"{file} has more than 8 bits a pixel (mode {image.mode}): convert it to 8")
-                    images[row] = np.asarray(ImageOps.fit(image.convert("RGB"), (image_size, image_size)))
-            except UNREADABLE as error:
-                raise DataError(f"{file} cannot be read as an image ({error}): replace or remove it") from error
-        arrays += [images, np.array([label for _, label in files])]
-    return from_arrays(path.name, arrays, len(classes), path)
+
+    def read(file: Path) -> np.ndarray:
+        try:
+            with Image.open(file) as image:
+                if image.mode[0] in "IF":  # whose values Pillow would cut off at 255
+                    raise DataError(f"{file} has more than 8 bits a pixel (mode {image.mode}): convert it to 8")
+                return np.asarray(ImageOps.fit(image.convert("RGB"), (image_size, image_size)))
+        except UNREADABLE as error:
+            raise DataError(f"{file} cannot be read as an image ({error}): replace or remove it") from error
+
+    return from_arrays(path.name, read_examples(splits, (image_size, image_size, 3), read), len(classes), path)
