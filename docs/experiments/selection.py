@@ -32,7 +32,7 @@ from sadp_fast.lab.train import EVALUATION_BATCH, Trainer, train_epoch
 from sadp_fast.nn.neuron import reset
 from sadp_fast.prune import epoch as drawing
 from sadp_fast.prune.baselines import el2n_score
-from sadp_fast.prune.policies import Policy
+from sadp_fast.prune.policies import POLICIES, Policy
 from sadp_fast.prune.scores import AllLayers
 
 
@@ -131,7 +131,8 @@ class Changed(Policy):
 
 def with_scores(trainer: Trainer, change: Callable[[Tensor], Tensor]) -> None:
     """Draw by changed scores."""
-    trainer.sadp.policy = Changed(trainer.sadp.policy, change)
+    settings = trainer.sadp.settings
+    trainer.sadp.settings = replace(settings, policy=Changed(POLICIES.find(settings.policy), change))
 
 
 def hardest_as_easiest(scores: Tensor, share: float) -> Tensor:

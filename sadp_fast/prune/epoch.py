@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .batch import Batch
 from .batching import Drawn, pack, rank_and_world, shuffled
-from .policies import Policy
 from .probabilities import inclusion_probabilities
 from .sampling import sample
 from .scores import Score
@@ -17,25 +16,22 @@ from .scoring import Scoring
 from .settings import Settings
 
 
-def draw(
-    scores: Tensor, ratio: float, number: int, settings: Settings, score: Score, policy: Policy
-) -> tuple[Tensor, Drawn]:
+def draw(scores: Tensor, ratio: float, number: int, settings: Settings, score: Score) -> tuple[Tensor, Drawn]:
     """Inclusion probabilities [N], and a draw by them, shuffled, with the weights of the losses.
 
     Args:
         scores: [N], NaN where an example was never scored.
         ratio: share of the examples that is left out.
         number: the epoch, counted from 0.
-        settings: settled; smoothing, weights and seed count.
+        settings: settled; policy, smoothing, weights and seed count.
         score: what scores are.
-        policy: how they become probabilities.
     """
     n, device = scores.numel(), scores.device
     keep = (1 - ratio) * n
     if ratio == 0 or score.source == "none":
         p = torch.full((n,), keep / n, device=device)
     else:
-        p = inclusion_probabilities(scores, keep, smoothing=settings.smoothing, policy=policy)
+        p = inclusion_probabilities(scores, keep, smoothing=settings.smoothing, policy=settings.policy)
     if ratio == 0:
         indices, weights = torch.arange(n, device=device), p
     else:

@@ -23,8 +23,7 @@ from .batch import Batch
 from .batching import Drawn, rank_and_world
 from .epoch import DrawnEpoch, Epoch, draw
 from .loader import PrunedLoader
-from .policies import POLICIES
-from .scores import SCORES, Score
+from .scores import SCORES
 from .scoring import Scoring
 from .settings import Settings
 
@@ -57,9 +56,8 @@ class SADP:
             ``seed``, see ``Settings``.
 
     Attributes:
-        settings: how it prunes; nothing in them is None.
+        settings: how it prunes; nothing in them is None. What the next draw is made by.
         scoring: what is known of the examples' scores, and what measures them.
-        policy: how scores become probabilities.
         ratios: prune ratio of every epoch.
         probabilities: float32 [N], inclusion probabilities of the running or last epoch.
 
@@ -94,7 +92,7 @@ class SADP:
         asked = Settings(**options) if settings is None else replace(settings, **options)
         self.ratios = asked.ratios(self.epochs)
         self.settings = asked.settled(self.epochs)
-        score, self.policy = SCORES.find(asked.score), POLICIES.find(asked.policy)
+        score = SCORES.find(asked.score)
         if score.source == "gradients" and not self.passive and hasattr(model, "_orig_mod"):  # torch.compile's
             raise ValueError(
                 f"score={score.name!r} reads the model's autograd graph, which torch.compile hides: pass and "
@@ -131,9 +129,9 @@ class SADP:
         return None if self._running is None else self._running.batch
 
     @property
-    def score(self) -> Score:
-        """What an example's score is."""
-        return self.scoring.score
+    def score(self) -> str:
+        """The name of the score."""
+        return self.scoring.score.name
 
     @property
     def scores(self) -> Tensor:
@@ -168,9 +166,9 @@ class SADP:
 
     def describe(self) -> str:
         """How each weight layer is measured, one line each; known after the first scored batch."""
-        if self.score.source != "gradients" or self.passive:
+        if self.scoring.score.source != "gradients" or self.passive:
             why = ", since nothing is pruned" if self.passive else ""
-            return f"score={self.score.name!r} measures no layer{why}"
+            return f"score={self.score!r} measures no layer{why}"
         layers = self.scoring.meter.layers
         if layers is None:
             return "the model's dataflow is read in the first scored batch"
@@ -196,9 +194,9 @@ class SADP:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.scoring.share()
         number, ratio = self._epoch, self.ratios[self._epoch]
-        if ratio > 0 and self.score.source != "none" and self._trained >= self.num_examples:
+        if ratio > 0 and self.scoring.score.source != "none" and self._trained >= self.num_examples:
             self.scoring.look()
-        self.probabilities, drawn = draw(self.scores, ratio, number, self.settings, self.score, self.policy)
+        self.probabilities, drawn = draw(self.scores, ratio, number, self.settings, self.scoring.score)
         return DrawnEpoch(
             drawn,
             self._carried,
@@ -264,7 +262,7 @@ class SADP:
 
     def takes_scores(self, epoch: int) -> bool:
         """Whether scores are taken in this epoch: whether a pruned one that draws by scores follows it."""
-        return self.score.source != "none" and any(self.ratios[epoch + 1 :])
+        return self.scoring.score.source != "none" and any(self.ratios[epoch + 1 :])
 
     def expected_batches(self, batch_size: int, *, pad: bool) -> int | None:
         """How many batches the coming epoch should have; how many it has varies with the draw. None if one runs."""
@@ -360,8 +358,8 @@ class SADP:
             RuntimeError: no batch of this SADP is being trained on.
             ValueError: a score that is not given, or another shape than [B].
         """
-        if self.score.source != "given":
-            raise ValueError(f"give() is for score='given', but this SADP was built with score={self.score.name!r}")
+        if self.scoring.score.source != "given":
+            raise ValueError(f"give() is for score='given', but this SADP was built with score={self.score!r}")
         self._at_hand("give").give(scores)
 
     def collect(self) -> None:
@@ -413,8 +411,7 @@ class SADP:
         for name, saved in state["config"].items():
             if own.get(name) != saved:
                 raise ValueError(
-                    f"this state was saved with {name}={saved!r}, but SADP was built with {own.get(name)!r}: build it "
-                    "with the settings of the saved one"
+                    f"this state was saved with {name}={saved!r}, but SADP was built with {own.get(name)!r}"
                 )
         if self._running is not None:
             self._running.leave()

@@ -98,9 +98,10 @@ class Settings:
             raise ValueError(f"prune_ratio must be a number in [0, 1), got {self.prune_ratio!r}: 0.5 leaves out half")
         for name in ("warmup_epochs", "tail_epochs"):
             if not isinstance(getattr(self, name), (Integral, type(None))):
-                raise TypeError(f"{name} must be an integer or None, got {getattr(self, name)!r}: pass a number")
+                value = getattr(self, name)
+                raise TypeError(f"{name} must be an integer or None, got {value!r}: pass a number of epochs")
         if not isinstance(self.seed, Integral) or not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed must be an integer in [0, 2**64), got {self.seed!r}: pass seed % 2**64")
+            raise ValueError(f"seed must be an integer in [0, 2**64), got {self.seed!r}")
         SCORES.find(self.score)
         POLICIES.find(self.policy)
         check_smoothing(self.smoothing)

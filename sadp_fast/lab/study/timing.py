@@ -60,7 +60,7 @@ def measure_parts(config: TrainConfig, dataset: data.Dataset, steps: int) -> dic
         pack(shuffled(drawn, seed=0, epoch=0), nothing, config.batch_size, pad=False)
         times["drawing"].append(own.clock() - start)
     least = {name: min(values) for name, values in times.items()}
-    if own.sadp.score.source == "none":
+    if own.sadp.scoring.score.source == "none":
         least["scored_step"] = least["weighted_step"]  # the same step: what differs is the timing's noise
     selection = max(0.0, least.pop("begin") - least["drawing"])
     return {**least, "selection": selection, "steps": count / config.batch_size}
