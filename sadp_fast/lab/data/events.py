@@ -8,8 +8,7 @@ import numpy as np
 
 from ..event_frames import SPLITS, event_frames
 from .dataset import DataError, Dataset, from_arrays
-from .files import damaged, inside, labelled_files, read_examples, read_npz
-from .source import Source
+from .files import Source, damaged, inside, labelled_files, read_examples, read_npz
 
 EVENT_STEPS = 10  # frames of a recording where nothing else is asked for
 MAX_SENSOR = 4096  # pixels a side; a coordinate beyond is damage

@@ -1,4 +1,4 @@
-"""What the readers of data sets share: finding files, reading NumPy's, and errors that say the remedy."""
+"""What the readers of data sets share: the record of one, finding its files, reading NumPy's, errors with a remedy."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from .dataset import DataError
+from .dataset import DataError, Dataset
 
 Reader = Callable[[Path], np.ndarray]  # of one example's file
 # What the readers of NumPy, gzip, pickle and Pillow raise on a file that is cut off, damaged or of another kind.
@@ -29,6 +31,35 @@ UNREADABLE = (
     zlib.error,
     pickle.UnpicklingError,
 )
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set comes from.
+
+    Attributes:
+        name: of the option --dataset.
+        label: in errors, and in results unless the files have a name of their own.
+        layout: what its files are, as errors tell it; None: it needs none.
+        recipe: what it is trained with where no option says otherwise, by the names of TrainConfig's fields.
+        read: called with this record, the path and `options`.
+        options: those of `load` that `read` takes.
+    """
+
+    name: str
+    label: str
+    layout: str | None
+    recipe: Mapping[str, Any]
+    read: Callable[..., Dataset]
+    options: tuple[str, ...] = ()
+
+    def find(self, folder: Path, wanted: Sequence[Sequence[str]]) -> list[Path]:
+        """For each file or folder that is wanted the first of its names that is there; raises DataError."""
+        there = [[folder / name for name in names if (folder / name).exists()] for names in wanted]
+        if missing := [names[0] for names, paths in zip(wanted, there, strict=True) if not paths]:
+            problem = f"{folder} lacks {missing[0]}" if any(there) else f"no {self.label} data in {folder}"
+            raise DataError(f"{problem}: {self.label} data are {self.layout}; check --data-dir or SADP_DATA")
+        return [paths[0] for paths in there]
 
 
 def damaged(path: Path, error: BaseException) -> DataError:

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from .dataset import DataError, Dataset, from_arrays
-from .files import UNREADABLE, damaged, inside, labelled_files, read_examples, read_note, read_npz
-from .source import Source
+from .files import UNREADABLE, Source, damaged, inside, labelled_files, read_examples, read_note, read_npz
 
 ARRAYS = ("train_x", "train_y", "test_x", "test_y")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm"}

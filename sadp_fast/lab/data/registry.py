@@ -7,7 +7,7 @@ from typing import Any
 
 from ..registry import by_name
 from . import events, images
-from .source import Source
+from .files import Source
 
 _RECORDINGS = "recordings train/<class>/*.npz and test/<class>/*.npz, in the folder or in its events_np"
 _FRAMES = ("time_steps", "split_by")
