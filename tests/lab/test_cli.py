@@ -33,7 +33,6 @@ def fresh_folder(tmp_path, monkeypatch):
     """Every test in an empty folder, and with one thread: networks this small lose by more."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SADP_DATA", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
