@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from sadp_fast.lab import data, options, report
-from sadp_fast.lab.config import METHODS, TrainConfig
+from sadp_fast.lab.config import TrainConfig
+from sadp_fast.lab.methods import METHODS
 from sadp_fast.lab.study.figures import one_line_each, save, spread
 from sadp_fast.lab.study.store import environment
 from sadp_fast.lab.train import EVALUATION_BATCH, Trainer, train_epoch
@@ -199,7 +200,7 @@ def one_setting(configs: dict[str, dict[str, Any]]) -> None:
     """
     known: dict[str, tuple[str, Any]] = {}
     for where, config in configs.items():
-        own = {"seed", "device", "method", *METHODS[config["method"]]}
+        own = {"seed", "device", "method", *METHODS[config["method"]].settings}
         for key, value in {**asdict(TrainConfig()), **config}.items():
             first, other = (where, value) if key in own else known.setdefault(key, (where, value))
             if value != other:

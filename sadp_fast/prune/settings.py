@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any
@@ -18,13 +17,19 @@ WEIGHTS = ("unbiased", "sum", "none")
 _WARMUP_FRACTION = 0.05  # of the epochs, on full data [ours]: scores need a first pass over the data
 
 
-def _help(text: str, choices: Iterable[str] | None = None) -> dict[str, Any]:
-    return {"help": text} if choices is None else {"help": text, "choices": choices}
+_BELOW_ONE = lambda value: 0 <= value < 1, "at least 0 and below 1"
+_SHARE = lambda value: 0 <= value <= 1, "between 0 and 1"
+_NATURAL = lambda value: 0 <= value < 2**63, "a whole number of at least 0"
+
+
+def _help(text: str, **more: Any) -> dict[str, Any]:
+    """A field's metadata: "help"; what it may be, "choices" or "range"; and how a command's help shows it."""
+    return {"help": text, **more}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How SADP prunes. A field's metadata has "help", one sentence, and where there are some "choices", its names.
+    """How SADP prunes. A field's metadata says what it is and what it may be: see ``_help``.
 
     Attributes:
         prune_ratio: r in [0, 1), the mean share of examples left out per epoch, full-data epochs included. 0 is
@@ -52,23 +57,39 @@ class Settings:
     """
 
     prune_ratio: float = field(
-        default=0.5, metadata=_help("mean share of the examples left out per epoch, 0 to below 1")
+        default=0.5,
+        metadata=_help("mean share of examples left out, [0, 1); 0: full data only", range=_BELOW_ONE, metavar="R"),
     )
-    score: str | Score = field(default="all", metadata=_help("importance of an example", SCORES))
-    policy: str | Policy = field(default="mix", metadata=_help("how scores become probabilities", POLICIES))
+    score: str | Score = field(default="all", metadata=_help("importance of an example", choices=SCORES))
+    policy: str | Policy = field(
+        default="mix", metadata=_help("how scores become probabilities", choices=POLICIES, metavar="NAME")
+    )
     smoothing: float = field(
-        default=0.3, metadata=_help("how far small probabilities are raised, 0 to 1; epsilon of epsilon_greedy")
+        default=0.3,
+        metadata=_help(
+            "how far small probabilities are raised, 0 to 1; epsilon of epsilon_greedy", range=_SHARE, metavar="C"
+        ),
     )
     weights: str | None = field(
-        default=None, metadata=_help("weights of the losses (default: the policy's own)", WEIGHTS)
+        default=None,
+        metadata=_help("weights of the losses", choices=WEIGHTS, shown="sum for the policy infobatch, else none"),
     )
-    score_momentum: float = field(default=0.0, metadata=_help("how much of an old score is kept, 0 to below 1"))
-    schedule: str = field(default="constant", metadata=_help("the ratio's course over the epochs", SCHEDULES))
+    score_momentum: float = field(
+        default=0.0, metadata=_help("how much of an old score is kept", range=_BELOW_ONE, metavar="M")
+    )
+    schedule: str = field(default="constant", metadata=_help("the ratio's course over the epochs", choices=SCHEDULES))
     warmup_epochs: int | None = field(
-        default=None, metadata=_help("full-data epochs at the start (default: a twentieth of all, at least one)")
+        default=None,
+        metadata=_help("full-data epochs at the start", range=_NATURAL, metavar="N", shown="by --epochs"),
     )
     tail_epochs: int | None = field(
-        default=None, metadata=_help("full-data epochs at the end (default: the policy's own share)")
+        default=None,
+        metadata=_help(
+            "full-data epochs at the end",
+            range=_NATURAL,
+            metavar="N",
+            shown="an eighth of them for the policy infobatch, else 0",
+        ),
     )
     seed: int = field(default=0, metadata=_help("of the draws and the order of the batches"))
 

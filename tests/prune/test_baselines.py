@@ -17,8 +17,8 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 import sadp_fast
 from sadp_fast import SADP
 from sadp_fast.lab import train as training
-from sadp_fast.lab.config import METHODS
 from sadp_fast.lab.data import load
+from sadp_fast.lab.methods import METHODS
 from sadp_fast.prune.policies import POLICIES
 from sadp_fast.prune.scores import Given
 from sadp_fast.prune.scoring import Scoring
@@ -75,7 +75,7 @@ def test_weighted_sums_are_what_the_weights_promise(policy, weights):
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "grad_norm"])
 def test_ratio_zero_is_ordinary_training_to_the_bit(data, method):
-    changes = METHODS[method]
+    changes = METHODS[method].settings
     settings = {name: changes[name] for name in ("score", "policy", "weights", "score_momentum") if name in changes}
 
     def run(pruned):
