@@ -425,7 +425,9 @@ def assert_same_training(eager: nn.Module, other: nn.Module, eager_loss: Tensor,
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("steps, statistics", [(3, False), (3, True), (CHUNK + 1, True)])
+@pytest.mark.parametrize(
+    "steps, statistics", [(3, False), (3, True), pytest.param(CHUNK + 1, True, marks=pytest.mark.slow)]
+)
 def test_fullgraph_forward_and_backward(steps, statistics, path):
     """Compiled and eager give the same loss, gradients, states and statistics, call after call."""
     from sadp_fast.nn.neuron import neurons, reset
