@@ -135,8 +135,8 @@ def compile_for(architecture: int, part: str) -> dict:
     from sadp_fast.ops.lif import op as lif
     from sadp_fast.surrogate import FUSED
 
-    forward, backward = Recorder(lif_launch._lif_forward_kernel), Recorder(lif_launch._lif_backward_kernel)
-    lif_launch._lif_forward_kernel, lif_launch._lif_backward_kernel = forward, backward
+    forward, backward = Recorder(lif_launch.lif_forward_kernel), Recorder(lif_launch.lif_backward_kernel)
+    lif_launch.lif_forward_kernel, lif_launch.lif_backward_kernel = forward, backward
 
     def launch(x, tau, decay_input, v_reset, surrogate, *, statistics, everything=False):
         lif_launch._forward_plans.clear()  # made for another tuning
