@@ -282,3 +282,11 @@ def train_rows(sadp, model, data):
         sadp.loss(criterion, 3 * model(data.tensors[0][row]), data.tensors[1][row]).backward()
         sadp_fast.reset(model)
         yield row
+
+
+def test_an_epoch_of_the_loaders_own_does_not_overtake_a_drawn_one(data):
+    sadp = SADP(Net(), N, epochs=4, prune_ratio=0.0)
+    rows, loader = sadp.batches(16), sadp.loader(DataLoader(data, batch_size=16))
+    next(rows)
+    with pytest.raises(RuntimeError, match="still running"):
+        next(iter(loader))
