@@ -98,8 +98,7 @@ class SADP:
                 "train the uncompiled model (its neurons are fused all the same), or use score='loss'"
             )
         if device is None:
-            parameter = next(model.parameters(), None)
-            device = "cpu" if parameter is None else parameter.device
+            device = next((parameter.device for parameter in model.parameters()), "cpu")
         self.model, self.device = model, torch.device(device)
         self.scoring = Scoring(score, model, self.num_examples, self.settings.score_momentum, self.device)
         self.probabilities = torch.ones(self.num_examples, device=self.device)
@@ -343,14 +342,6 @@ class SADP:
         if self.scoring.score.source != "given":
             raise ValueError(f"give() is for score='given', but this SADP was built with score={self.score!r}")
         self._at_hand("give").give(scores)
-
-    def collect(self) -> None:
-        """Take the scores of the batch at hand, after its backward pass.
-        The loop over ``batches()`` or ``loader()`` does this by itself before the next batch; calling it is only needed
-        where the scores should be part of something, as of a CUDA graph (``GraphedStep``).
-        """
-        if self.batch is not None:
-            self.batch.collect()
 
     def _at_hand(self, method: str) -> Batch:
         if self.batch is None:
