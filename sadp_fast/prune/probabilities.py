@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .sampling import _native, current_stream
+from .sampling import _native, current_stream, has_memory
 
 POLICIES = ("mix", "floor", "infobatch", "epsilon_greedy")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -53,8 +53,8 @@ def inclusion_probabilities(scores: Tensor, keep: float, *, smoothing: float = 0
 
     The solver of the optimum [ours] brackets alpha in as many passes for every distribution (Newton's method was seen
     to take 2 to 26), nothing waits for the device, and the same scores give the same p in every run. On CUDA it is one
-    kernel, which bisects histograms of integers (float64 scores, builds without CUDA, and the other papers' policies:
-    torch operations, as on the CPU).
+    kernel, which bisects histograms of integers (float64 scores, builds without CUDA, tensors without memory,
+    and the other papers' policies: torch operations, as on the CPU).
 
     Args:
         scores: [N], any floating dtype; >= 0, in any unit (only ratios matter); NaN = never scored.
@@ -110,7 +110,7 @@ def inclusion_probabilities(scores: Tensor, keep: float, *, smoothing: float = 0
         optimum_share=1 - mixed,
         added=mixed * uniform,
     )
-    if scores.is_cuda and scores.dtype != torch.float64 and _native.has_cuda:
+    if scores.is_cuda and scores.dtype != torch.float64 and _native.has_cuda and has_memory(scores):
         index = scores.device.index
         blocks, words = _launch_shape(count, index)
         if blocks > 0:

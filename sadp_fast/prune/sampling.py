@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 try:
     from .. import _native
@@ -21,6 +22,16 @@ except ImportError as error:
 def current_stream(device: int) -> int:
     """Handle of the current stream of a CUDA device."""
     return torch._C._cuda_getCurrentRawStream(device)  # what Triton asks; a tenth of torch.cuda.current_stream's time
+
+
+def has_memory(t: Tensor) -> bool:
+    """Whether t's elements can be read and written; not in FakeTensorMode, functionalize and other transforms."""
+    if isinstance(t, FakeTensor):
+        return False
+    try:
+        return t.data_ptr() != 0 or t.numel() == 0
+    except RuntimeError:
+        return False
 
 
 class Sample(NamedTuple):
@@ -59,7 +70,8 @@ def sample(p: Tensor, *, seed: int, epoch: int | Tensor = 0, capacity: int | Non
         TypeError: an argument of the wrong type or dtype.
         ValueError: an argument out of range; an entry of p that is NaN or outside [0, 1]. With a capacity on CUDA that
             last one cannot be raised without waiting: then `count` is -1 and the outputs are all padding.
-        RuntimeError: p is on a CUDA device and sadp_fast was built without CUDA; a CUDA error.
+        RuntimeError: p is on a CUDA device and sadp_fast was built without CUDA; a CUDA error; FakeTensorMode,
+            functionalize or another transform of torch is on, whose tensors have no memory.
     """
     _check_p(p)
     if type(seed) is not int:  # the abstract class is slow to ask
@@ -107,6 +119,15 @@ def _check_p(p: Tensor) -> None:
             f"p is on {p.device}, but this sadp_fast was built without CUDA; reinstall it with SADP_CUDA=ON in the "
             "environment and nvcc on the PATH, or pass p.cpu()."
         )
+    _check_memory("p", p)
+
+
+def _check_memory(name: str, t: Tensor) -> None:
+    if not has_memory(t):
+        raise RuntimeError(
+            f"{name} has no memory, which sample() works on: it is of FakeTensorMode, functionalize or another "
+            "transform of torch; call sample() outside of it, on plain tensors."
+        )
 
 
 def _check_epoch(epoch: int | Tensor, p: Tensor) -> None:
@@ -118,6 +139,7 @@ def _check_epoch(epoch: int | Tensor, p: Tensor) -> None:
             )
         if epoch.device != p.device:
             raise ValueError(f"epoch must be on p's device {p.device}, got {epoch.device}; pass epoch.to(p.device).")
+        _check_memory("epoch", epoch)
     elif type(epoch) is not int and not isinstance(epoch, Integral):
         raise TypeError(
             f"epoch must be an integer or a 0-dim int64 tensor, got {type(epoch).__name__}; pass int(epoch)."
@@ -143,7 +165,8 @@ def _outputs(p: Tensor, length: int) -> tuple[Tensor, Tensor]:
 def _sample_cpu(p: Tensor, seed: int, epoch: int | Tensor, capacity: int | None) -> Sample:
     source = (p.data_ptr(), p.dtype == torch.float64, p.numel())
     threads = torch.get_num_threads()
-    workspace = p.new_empty(_native.cpu_workspace(p.numel()), dtype=torch.int64)
+    workspace = torch.empty(_native.cpu_workspace(p.numel()), dtype=torch.int64, device="cpu")
+    _check_memory("a new tensor", workspace)
     selection = _native.cpu_select(*source, seed, int(epoch), threads, workspace.data_ptr())
     if selection.invalid != _native.NO_INVALID:
         raise _invalid(p, selection.invalid)
@@ -165,6 +188,7 @@ def _sample_cuda(p: Tensor, seed: int, epoch: int | Tensor, capacity: int | None
     n, device = p.numel(), p.device
     shape, words = _launch_shape(n, device.index)
     workspace = torch.empty(words + 1, dtype=torch.int64, device=device)
+    _check_memory("a new tensor", workspace)
     count, base = workspace[words], workspace.data_ptr()
     number, pointer = (0, epoch.data_ptr()) if isinstance(epoch, Tensor) else (int(epoch), 0)
     draw = (p.data_ptr(), p.dtype == torch.float64, n, seed, number, pointer, device.index, base)
