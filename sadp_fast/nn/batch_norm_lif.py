@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.batch_norm_lif.reference import Normalisation, gain, normalise
+from ..ops.common.dispatch import runs_directly
 from ..ops.common.spike_marks import mark, max_count
 from ..ops.lif.reference import GradientNormTap, squared_norm_per_example
 from .neuron import BaseNode, IFNode, LIFNode, ParametricLIFNode
@@ -167,7 +168,7 @@ class _BatchNormNode(BaseNode):
         energies = self._new_energies(x.shape[0 if repeat is not None else 1], x.device)
         state = self._state
         # In evaluation x would otherwise be kept alive for the sake of a potential that takes half its memory or less.
-        want_v = state.keeps_v or not torch.is_grad_enabled()
+        want_v = not runs_directly() or state.keeps_v or not torch.is_grad_enabled()
         out, potential = batch_norm_lif(
             x,
             residual,

@@ -13,7 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from sadp_fast import inclusion_probabilities
 from sadp_fast.prune import sampling
 from sadp_fast.prune.sampling import Sample, sample
 
@@ -522,3 +525,51 @@ def test_cuda_reaches_two_to_the_31():
     p.fill_(1.0)  # the largest sum of thresholds there is, 2^63
     drawn = sample(p, seed=3, capacity=10)
     assert drawn.count.item() == n and drawn.indices.tolist() == list(range(10)) and (drawn.weights == 1).all()
+
+
+# --- tensors without memory -------------------------------------------------------------------------------------------
+
+NO_MEMORY = r"has no memory, which sample\(\) works on: .*call sample\(\) outside of it, on plain tensors"
+
+
+@pytest.mark.parametrize("capacity", [None, 4])
+def test_fake_tensors_are_refused(device, capacity):
+    """Ours and what is made on the way: an error, not the end of the process."""
+    mode, real = FakeTensorMode(), torch.rand(7, device=device)
+    fake, epoch = mode.from_tensor(real), mode.from_tensor(torch.tensor(3, device=device))
+    with pytest.raises(RuntimeError, match=f"^p {NO_MEMORY}"):
+        sample(fake, seed=1, capacity=capacity)
+    with pytest.raises(RuntimeError, match=f"^epoch {NO_MEMORY}"):
+        sample(real, seed=1, epoch=epoch, capacity=capacity)
+    with mode:
+        with pytest.raises(RuntimeError, match=f"^p {NO_MEMORY}"):
+            sample(fake, seed=1, capacity=capacity)
+        with pytest.raises(RuntimeError, match=f"^a new tensor {NO_MEMORY}"):
+            sample(real, seed=1, capacity=capacity)
+
+
+@pytest.mark.parametrize("transform", [torch.func.functionalize, torch.vmap, torch.func.grad])
+def test_transforms_are_refused(device, transform):
+    real = torch.rand(2, 7, device=device)
+    with pytest.raises(RuntimeError, match=f"^p {NO_MEMORY}"):
+        transform(lambda p: sample(p.flatten()[:7], seed=1, capacity=4).weights.sum())(real)
+    if transform is torch.func.functionalize:
+        with pytest.raises(RuntimeError, match=f"^a new tensor {NO_MEMORY}"):
+            transform(lambda _: sample(real[0], seed=1, capacity=4).weights)(real)
+
+
+def test_probabilities_of_fake_and_transformed_tensors(device):
+    """These need no memory: the path of torch operations."""
+    scores = torch.rand(9, device=device)
+    with FakeTensorMode() as mode:
+        p = inclusion_probabilities(mode.from_tensor(scores), 3.0)
+    assert (p.shape, p.dtype, p.device) == (scores.shape, torch.float32, scores.device)
+    functional = torch.func.functionalize(lambda s: inclusion_probabilities(s, 3.0))
+    torch.testing.assert_close(functional(scores), inclusion_probabilities(scores, 3.0))
+
+
+def test_draws_inside_of_modes_that_keep_memory(device):
+    p = torch.rand(50, device=device)
+    with FlopCounterMode(display=False):
+        drawn = sample(p, seed=2)
+    assert_same_bits(drawn, *oracle(p, 2))
