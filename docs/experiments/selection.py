@@ -28,7 +28,7 @@ from sadp_fast.lab.config import METHODS, TrainConfig
 from sadp_fast.lab.study.figures import one_line_each, save, spread
 from sadp_fast.lab.study.store import environment
 from sadp_fast.lab.train import EVALUATION_BATCH, Trainer, train_epoch
-from sadp_fast.nn.neuron import reset
+from sadp_fast.nn.node import reset
 from sadp_fast.ops.score import op as ops
 from sadp_fast.prune import sadp as pruner
 from sadp_fast.statistics.score import el2n_score

@@ -4,38 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.common.spike_marks import mark, max_count
-from ..ops.lif.reference import squared_norm_per_example
-from .neuron import BaseNode, IFNode, LIFNode, ParametricLIFNode
+from ..ops.lif.reference import spike_count, squared_norm_per_example
+from .lif import IFNode, LIFNode, ParametricLIFNode
+from .node import BaseNode
+from .recorder import Call, Energies
 
 
-class CallEnergies(NamedTuple):
-    """Squared norms of one call, per example and summed over its steps, float32 [N].
-
-    ``output`` is that of the output (the number of spikes, where no residual was added), ``delta`` that of the loss
-    gradient in front of the normalisation, the normalisation's statistics held constant. Both are there after the
-    backward pass, and ``delta`` is NaN before.
-    """
-
-    output: Tensor
-    delta: Tensor
-
-
-class _BatchNormNode(BaseNode):
+class BatchNormNode(BaseNode):
     """What the neurons behind a batch normalisation share; the constructor's first half is nn.BatchNorm2d's.
 
     Attributes:
         weight, bias, running_mean, running_var, num_batches_tracked: as those of nn.BatchNorm2d, with the same names
             in the state_dict.
-        energies: with ``collect_statistics``, the ``CallEnergies`` of the last call ('m') or of each since the last
-            reset ('s').
-        energy_buffers: None, or two float32 [N] that the next calls' ``CallEnergies`` are written into, instead of new
-            tensors.
     """
 
     weight: Tensor | None
@@ -57,17 +43,6 @@ class _BatchNormNode(BaseNode):
         self.register_buffer("running_var", torch.ones(num_features) if track_running_stats else None)
         batches = torch.tensor(0, dtype=torch.int64) if track_running_stats else None
         self.register_buffer("num_batches_tracked", batches)
-        self.energies: list[CallEnergies] = []
-        self.energy_buffers: tuple[Tensor, Tensor] | None = None
-
-    def reset(self) -> None:
-        """Return ``v`` to its initial float and forget ``v_seq`` and the statistics."""
-        super().reset()
-        self.energies = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The buffers are their owner's, for its batches of this module: a copy sees others.
-        return {**super().__getstate__(), "energy_buffers": None}
 
     @property
     def _uses_batch_statistics(self) -> bool:
@@ -114,10 +89,16 @@ class _BatchNormNode(BaseNode):
                 statistics are those of one value per channel.
         """
         self._check(x, residual, repeat)
+        steps = (1,) if self.step_mode == "s" else () if repeat is None else (repeat,)
+        call = self._begin((*steps, *x.shape), x.device)
         surrogate = self._fused(x, residual, repeat)
-        if surrogate is None:
-            return self._unfused(x, residual, repeat)
-        return self._run_fused(x, residual, repeat, surrogate)
+        by_step = call is not None and call.by_step
+        if surrogate is not None and not by_step:
+            return self._run_fused(x, residual, repeat, surrogate, call)
+        out = self._unfused(x, residual, repeat, call)
+        if surrogate is not None:
+            self.detach()  # as after a fused call: what is measured changes nothing
+        return out
 
     # ------------------------------------------------------------------------------------------------- fused path
 
@@ -149,11 +130,12 @@ class _BatchNormNode(BaseNode):
         """Whether this is one number a channel as the kernels read it, or nothing."""
         return t is None or (t.dtype == torch.float32 and t.shape == (self.num_features,) and t.is_contiguous())
 
-    def _run_fused(self, x: Tensor, residual: Tensor | None, repeat: int | None, surrogate: int) -> Tensor:
+    def _run_fused(
+        self, x: Tensor, residual: Tensor | None, repeat: int | None, surrogate: int, call: Call | None
+    ) -> Tensor:
         from ..ops.batch_norm_lif.launch import Neuron, Normalisation
         from ..ops.batch_norm_lif.op import batch_norm_lif
 
-        energies = self._new_energies(x.shape[0 if repeat is not None else 1], x.device)
         state = self._state
         # In evaluation x would otherwise be kept alive for the sake of a potential that takes half its memory or less.
         want_v = state.keeps_v or not torch.is_grad_enabled()
@@ -175,54 +157,44 @@ class _BatchNormNode(BaseNode):
             reciprocal_tau=self._reciprocal_tau(x),
             repeat=repeat,
             want_v=want_v,
-            energies=energies,
+            energies=self._new_energies(call),
         )
         state.v = potential() if want_v else potential
+        if call is not None and call.counts:
+            fired = out if residual is None else out.detach() != residual
+            call.spikes = spike_count(fired)
         return _mark_sum(out, 1, residual)
 
-    def _new_energies(self, examples: int, device: torch.device) -> CallEnergies | None:
-        if not (self.collect_statistics and torch.is_grad_enabled()):
+    def _new_energies(self, call: Call | None) -> Energies | None:
+        """What the passes write their two energies into, where they are wanted."""
+        if call is None or not call.awaits_norms or (call.by_step and not call.wants_energies):
             return None
-        if self.energy_buffers is not None:
-            energies = CallEnergies(*self.energy_buffers)
-            if any(
-                t.shape != (examples,) or t.dtype != torch.float32 or t.device != device or not t.is_contiguous()
-                for t in energies
-            ):
-                raise ValueError(
-                    f"energy_buffers must be two contiguous float32 tensors [N] on {device} with N = {examples} "
-                    f"examples, got {[(t.dtype, tuple(t.shape), t.stride(), str(t.device)) for t in energies]}; set "
-                    "them for this batch, or to None"
-                )
-        elif torch.compiler.is_compiling():
-            raise RuntimeError(
-                "collect_statistics under torch.compile writes into existing tensors: set energy_buffers to two "
-                f"float32 tensors [N] with N = {examples} examples before"
-            )
-        else:
-            energies = CallEnergies(*torch.full((2, examples), torch.nan, device=device))
-        self.energies = [energies] if self.step_mode == "m" else [*self.energies, energies]
-        return energies
+        return call.energy_rows()
 
     # ----------------------------------------------------------------------------------------------- unfused path
 
-    def _unfused(self, x: Tensor, residual: Tensor | None, repeat: int | None) -> Tensor:
+    def _unfused(self, x: Tensor, residual: Tensor | None, repeat: int | None, call: Call | None) -> Tensor:
         """The same by torch's batch normalisation and this package's neuron: any device, dtype, state and length."""
         single = self.step_mode == "s"
         time_folded = x if single or repeat is not None else x.flatten(0, 1)
         y = self._normalise(time_folded)
-        energies = self._new_energies(x.shape[0 if single or repeat is not None else 1], x.device)
+        gain = None if call is None or not call.awaits_norms else self._gain(time_folded)
+        energies = self._new_energies(call)
         if energies is not None:
-            y = _DeltaTap.apply(y, energies.delta, self._gain(time_folded), self._reciprocal_tau(y), self.v)
+            y = _DeltaTap.apply(y, energies.delta, gain, self._reciprocal_tau(y), self.v)
         if repeat is not None:
             y = y.expand(repeat, *y.shape)
-        elif not single:
+        elif single:
+            y = y.unsqueeze(0)
+        else:
             y = y.unflatten(0, x.shape[:2])
-        collect, self.collect_statistics = self.collect_statistics, False
-        try:
-            spikes = super().forward(y)
-        finally:
-            self.collect_statistics = collect
+        by_step = call if call is not None and call.by_step else None
+        if by_step is not None:
+            by_step.channel_scale = gain
+        spikes = self._run(y, by_step)
+        if call is not None and call.counts and by_step is None:
+            call.spikes = spike_count(spikes)
+        spikes = spikes.squeeze(0) if single else spikes
         out = spikes if residual is None else spikes + residual
         if energies is not None:
             energies.output.copy_(_energy(out.detach().unsqueeze(0) if single else out.detach()))
@@ -256,18 +228,6 @@ class _BatchNormNode(BaseNode):
                 variance = self.running_var
             gain = torch.rsqrt(variance + self.eps)
             return gain if self.weight is None else gain * self.weight
-
-    # ------------------------------------------------------------------------------------------------- statistics
-
-    @property
-    def spike_count(self) -> Tensor | None:
-        """Not kept: see ``energies``."""
-        return None
-
-    @property
-    def grad_norm_sq(self) -> Tensor | None:
-        """Not kept: see ``energies``."""
-        return None
 
     def extra_repr(self) -> str:
         return (
@@ -310,7 +270,7 @@ class _DeltaTap(torch.autograd.Function):
         return grad, *([None] * (2 + ctx.others))
 
 
-class BatchNormLIF(_BatchNormNode, LIFNode):
+class BatchNormLIF(BatchNormNode, LIFNode):
     """``nn.BatchNorm2d`` and a ``LIFNode`` behind it, ``out = LIF(norm(x)) (+ residual)``.
 
     On a GPU the forward pass reads x twice and writes the spikes, the backward pass reads x and the incoming gradient
@@ -365,7 +325,7 @@ class BatchNormLIF(_BatchNormNode, LIFNode):
         self._init_batch_norm(num_features, eps, momentum, affine, track_running_stats)
 
 
-class BatchNormIF(_BatchNormNode, IFNode):
+class BatchNormIF(BatchNormNode, IFNode):
     """``BatchNormLIF`` with neurons that do not leak: ``nn.BatchNorm2d`` and an ``IFNode`` behind it."""
 
     def __init__(
@@ -388,7 +348,7 @@ class BatchNormIF(_BatchNormNode, IFNode):
         self._init_batch_norm(num_features, eps, momentum, affine, track_running_stats)
 
 
-class BatchNormParametricLIF(_BatchNormNode, ParametricLIFNode):
+class BatchNormParametricLIF(BatchNormNode, ParametricLIFNode):
     """``BatchNormLIF`` whose time constant is learned: ``nn.BatchNorm2d`` and a ``ParametricLIFNode`` behind it."""
 
     def __init__(

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.batch_norm_lif import CallEnergies
-from ..nn.neuron import BaseNode, CallStatistics
+from ..nn.batch_norm_lif import BatchNormNode
+from ..nn.node import BaseNode
+from ..nn.recorder import Call, Recorder
 from ..ops.lif.reference import squared_norm_per_example
-from .dataflow import Probe, WeightLayer, batch_norm_scale, first_input, keeps_energies
-from .own_hook import OwnHook
+from .attachment import Attachment
+from .autograd_graph import Probe, WeightLayer, batch_norm_scale, first_input
 
 _Row = tuple[str, str]  # ("output" or "delta", neuron), or ("input" or "gradient", layer)
 
@@ -38,6 +39,7 @@ class EnergyTaps:
             output, since the loss does not depend on it.
         layer_rows: int64 [2, L], which rows hold the energy of each layer's input and of the gradient at its output.
         multiplicity: float32 [L], ``patch_multiplicity`` of each layer.
+        is_open: whether calls with gradients are this batch's; others are not measured.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class EnergyTaps:
         deltas: list[_Row] = [
             ("delta", layer.output_neuron) if layer.output_neuron else ("gradient", layer.name) for layer in layers
         ]
-        own = [name for name, node in self.neurons.items() if keeps_energies(node)]
+        own = [name for name, node in self.neurons.items() if isinstance(node, BatchNormNode)]
         rows = {*inputs, *deltas, *(("output", name) for name in own), *(("delta", name) for name in own)}
         self._row = {row: i for i, row in enumerate(sorted(rows, key=self._order))}
         # Rows begin at multiples of 16 bytes: kernels are compiled anew for addresses that are aligned in another way.
@@ -64,13 +66,20 @@ class EnergyTaps:
         self._gradients = self.energies[gradients[0] : gradients[-1] + 1] if gradients else None
         self.layer_rows = torch.tensor([[self._row[row] for row in side] for side in (inputs, deltas)], device=device)
         self.multiplicity = torch.tensor([layer.multiplicity for layer in layers], device=device)
-        self._buffers = {name: (self._view("output", name), self._view("delta", name)) for name in own}
+        self._taps = {
+            name: _NeuronTap(
+                self, name, (self._view("output", name), self._view("delta", name)) if name in own else None
+            )
+            for name in self.neurons
+        }
+        self._reduced: set[_Row] = set()
         self.start()
+        self.stop()
 
     def _order(self, row: _Row) -> tuple[bool, str, str]:
         """The statistics of one kind that ``finish`` sums are neighbours."""
         kind, name = row
-        return kind in ("output", "delta") and not keeps_energies(self.neurons[name]), kind, name
+        return kind in ("output", "delta") and not isinstance(self.neurons[name], BatchNormNode), kind, name
 
     def _view(self, kind: str, name: str) -> Tensor:
         return self._views[self._row[kind, name]]
@@ -85,7 +94,7 @@ class EnergyTaps:
         """
 
         def known(name: str | None) -> str | None:
-            return name if name is not None and keeps_energies(model.get_submodule(name)) else None
+            return name if name in probe.recorders else None
 
         taps = cls(
             model,
@@ -94,9 +103,8 @@ class EnergyTaps:
             batch_size=batch_size,
             device=model.get_submodule(layers[0].name).weight.device,  # type: ignore[arg-type]
         )
-        for call in probe.neurons:
-            if call.name in taps.neurons and call.energies is not None:
-                taps._energies.setdefault(call.name, []).append(call.energies)
+        for name, tap in taps._taps.items():
+            tap.calls = list(probe.recorders[name].calls)
         for layer in taps.layers:
             for call in probe.layers:
                 if call.name == layer.name and layer.input_neuron is None:
@@ -108,112 +116,67 @@ class EnergyTaps:
                     node.register_prehook(taps._gradient_hook(layer, call.scale, number))
         return taps
 
-    # ------------------------------------------------------------------------------------------------------- hooks
-
-    def hooks(self, active: Callable[[], bool]) -> list[torch.utils.hooks.RemovableHandle]:
-        """Register the forward hooks that measure while ``active()``; the caller removes them."""
-        handles = []
-
-        def register(name: str, hook: Callable[..., None]) -> None:
-            module = self._model.get_submodule(name)
-            handles.append(module.register_forward_hook(OwnHook(module, hook), with_kwargs=True))
-
-        for name in self.neurons:
-            register(name, self._neuron_hook(active, name))
+    def attach(self) -> Attachment:
+        """Put the recorders and hooks on the model that measure while this is open; the caller removes them."""
+        attachment = Attachment()
+        for name, node in self.neurons.items():
+            attachment.record(node, self._taps[name])
         for layer in self.layers:
             if layer.input_neuron is None:
-                register(layer.name, self._input_hook(active, layer))
+                attachment.hook(self._model.get_submodule(layer.name), self._input_hook(layer))
             if layer.output_neuron is None or layer.norm is not None:
-                register(layer.gradient_site, self._site_hook(active, layer))
-        return handles
+                attachment.hook(self._model.get_submodule(layer.gradient_site), self._site_hook(layer))
+        return attachment
 
-    def _neuron_hook(self, active: Callable[[], bool], name: str) -> Callable[..., None]:
-        def hook(node: BaseNode, _inputs: Any, _named: Any, output: Tensor) -> None:
-            if active():
-                self._saw_neuron(name, node, output)
-
-        return hook
-
-    def _input_hook(self, active: Callable[[], bool], layer: WeightLayer) -> Callable[..., None]:
+    def _input_hook(self, layer: WeightLayer) -> Callable[..., None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], _output: Tensor) -> None:
-            if active():
-                self._saw_input(layer, first_input(inputs, named))
+            if self.is_open and torch.is_grad_enabled():
+                self._reduce(("input", layer.name), first_input(inputs, named))
 
         return hook
 
-    def _site_hook(self, active: Callable[[], bool], layer: WeightLayer) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
-            if active():
+    def _site_hook(self, layer: WeightLayer) -> Callable[..., None]:
+        def hook(module: Any, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
+            if self.is_open and torch.is_grad_enabled():
                 self._saw_site(layer, module, first_input(inputs, named), output)
 
         return hook
-
-    def settings(self) -> list[tuple[nn.Module, str, Any]]:
-        """(module, attribute, value) while the model runs: what is to measure, and what the hooks will set."""
-        found: list[tuple[nn.Module, str, Any]] = []
-        for name, node in self.neurons.items():
-            found.append((node, "collect_statistics", True))
-            if name in self._buffers:
-                found.append((node, "energy_buffers", self._buffers[name]))
-            else:
-                found.append((node, "channel_scale", node.channel_scale))
-        return found
 
     # --------------------------------------------------------------------------------------------------- one batch
 
     def start(self) -> None:
         """Begin a batch."""
-        self._batch = object()
-        self._calls: dict[str, list[CallStatistics]] = {}
-        self._written: set[str] = set()  # neurons whose first call writes its rows ...
-        self._energies: dict[str, list[CallEnergies]] = {}  # ... and all their other calls
-        self._reduced: set[_Row] = set()
+        self._batch, self.is_open = object(), True
+        self._reduced.clear()
+        for tap in self._taps.values():
+            tap.start()
         if self._gradients is not None:
             self._gradients.zero_()
 
-    def _saw_neuron(self, name: str, node: Any, output: Tensor) -> None:
-        multi_step = node.step_mode == "m"
-        examples = output.shape[1 if multi_step else 0]
-        if examples != self.batch_size:
-            remedy = (
-                "put time first, x.repeat(T, 1, ...) for T equal steps, or loop over the steps with step_mode='s'"
-                if multi_step
-                else "if that is [T, N, *], set step_mode='m'"
-            )
-            raise ValueError(
-                f"the neuron {name} (step_mode='{node.step_mode}') was called on {list(output.shape)}, which it reads "
-                f"as {'[T, N, *]' if multi_step else '[N, *]'} with N = {examples}, in a batch of {self.batch_size}: "
-                f"{remedy}; a model that splits its batches can use score='loss' or 'el2n'"
-            )
-        if name not in self._buffers:
-            self._calls.setdefault(name, []).append(node.calls[-1])
-        elif name in self._written:
-            self._energies.setdefault(name, []).append(node.energies[-1])
-        else:
-            self._written.add(name)
-            node.energy_buffers = None  # a second call in this batch must not overwrite the first
-
-    def _saw_input(self, layer: WeightLayer, x: Tensor) -> None:
-        self._reduce(("input", layer.name), x)
+    def stop(self) -> None:
+        """The batch's forward pass is over."""
+        self.is_open = False
 
     def _saw_site(self, layer: WeightLayer, module: Any, x: Tensor, output: Tensor) -> None:
         scale = batch_norm_scale(module, x, output) if layer.norm is not None else None
-        if layer.output_neuron is None:
+        tap = None if layer.output_neuron is None else self._taps[layer.output_neuron]
+        if tap is not None and self.neurons[tap.name].recorder is tap:
+            tap.channel_scale = scale
+        elif output.requires_grad:
+            # Another recorder wants the norms of the gradient as it is: this one's are taken here.
             hook = self._gradient_hook(layer, scale, 0)
-            if output.requires_grad:
-                output.register_hook(lambda grad: hook((grad,)))
-        elif scale is not None:
-            self.neurons[layer.output_neuron].channel_scale = scale
+            output.register_hook(lambda grad: hook((grad,)))
 
     def _gradient_hook(
         self, layer: WeightLayer, scale: Tensor | None, number: int
     ) -> Callable[[tuple[Tensor, ...]], None]:
         batch = self._batch
+        row = ("gradient", layer.name) if layer.output_neuron is None else ("delta", layer.output_neuron)
 
         def hook(grads: tuple[Tensor, ...]) -> None:
             # A backward pass that comes after its batch is over would write into another batch's row.
             if grads[number] is not None and batch is self._batch:
-                self._reduce(("gradient", layer.name), grads[number], scale)
+                self._reduce(row, grads[number], scale)
 
         return hook
 
@@ -241,32 +204,26 @@ class EnergyTaps:
         Raises:
             RuntimeError: a layer or a neuron was not called.
         """
-        called = {*self._calls, *self._written, *self._energies}
-        missing = [name for name in self.neurons if name not in called]
+        missing = [name for name, tap in self._taps.items() if not tap.calls]
         missing += [name for kind, name in self._row if kind == "input" and (kind, name) not in self._reduced]
         if missing:
             raise RuntimeError(
                 f"{', '.join(missing)} was called in the first batch but not in this one: scores need the same forward "
                 "pass for every batch; use score='loss' or 'el2n' for this model"
             )
-        for name, calls in self._energies.items():
-            for row, energies in zip(self._buffers[name], zip(*calls, strict=True), strict=True):
-                total = torch.stack([_none_as_zero(energy) for energy in energies]).sum(0)
-                row.add_(total) if name in self._written else row.copy_(total)
+        for tap in self._taps.values():
+            tap.sum_energies()
         self._sum_statistics()
 
     def _sum_statistics(self) -> None:
         """Sum the statistics of neurons that keep them by steps, neighbouring rows of equal T at once."""
         found = []
-        for row, (kind, name) in enumerate(self._row):
-            if kind in ("output", "delta") and name not in self._buffers:
-                attribute = "spike_count" if kind == "output" else "grad_norm_sq"
-                calls = [call for call in self._calls[name] if getattr(call, attribute) is not None]  # with gradients
-                values = [getattr(call, attribute) for call in calls]
-                if kind == "delta":
-                    values = [v if call.has_norms else _none_as_zero(v) for call, v in zip(calls, values, strict=True)]
+        for index, row in enumerate(self._row):
+            kind, name = row
+            if kind in ("output", "delta") and self._taps[name].rows is None and row not in self._reduced:
+                values = self._taps[name].by_step(kind)
                 if values:
-                    found.append((row, values[0] if len(values) == 1 else torch.cat(values)))
+                    found.append((index, values[0] if len(values) == 1 else torch.cat(values)))
         alike = groupby(enumerate(found), key=lambda x: (x[1][0] - x[0], x[1][1].shape[0], x[1][1].dtype))
         for _, group in alike:
             rows, tensors = zip(*(item for _, item in group), strict=True)
@@ -275,6 +232,78 @@ class EnergyTaps:
     def forget(self) -> None:
         """Set the energies back to NaN, once they are used."""
         self.energies.fill_(torch.nan)
+
+
+class _NeuronTap(Recorder):
+    """Measures one neuron for ``EnergyTaps``: its energies where it has a normalisation, else its statistics by step.
+
+    Args:
+        taps: whose neuron it is.
+        name: of the neuron.
+        rows: of a neuron with a normalisation, where the energies of a batch's first call are written.
+
+    Attributes:
+        calls: of the batch at hand.
+        channel_scale: of the normalisation in front of the neuron, see ``Call``.
+    """
+
+    def __init__(self, taps: EnergyTaps, name: str, rows: tuple[Tensor, Tensor] | None) -> None:
+        self._taps, self.name, self.rows = taps, name, rows
+        self.start()
+
+    def start(self) -> None:
+        """Begin a batch."""
+        self.calls: list[Call] = []
+        self.channel_scale: Tensor | None = None
+        self._writes_rows = False  # whether the first call does
+
+    def begin(self, call: Call) -> bool:
+        if not (self._taps.is_open and call.awaits_norms):
+            return False
+        self._check(call)
+        if self.rows is None:
+            call.counts = True
+            if not call.shared:
+                call.channel_scale = self.channel_scale
+        else:
+            call.wants_energies = True
+            if not call.shared and not self.calls:  # else others read them too, or a call would overwrite another
+                call.write_energies_into(*self.rows)
+                self._writes_rows = True
+        self.calls.append(call)
+        return True
+
+    def _check(self, call: Call) -> None:
+        if call.examples == self._taps.batch_size:
+            return
+        multi_step = call.step_mode == "m"
+        remedy = (
+            "put time first, x.repeat(T, 1, ...) for T equal steps, or loop over the steps with step_mode='s'"
+            if multi_step
+            else "if that is [T, N, *], set step_mode='m'"
+        )
+        raise ValueError(
+            f"the neuron {self.name} (step_mode='{call.step_mode}') was called on "
+            f"{list(call.shape if multi_step else call.shape[1:])}, which it reads as "
+            f"{'[T, N, *]' if multi_step else '[N, *]'} with N = {call.examples}, in a batch of "
+            f"{self._taps.batch_size}: {remedy}; a model that splits its batches can use score='loss' or 'el2n'"
+        )
+
+    def sum_energies(self) -> None:
+        """Complete the rows, after the backward pass."""
+        calls = self.calls[1:] if self._writes_rows else self.calls
+        if self.rows is None or not calls:
+            return
+        for row, energies in zip(self.rows, zip(*(call.energies for call in calls), strict=True), strict=True):
+            total = torch.stack([_none_as_zero(energy) for energy in energies]).sum(0)
+            row.add_(total) if self._writes_rows else row.copy_(total)
+
+    def by_step(self, kind: str) -> list[Tensor]:
+        """Each call's statistics [T, N]: of kind "output" the spikes, of "delta" the gradient's squared norms."""
+        if kind == "output":
+            return [call.spike_count for call in self.calls if call.spike_count is not None]
+        norms = [(call, call.grad_norm_sq) for call in self.calls]
+        return [n if call.has_norms else _none_as_zero(n) for call, n in norms if n is not None]
 
 
 def energy_per_example(t: Tensor, steps: int, batch_size: int, channel_scale: Tensor | None = None) -> Tensor:
