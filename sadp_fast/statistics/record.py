@@ -46,7 +46,7 @@ class Statistics(Mapping[str, CallRecorder]):
             size = math.prod(layer.calls[-1].shape[2:])
             rows.append((name, self._kinds[name], str(steps), str(size), *shares))
         spikes, places = (sum(getattr(layer, what) for _, layer in called) for what in ("spikes", "places"))
-        rows.append(("all", "", "", "", "", f"{spikes / max(1, places):.2%}"))
+        rows.append(("total", "", "", "", "", f"{spikes / max(1, places):.2%}"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))

@@ -1032,7 +1032,7 @@ def test_two_calls_before_the_backward_pass(path):
 
 
 def test_one_layer_used_twice_in_one_forward_pass(path):
-    """Gradients cross the calls; the statistics in 'm' are the last call's, each call's are in the recorder's ``calls``."""
+    """Gradients cross the calls; the statistics in 'm' are the last call's."""
     node = statistics_node(path)
     x = leaf(current(6, 2, 15), path)
     first = node(x[:3])
@@ -1086,7 +1086,9 @@ def test_channel_scale(step_mode, channels_last, path):
     spikes = run(node, x)
     (spikes * weights(spikes)).sum().backward()
     scaled = (x.grad * scale.view(3, 1, 1)).double()
-    torch.testing.assert_close(node.recorder.grad_norm_sq.double(), scaled.square().sum((2, 3, 4)), rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(
+        node.recorder.grad_norm_sq.double(), scaled.square().sum((2, 3, 4)), rtol=1e-5, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("kind", ["strided", "expanded", "float64"])
@@ -1103,7 +1105,9 @@ def test_channel_scale_in_any_layout(kind, path):
         node.reset()
         node(x).sum().backward()
         scaled = (x.grad * scaled_by.view(3, 1)).double()
-        torch.testing.assert_close(node.recorder.grad_norm_sq.double(), scaled.square().sum((2, 3)), rtol=1e-5, atol=1e-12)
+        torch.testing.assert_close(
+            node.recorder.grad_norm_sq.double(), scaled.square().sum((2, 3)), rtol=1e-5, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("step_mode", ["s", "m"])

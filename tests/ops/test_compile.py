@@ -548,9 +548,9 @@ def test_compiled_channels_last(path):
         torch.testing.assert_close(other, eager, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("uncompiled_examples", [None, 7])
-def test_compiled_statistics_without_a_buffer_are_a_clear_error(uncompiled_examples, path):
-    """Before the first uncompiled forward pass, or after one of another batch size."""
+@pytest.mark.parametrize("uncompiled_examples", [None, 2])
+def test_compiled_statistics_without_memory_are_a_clear_error(uncompiled_examples, path):
+    """Before the first uncompiled forward pass, or after one of a smaller batch."""
     from sadp_fast.nn.node import reset
 
     device, backend = path
