@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..ops.batch_norm_lif.reference import Normalisation, gain, normalise
 from ..ops.common.spike_marks import mark, max_count
-from ..ops.lif.reference import spike_count, squared_norm_per_example
+from ..ops.lif.reference import GradientNormTap, spike_count, squared_norm_per_example
 from .lif import IFNode, LIFNode, ParametricLIFNode
 from .node import BaseNode
 from .recorder import Call, Energies
@@ -30,9 +30,18 @@ class BatchNormNode(BaseNode):
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
 
-    def _init_batch_norm(
-        self, num_features: int, eps: float, momentum: float | None, affine: bool, track_running_stats: bool
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        step_mode: str = "m",
+        **neuron: Any,
     ) -> None:
+        super().__init__(step_mode=step_mode, **neuron)
         if num_features < 1:
             raise ValueError(f"num_features must be the number of channels, at least 1, got {num_features}")
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
@@ -95,7 +104,7 @@ class BatchNormNode(BaseNode):
         by_step = call is not None and call.by_step
         if surrogate is not None and not by_step:
             return self._run_fused(x, residual, repeat, surrogate, call)
-        out = self._unfused(x, residual, repeat, call)
+        out = self._unfused(x, residual, repeat, call, wide=surrogate is not None)
         if surrogate is not None:
             self.detach()  # as after a fused call: what is measured changes nothing
         return out
@@ -104,7 +113,7 @@ class BatchNormNode(BaseNode):
 
     def _fused(self, x: Tensor, residual: Tensor | None, repeat: int | None) -> int | None:
         """The fused surrogate's index if one operator can do it all, None if not."""
-        if self.step_mode != "m" or self.store_v_seq or torch.compiler.is_compiling() or x.numel() == 0:
+        if self.step_mode != "m" or self.store_v_seq or x.numel() == 0:
             return None
         v = self.v
         if isinstance(v, Tensor) or v != self.dynamics.v_rest:  # goes on from an earlier call
@@ -130,10 +139,20 @@ class BatchNormNode(BaseNode):
         """Whether this is one number a channel as the kernels read it, or nothing."""
         return t is None or (t.dtype == torch.float32 and t.shape == (self.num_features,) and t.is_contiguous())
 
+    def _normalisation(self) -> Normalisation:
+        return Normalisation(
+            self.eps,
+            self.momentum,
+            self.running_mean,
+            self.running_var,
+            self.num_batches_tracked,
+            use_batch=self._uses_batch_statistics,
+            update=self._updates_running_statistics,
+        )
+
     def _run_fused(
         self, x: Tensor, residual: Tensor | None, repeat: int | None, surrogate: int, call: Call | None
     ) -> Tensor:
-        from ..ops.batch_norm_lif.launch import Neuron, Normalisation
         from ..ops.batch_norm_lif.op import batch_norm_lif
 
         state = self._state
@@ -144,16 +163,10 @@ class BatchNormNode(BaseNode):
             residual,
             self.weight,
             self.bias,
-            Normalisation(
-                self.eps,
-                self.momentum,
-                self.running_mean,
-                self.running_var,
-                self.num_batches_tracked,
-                use_batch=self._uses_batch_statistics,
-                update=self._updates_running_statistics,
-            ),
-            Neuron.of(self.dynamics, surrogate, self.surrogate_function.alpha),  # type: ignore[union-attr]
+            self._normalisation(),
+            self.dynamics,
+            surrogate,
+            self.surrogate_function.alpha,  # type: ignore[union-attr]
             reciprocal_tau=self._reciprocal_tau(x),
             repeat=repeat,
             want_v=want_v,
@@ -173,61 +186,34 @@ class BatchNormNode(BaseNode):
 
     # ----------------------------------------------------------------------------------------------- unfused path
 
-    def _unfused(self, x: Tensor, residual: Tensor | None, repeat: int | None, call: Call | None) -> Tensor:
-        """The same by torch's batch normalisation and this package's neuron: any device, dtype, state and length."""
+    def _unfused(self, x: Tensor, residual: Tensor | None, repeat: int | None, call: Call | None, wide: bool) -> Tensor:
+        """The same by torch's batch normalisation and this package's neuron: any device, dtype, state and length.
+
+        ``wide``: whether half-precision input is normalised in float32, as the fused kernels do.
+        """
         single = self.step_mode == "s"
-        time_folded = x if single or repeat is not None else x.flatten(0, 1)
-        y = self._normalise(time_folded)
-        gain = None if call is None or not call.awaits_norms else self._gain(time_folded)
+        x_seq = x.unsqueeze(0) if single else x
+        folded, norm = x_seq.flatten(0, 1) if repeat is None else x, self._normalisation()
+        y = normalise(folded.float() if wide else folded, self.weight, self.bias, norm)
+        y = y.unflatten(0, x_seq.shape[:2]) if repeat is None else y.unsqueeze(0)
+        scale = None if call is None or not call.awaits_norms else gain(folded, self.weight, norm)
         energies = self._new_energies(call)
         if energies is not None:
-            y = _DeltaTap.apply(y, energies.delta, gain, self._reciprocal_tau(y), self.v)
+            y = GradientNormTap.apply(y, energies.delta, scale, self._reciprocal_tau(y), self.v)
         if repeat is not None:
-            y = y.expand(repeat, *y.shape)
-        elif single:
-            y = y.unsqueeze(0)
-        else:
-            y = y.unflatten(0, x.shape[:2])
+            y = y.expand(repeat, *x.shape)
         by_step = call if call is not None and call.by_step else None
         if by_step is not None:
-            by_step.channel_scale = gain
+            by_step.channel_scale = scale
         spikes = self._run(y, by_step)
         if call is not None and call.counts and by_step is None:
             call.spikes = spike_count(spikes)
-        spikes = spikes.squeeze(0) if single else spikes
+        count = max_count(spikes)
+        spikes = spikes.to(x.dtype) if wide else spikes
         out = spikes if residual is None else spikes + residual
         if energies is not None:
-            energies.output.copy_(_energy(out.detach().unsqueeze(0) if single else out.detach()))
-        return _mark_sum(out, max_count(spikes), residual)
-
-    def _normalise(self, x: Tensor) -> Tensor:
-        """Batch normalisation of x [M, C, *]."""
-        momentum, updates = self.momentum, self._updates_running_statistics
-        if updates and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if momentum is None:
-                momentum = 1.0 / float(self.num_batches_tracked)
-        running = (self.running_mean, self.running_var) if updates or not self.training else (None, None)
-        return nn.functional.batch_norm(
-            x,
-            *running,
-            self.weight,
-            self.bias,
-            self._uses_batch_statistics,
-            0.0 if momentum is None else momentum,
-            self.eps,
-        )
-
-    def _gain(self, x: Tensor) -> Tensor:
-        """gamma / sigma of each channel, as the normalisation of x [M, C, *] used it, float [C]."""
-        with torch.no_grad():
-            if self._uses_batch_statistics:
-                variance = batch_variance(x)
-            else:
-                assert self.running_var is not None
-                variance = self.running_var
-            gain = torch.rsqrt(variance + self.eps)
-            return gain if self.weight is None else gain * self.weight
+            energies.output.copy_(squared_norm_per_example(out.detach()).sum(0))
+        return _mark_sum(out.squeeze(0) if single else out, count, residual)
 
     def extra_repr(self) -> str:
         return (
@@ -236,38 +222,10 @@ class BatchNormNode(BaseNode):
         )
 
 
-def batch_variance(x: Tensor) -> Tensor:
-    """Variance of each channel of x [M, C, *], not corrected, as a normalisation takes it: float [C]."""
-    values = x if x.dtype == torch.float64 else x.float()
-    return values.transpose(0, 1).flatten(1).var(1, correction=0)
-
-
 def _mark_sum(out: Tensor, count: int | None, residual: Tensor | None) -> Tensor:
     """Mark the largest value of spikes (at most ``count``) + residual, for ``packed_spikes``."""
     most = 0 if residual is None else max_count(residual)
     return out if count is None or most is None else mark(out, count + most)
-
-
-def _energy(t: Tensor, gain: Tensor | None = None) -> Tensor:
-    """Squared norm of each example of t [T, N, C, *], summed over time, float [N]."""
-    return squared_norm_per_example(t, gain).sum(0)
-
-
-class _DeltaTap(torch.autograd.Function):
-    """Identity on y [T * N, C, *] that writes, in its backward pass, the energy of the gradient times ``gain``.
-
-    ``others`` as in ``GradientNormTap``.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, buffer: Tensor, gain: Tensor, *others: Tensor | float | None) -> Tensor:
-        ctx.buffer, ctx.gain, ctx.others = buffer, gain, len(others)
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.buffer.copy_(_energy(grad.detach().unflatten(0, (-1, ctx.buffer.shape[0])), ctx.gain))
-        return grad, *([None] * (2 + ctx.others))
 
 
 class BatchNormLIF(BatchNormNode, LIFNode):
@@ -286,99 +244,17 @@ class BatchNormLIF(BatchNormNode, LIFNode):
     Args:
         num_features: channels C.
         eps, momentum, affine, track_running_stats: as of nn.BatchNorm2d.
-        tau, ... backend: as of ``LIFNode``.
+        step_mode: as of ``LIFNode``, but 'm' if left out.
+        neuron: the other arguments of ``LIFNode``, by name.
 
     Raises:
         TypeError, ValueError: an argument is not of the kind above.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        *,
-        tau: float = 2.0,
-        decay_input: bool = True,
-        v_threshold: float = 1.0,
-        v_reset: float | None = 0.0,
-        surrogate_function: Callable[[Tensor], Tensor] | None = None,
-        detach_reset: bool = False,
-        step_mode: str = "m",
-        store_v_seq: bool = False,
-        backend: str | None = None,
-    ) -> None:
-        LIFNode.__init__(
-            self,
-            tau,
-            decay_input,
-            v_threshold,
-            v_reset,
-            surrogate_function,
-            detach_reset,
-            step_mode,
-            store_v_seq,
-            backend,
-        )
-        self._init_batch_norm(num_features, eps, momentum, affine, track_running_stats)
-
 
 class BatchNormIF(BatchNormNode, IFNode):
     """``BatchNormLIF`` with neurons that do not leak: ``nn.BatchNorm2d`` and an ``IFNode`` behind it."""
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        *,
-        v_threshold: float = 1.0,
-        v_reset: float | None = 0.0,
-        surrogate_function: Callable[[Tensor], Tensor] | None = None,
-        detach_reset: bool = False,
-        step_mode: str = "m",
-        store_v_seq: bool = False,
-        backend: str | None = None,
-    ) -> None:
-        IFNode.__init__(self, v_threshold, v_reset, surrogate_function, detach_reset, step_mode, store_v_seq, backend)
-        self._init_batch_norm(num_features, eps, momentum, affine, track_running_stats)
-
 
 class BatchNormParametricLIF(BatchNormNode, ParametricLIFNode):
     """``BatchNormLIF`` whose time constant is learned: ``nn.BatchNorm2d`` and a ``ParametricLIFNode`` behind it."""
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        *,
-        init_tau: float = 2.0,
-        decay_input: bool = True,
-        v_threshold: float = 1.0,
-        v_reset: float | None = 0.0,
-        surrogate_function: Callable[[Tensor], Tensor] | None = None,
-        detach_reset: bool = False,
-        step_mode: str = "m",
-        store_v_seq: bool = False,
-        backend: str | None = None,
-    ) -> None:
-        ParametricLIFNode.__init__(
-            self,
-            init_tau,
-            decay_input,
-            v_threshold,
-            v_reset,
-            surrogate_function,
-            detach_reset,
-            step_mode,
-            store_v_seq,
-            backend,
-        )
-        self._init_batch_norm(num_features, eps, momentum, affine, track_running_stats)

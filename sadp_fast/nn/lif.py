@@ -47,9 +47,8 @@ class LIFNode(BaseNode):
         backend: str | None = None,
     ) -> None:
         check_tau("tau", tau)
-        super().__init__(
-            tau, decay_input, v_threshold, v_reset, surrogate_function, detach_reset, step_mode, store_v_seq, backend
-        )
+        neuron = (v_threshold, v_reset, surrogate_function, detach_reset, step_mode, store_v_seq, backend)
+        super().__init__(*neuron, tau=tau, decay_input=decay_input)
 
     tau = constant("tau")
     decay_input = constant("decay_input")
@@ -63,20 +62,6 @@ class IFNode(BaseNode):
 
     Arguments, state and errors are those of ``LIFNode``.
     """
-
-    def __init__(
-        self,
-        v_threshold: float = 1.0,
-        v_reset: float | None = 0.0,
-        surrogate_function: Callable[[Tensor], Tensor] | None = None,
-        detach_reset: bool = False,
-        step_mode: str = "s",
-        store_v_seq: bool = False,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(
-            None, False, v_threshold, v_reset, surrogate_function, detach_reset, step_mode, store_v_seq, backend
-        )
 
 
 class ParametricLIFNode(BaseNode):
@@ -111,18 +96,8 @@ class ParametricLIFNode(BaseNode):
         check_tau("init_tau", init_tau)
         if math.isinf(init_tau):
             raise ValueError("init_tau must be finite, got inf, from which w could never move; an IFNode has no leak")
-        super().__init__(
-            init_tau,
-            decay_input,
-            v_threshold,
-            v_reset,
-            surrogate_function,
-            detach_reset,
-            step_mode,
-            store_v_seq,
-            backend,
-            learned_tau=True,
-        )
+        neuron = (v_threshold, v_reset, surrogate_function, detach_reset, step_mode, store_v_seq, backend)
+        super().__init__(*neuron, tau=init_tau, decay_input=decay_input, learned_tau=True)
         self.w = nn.Parameter(torch.tensor(-math.log(init_tau - 1.0)))
 
     decay_input = constant("decay_input")

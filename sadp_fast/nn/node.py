@@ -105,15 +105,16 @@ class BaseNode(nn.Module):
 
     def __init__(
         self,
-        tau: float | None,
-        decay_input: bool,
-        v_threshold: float,
-        v_reset: float | None,
-        surrogate_function: Callable[[Tensor], Tensor] | None,
-        detach_reset: bool,
-        step_mode: str,
-        store_v_seq: bool,
-        backend: str | None,
+        v_threshold: float = 1.0,
+        v_reset: float | None = 0.0,
+        surrogate_function: Callable[[Tensor], Tensor] | None = None,
+        detach_reset: bool = False,
+        step_mode: str = "s",
+        store_v_seq: bool = False,
+        backend: str | None = None,
+        *,
+        tau: float | None = None,
+        decay_input: bool = False,
         learned_tau: bool = False,
     ) -> None:
         super().__init__()

@@ -30,6 +30,7 @@ from .kernels import (
     _finish_backward_kernel,
     _forward_kernel,
 )
+from .reference import Normalisation
 
 # Steps of a tile are held in registers; longer sequences take the separate operators.
 MAX_STEPS = 16
@@ -156,27 +157,6 @@ def _candidates(kernel: str, steps: int, itemsize: int) -> tuple[Configuration, 
 
 
 # ------------------------------------------------------------------------------------------ what a layer is made of
-
-
-class Normalisation(NamedTuple):
-    """What a batch normalisation is made of, beside its weight and bias.
-
-    Attributes:
-        eps: added to the variance.
-        momentum: weight of a batch in the running statistics, None for their plain mean.
-        running_mean, running_var: float32 [C], updated in place by a training pass; both None: not kept.
-        batches: int64, 0-dim, counts the training passes; there if the running statistics are.
-        use_batch: whether x is normalised by its own statistics, else by the running ones.
-        update: whether this pass updates the running statistics.
-    """
-
-    eps: float
-    momentum: float | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    batches: Tensor | None
-    use_batch: bool
-    update: bool
 
 
 class NormalisationKind(NamedTuple):
@@ -689,6 +669,11 @@ def layer_for(x: Tensor, repeat: int | None, neuron: Neuron, kind: Normalisation
     if layer is None:
         return layer_for(x.contiguous(), repeat, neuron, kind)
     return layer, x
+
+
+def as_read(x: Tensor, repeated: bool) -> Tensor:
+    """x, or the copy of it that ``layer_for`` gives."""
+    return x if _has_known_layout(x, repeated) else x.contiguous()
 
 
 def _has_known_layout(x: Tensor, repeated: bool) -> bool:
