@@ -57,10 +57,6 @@ class BatchNormNode(BaseNode):
     def _uses_batch_statistics(self) -> bool:
         return self.training or self.running_mean is None
 
-    @property
-    def _updates_running_statistics(self) -> bool:
-        return self.training and self.track_running_stats
-
     def _check(self, x: Tensor, residual: Tensor | None, repeat: int | None) -> None:
         channel = 1 if repeat is not None or self.step_mode == "s" else 2
         if x.ndim <= channel or x.shape[channel] != self.num_features:
@@ -140,15 +136,9 @@ class BatchNormNode(BaseNode):
         return t is None or (t.dtype == torch.float32 and t.shape == (self.num_features,) and t.is_contiguous())
 
     def _normalisation(self) -> Normalisation:
-        return Normalisation(
-            self.eps,
-            self.momentum,
-            self.running_mean,
-            self.running_var,
-            self.num_batches_tracked,
-            use_batch=self._uses_batch_statistics,
-            update=self._updates_running_statistics,
-        )
+        running = (self.running_mean, self.running_var, self.num_batches_tracked)
+        uses = (self._uses_batch_statistics, self.training and self.track_running_stats)
+        return Normalisation(self.eps, self.momentum, *running, *uses)
 
     def _run_fused(
         self, x: Tensor, residual: Tensor | None, repeat: int | None, surrogate: int, call: Call | None
@@ -158,20 +148,10 @@ class BatchNormNode(BaseNode):
         state = self._state
         # In evaluation x would otherwise be kept alive for the sake of a potential that takes half its memory or less.
         want_v = state.keeps_v or not torch.is_grad_enabled()
-        out, potential = batch_norm_lif(
-            x,
-            residual,
-            self.weight,
-            self.bias,
-            self._normalisation(),
-            self.dynamics,
-            surrogate,
-            self.surrogate_function.alpha,  # type: ignore[union-attr]
-            reciprocal_tau=self._reciprocal_tau(x),
-            repeat=repeat,
-            want_v=want_v,
-            energies=self._new_energies(call),
-        )
+        neuron = (self.dynamics, surrogate, self.surrogate_function.alpha)  # type: ignore[union-attr]
+        options: dict[str, Any] = {"repeat": repeat, "want_v": want_v, "energies": self._new_energies(call)}
+        tensors, tau = (x, residual, self.weight, self.bias), self._reciprocal_tau(x)
+        out, potential = batch_norm_lif(*tensors, self._normalisation(), *neuron, reciprocal_tau=tau, **options)
         state.v = potential() if want_v else potential
         if call is not None and call.counts:
             fired = out if residual is None else out.detach() != residual

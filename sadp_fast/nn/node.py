@@ -22,7 +22,7 @@ from ..ops.common.dynamics import Dynamics
 from ..ops.common.spike_marks import mark
 from ..ops.lif import reference as reference
 from . import surrogate as surrogates
-from .recorder import Call, CallRecorder, Recorder, hand_in, has, take_back
+from .recorder import Call, CallRecorder, Recorder, hand_in, recorders_of, take_back
 
 BACKENDS = (None, "triton", "torch", "cupy")
 STEP_MODES = ("s", "m")
@@ -57,6 +57,10 @@ def constant(name: str) -> Any:
         node.dynamics = replace(node.dynamics, **{name: value})
 
     return property(read, write)
+
+
+def _kind(v_seq: Tensor) -> tuple[Any, ...]:
+    return v_seq.shape[1:], v_seq.dtype, v_seq.device
 
 
 def _interpreting() -> bool:
@@ -263,16 +267,14 @@ class BaseNode(nn.Module):
     @property
     def collect_statistics(self) -> bool:
         """Whether the node has a recorder of its own, for ``spike_count`` and ``grad_norm_sq``."""
-        return self._own_recorder is not None and has(self, self._own_recorder)
+        return self._own_recorder in recorders_of(self)
 
     @collect_statistics.setter
     def collect_statistics(self, on: bool) -> None:
-        if on == self.collect_statistics:
-            return
-        if on:
+        if on and not self.collect_statistics:
             self._own_recorder = _OwnRecorder()
             hand_in(self, self._own_recorder)
-        elif self._own_recorder is not None:
+        elif not on and self._own_recorder is not None:
             take_back(self, self._own_recorder)
 
     @property
@@ -331,14 +333,9 @@ class BaseNode(nn.Module):
             spikes, v_seq = self._run_kernels(x_seq, v, fused, call)
             binary = True
         if v_seq is not None:
-            state = self._state
-            earlier = state.v_seq if self._step_mode == "s" else None
-            grows = earlier is not None and (earlier.shape[1:], earlier.dtype, earlier.device) == (
-                v_seq.shape[1:],
-                v_seq.dtype,
-                v_seq.device,
-            )
-            state.v_seq = torch.cat((earlier, v_seq)) if grows else v_seq  # type: ignore[arg-type]
+            earlier = self.v_seq if self._step_mode == "s" else None
+            kept = [] if earlier is None or _kind(earlier) != _kind(v_seq) else [earlier]
+            self.v_seq = torch.cat((*kept, v_seq)) if kept else v_seq
         return mark(spikes, 1) if binary else spikes
 
     def _reciprocal_tau(self, x: Tensor) -> Tensor | None:
@@ -369,34 +366,18 @@ class BaseNode(nn.Module):
         reciprocal_tau = self._reciprocal_tau(x_seq)
         counts, scale = (False, None) if call is None else (call.counts, call.channel_scale)
         awaited = call if call is not None and call.awaits_norms else None
+        store, d = self._store_v_seq, self.dynamics
         if ops.runs_directly():
-            ops.check(x_seq, v, reciprocal_tau, self.dynamics, scale)
-            spikes, self._state.v, v_seq, count = ops.multi_step(
-                x_seq,
-                v,
-                reciprocal_tau,
-                self.dynamics,
-                surrogate,
-                alpha,
-                self._store_v_seq,
-                counts,
-                None if awaited is None else awaited.record_norms,
-                scale,
-                defer_v=not self._state.keeps_v,
-            )
+            ops.check(x_seq, v, reciprocal_tau, d, scale)
+            record = None if awaited is None else awaited.record_norms
+            # A potential that nobody has read is computed when it is.
+            options = (store, counts, record, scale, not self._state.keeps_v)
+            outputs = ops.multi_step(x_seq, v, reciprocal_tau, d, surrogate, alpha, *options)
         else:
-            spikes, self._state.v, v_seq, count = ops.lif(
-                x_seq,
-                v,
-                self.dynamics,
-                surrogate,
-                alpha,
-                reciprocal_tau=reciprocal_tau,
-                store_v_seq=self._store_v_seq,
-                count_spikes=counts,
-                grad_norm_sq=None if awaited is None else awaited.norms_buffer(),
-                channel_scale=scale,
-            )
+            given: dict[str, Any] = {"reciprocal_tau": reciprocal_tau, "store_v_seq": store, "count_spikes": counts}
+            norms = None if awaited is None else awaited.norms_buffer()
+            outputs = ops.lif(x_seq, v, d, surrogate, alpha, **given, grad_norm_sq=norms, channel_scale=scale)
+        spikes, self._state.v, v_seq, count = outputs
         if call is not None:
             call.spikes = count
         return spikes, v_seq

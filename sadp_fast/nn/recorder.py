@@ -51,35 +51,18 @@ class Call:
         spikes: int32, counts [T, N] or partial sums of them [N, programs, T].
     """
 
-    __slots__ = (
-        "_buffer",
-        "_holds_energies",
-        "_norms",
-        "_rows",
-        "awaits_norms",
-        "by_step",
-        "channel_scale",
-        "counts",
-        "device",
-        "memory",
-        "shape",
-        "shared",
-        "spikes",
-        "step_mode",
-        "wants_energies",
-    )
+    counts = by_step = wants_energies = shared = False
+    channel_scale: Tensor | None = None
+    memory: Tensor | None = None
+    spikes: Tensor | None = None
+    _norms: Tensor | None = None  # float32, partial sums [N, programs, T]
+    _buffer: Tensor | None = None
+    _holds_energies = False  # whether the buffer does, rather than norms by step
+    _rows: Energies | None = None
 
     def __init__(self, shape: tuple[int, ...], step_mode: str, device: torch.device) -> None:
         self.shape, self.step_mode, self.device = shape, step_mode, device
-        self.counts = self.by_step = self.wants_energies = self.shared = False
-        self.channel_scale: Tensor | None = None
-        self.memory: Tensor | None = None
-        self.spikes: Tensor | None = None
         self.awaits_norms = torch.is_grad_enabled()
-        self._norms: Tensor | None = None  # float32, partial sums [N, programs, T]
-        self._buffer: Tensor | None = None
-        self._holds_energies = False  # rather than norms by step
-        self._rows: Energies | None = None
 
     @property
     def examples(self) -> int:
@@ -111,18 +94,14 @@ class Call:
         Raises:
             ValueError: one is not float32 [N], contiguous, on the call's device.
         """
-        for row in (output, delta):
-            if (
-                row.shape != (self.examples,)
-                or row.dtype != torch.float32
-                or row.device != self.device
-                or not row.is_contiguous()
-            ):
-                raise ValueError(
-                    f"energies must be written into two contiguous float32 tensors [N] on {self.device} with "
-                    f"N = {self.examples} examples, got {row.dtype} {tuple(row.shape)} of strides {row.stride()} on "
-                    f"{row.device}; hand in rows for this batch"
-                )
+        wanted = (self.examples,), torch.float32, self.device, True
+        found = [(tuple(row.shape), row.dtype, row.device, row.is_contiguous()) for row in (output, delta)]
+        if found != [wanted, wanted]:
+            raise ValueError(
+                f"energies must be written into two contiguous float32 tensors [N] on {self.device} with "
+                f"N = {self.examples} examples, got (shape, dtype, device, contiguous) {found}; hand in rows for this "
+                "batch"
+            )
         self._rows = Energies(output, delta)
 
     def _nan(self, energies: bool) -> Tensor:
@@ -244,7 +223,10 @@ class CallRecorder(Recorder):
         if not torch.compiler.is_compiling():
             if _recomputes(self.calls):
                 return True  # measured the first time
-            self._reserve(call)
+            # Memory for later calls under torch.compile, which cannot make any.
+            needed = max(call.shape[0], 2) * call.examples
+            if self._memory is None or self._memory.numel() < needed or self._memory.device != call.device:
+                self._memory = torch.empty(needed, device=call.device)
         elif any(one.uses_memory for one in earlier):
             raise RuntimeError(
                 "collect_statistics under torch.compile has one memory, which an earlier call since the last reset "
@@ -254,12 +236,6 @@ class CallRecorder(Recorder):
             call.memory = self._memory
         self.calls, self._is_over = [*earlier, call], False
         return True
-
-    def _reserve(self, call: Call) -> None:
-        """Memory for later calls under torch.compile, which cannot make any."""
-        needed = max(call.shape[0], 2) * call.examples
-        if self._memory is None or self._memory.numel() < needed or self._memory.device != call.device:
-            self._memory = torch.empty(needed, device=call.device)
 
     def reset(self) -> None:
         self._is_over = True
@@ -331,24 +307,20 @@ class HasRecorder(Protocol):
     recorder: Recorder | None
 
 
-def _members(node: HasRecorder) -> tuple[Recorder, ...]:
+def recorders_of(node: HasRecorder) -> tuple[Recorder, ...]:
+    """All that measure a node's calls."""
     recorder = node.recorder
     return () if recorder is None else recorder.members if isinstance(recorder, _Several) else (recorder,)
 
 
 def hand_in(node: HasRecorder, recorder: Recorder) -> None:
     """Let a recorder measure a node's calls, beside those that do already."""
-    _set(node, (*_members(node), recorder))
+    _set(node, (*recorders_of(node), recorder))
 
 
 def take_back(node: HasRecorder, recorder: Recorder) -> None:
     """Undo ``hand_in``; the other recorders go on. Nothing happens where it was not handed in."""
-    _set(node, tuple(member for member in _members(node) if member is not recorder))
-
-
-def has(node: HasRecorder, recorder: Recorder) -> bool:
-    """Whether a recorder measures a node's calls."""
-    return any(member is recorder for member in _members(node))
+    _set(node, tuple(other for other in recorders_of(node) if other is not recorder))
 
 
 def _set(node: HasRecorder, members: tuple[Recorder, ...]) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from ..memory.packed_spikes import unpack
 from ..nn import surrogate
 from ..nn.batch_norm_lif import BatchNormNode
 from ..nn.node import BaseNode
-from ..nn.recorder import Call, Energies, Recorder
+from ..nn.recorder import Call, Recorder
 from ..nn.weight_layers import WEIGHT_LAYERS, is_trained
 from ..ops.batch_norm_lif.reference import batch_variance
 from ..ops.common.saved_tensors import hooks_of_saved_tensors
@@ -115,11 +115,6 @@ class EnergyRecorder(Recorder):
         call.wants_energies = True
         self.calls.append(call)
         return True
-
-    @property
-    def energies(self) -> list[Energies]:
-        """Of each call."""
-        return [call.energies for call in self.calls]
 
 
 @dataclass
@@ -311,12 +306,12 @@ def _channels_line_up(norm_output: torch.Size, x: torch.Size) -> bool:
 def _common(a: WeightLayer, b: WeightLayer) -> WeightLayer:
     """What holds for two calls of one layer."""
     same_norm = a.norm == b.norm
-    return WeightLayer(
-        a.name,
-        a.multiplicity,
-        a.input_neuron if a.input_neuron == b.input_neuron else None,
-        a.norm if same_norm else None,
-        a.output_neuron if same_norm and a.output_neuron == b.output_neuron else None,
+    same_output = same_norm and a.output_neuron == b.output_neuron
+    return replace(
+        a,
+        input_neuron=a.input_neuron if a.input_neuron == b.input_neuron else None,
+        norm=a.norm if same_norm else None,
+        output_neuron=a.output_neuron if same_output else None,
     )
 
 
@@ -324,11 +319,13 @@ def _with_unique_sites(layers: list[WeightLayer]) -> list[WeightLayer]:
     """A neuron or normalisation shared by two layers mixes their gradients: such layers are measured by themselves."""
     norms = Counter(layer.norm for layer in layers)
     neurons = Counter(layer.output_neuron for layer in layers)
-    return [
-        WeightLayer(layer.name, layer.multiplicity, layer.input_neuron, None, None)
-        if (layer.norm and norms[layer.norm] > 1) or (layer.output_neuron and neurons[layer.output_neuron] > 1)
-        else layer
+    shared = [
+        (layer.norm and norms[layer.norm] > 1) or (layer.output_neuron and neurons[layer.output_neuron] > 1)
         for layer in layers
+    ]
+    return [
+        replace(layer, norm=None, output_neuron=None) if mixed else layer
+        for layer, mixed in zip(layers, shared, strict=True)
     ]
 
 

@@ -32,7 +32,6 @@ class EnergyTaps:
         layers: of it, as ``Probe.resolve`` has read them.
         steps: T, time steps that one call of the model's neurons covers.
         batch_size: B.
-        device: of the model.
 
     Attributes:
         energies: float32 [R, B]: NaN where nothing was measured in this batch, 0 where no gradient came to a layer's
@@ -42,47 +41,34 @@ class EnergyTaps:
         is_open: whether calls with gradients are this batch's; others are not measured.
     """
 
-    def __init__(
-        self, model: nn.Module, layers: list[WeightLayer], *, steps: int, batch_size: int, device: torch.device
-    ) -> None:
+    def __init__(self, model: nn.Module, layers: list[WeightLayer], *, steps: int, batch_size: int) -> None:
         self.layers, self.steps, self.batch_size = layers, steps, batch_size
         self._model = model
+        device: Any = model.get_submodule(layers[0].name).weight.device
         names = {name for layer in layers for name in (layer.input_neuron, layer.output_neuron) if name is not None}
         self.neurons: dict[str, BaseNode] = {name: model.get_submodule(name) for name in sorted(names)}  # type: ignore[misc]
-        inputs: list[_Row] = [
-            ("output", layer.input_neuron) if layer.input_neuron else ("input", layer.name) for layer in layers
-        ]
-        deltas: list[_Row] = [
-            ("delta", layer.output_neuron) if layer.output_neuron else ("gradient", layer.name) for layer in layers
-        ]
         own = [name for name, node in self.neurons.items() if isinstance(node, BatchNormNode)]
-        rows = {*inputs, *deltas, *(("output", name) for name in own), *(("delta", name) for name in own)}
-        self._row = {row: i for i, row in enumerate(sorted(rows, key=self._order))}
+        rows = {*map(_input_row, layers), *map(_delta_row, layers)}
+        rows |= {(kind, name) for kind in ("output", "delta") for name in own}
+        # The statistics of one kind that `finish` sums are neighbours, and so are the rows of one other kind.
+        ordered = sorted(rows, key=lambda row: (row[0] in ("output", "delta") and row[1] not in own, row))
+        self._row = {row: i for i, row in enumerate(ordered)}
         # Rows begin at multiples of 16 bytes: kernels are compiled anew for addresses that are aligned in another way.
         stride = -(-batch_size // 4) * 4
         self.energies = torch.full((len(rows), stride), torch.nan, device=device)[:, :batch_size]
-        self._views = self.energies.unbind(0)
-        gradients = [row for (kind, _), row in self._row.items() if kind == "gradient"]  # neighbours
+        self._views = dict(zip(ordered, self.energies.unbind(0), strict=True))
+        gradients = [i for (kind, _), i in self._row.items() if kind == "gradient"]
         self._gradients = self.energies[gradients[0] : gradients[-1] + 1] if gradients else None
-        self.layer_rows = torch.tensor([[self._row[row] for row in side] for side in (inputs, deltas)], device=device)
+        self.layer_rows = torch.tensor(
+            [[self._row[row_of(layer)] for layer in layers] for row_of in (_input_row, _delta_row)], device=device
+        )
         self.multiplicity = torch.tensor([layer.multiplicity for layer in layers], device=device)
-        self._taps = {
-            name: _NeuronTap(
-                self, name, (self._view("output", name), self._view("delta", name)) if name in own else None
-            )
-            for name in self.neurons
-        }
+        self._taps = {name: _NeuronTap(self, name) for name in self.neurons}
+        for name in own:
+            self._taps[name].rows = (self._views["output", name], self._views["delta", name])
         self._reduced: set[_Row] = set()
         self.start()
         self.stop()
-
-    def _order(self, row: _Row) -> tuple[bool, str, str]:
-        """The statistics of one kind that ``finish`` sums are neighbours."""
-        kind, name = row
-        return kind in ("output", "delta") and not isinstance(self.neurons[name], BatchNormNode), kind, name
-
-    def _view(self, kind: str, name: str) -> Tensor:
-        return self._views[self._row[kind, name]]
 
     @classmethod
     def of_first_batch(
@@ -96,13 +82,8 @@ class EnergyTaps:
         def known(name: str | None) -> str | None:
             return name if name in probe.recorders else None
 
-        taps = cls(
-            model,
-            [replace(x, input_neuron=known(x.input_neuron), output_neuron=known(x.output_neuron)) for x in layers],
-            steps=steps,
-            batch_size=batch_size,
-            device=model.get_submodule(layers[0].name).weight.device,  # type: ignore[arg-type]
-        )
+        layers = [replace(x, input_neuron=known(x.input_neuron), output_neuron=known(x.output_neuron)) for x in layers]
+        taps = cls(model, layers, steps=steps, batch_size=batch_size)
         for name, tap in taps._taps.items():
             tap.calls = list(probe.recorders[name].calls)
         for layer in taps.layers:
@@ -123,22 +104,15 @@ class EnergyTaps:
             attachment.record(node, self._taps[name])
         for layer in self.layers:
             if layer.input_neuron is None:
-                attachment.hook(self._model.get_submodule(layer.name), self._input_hook(layer))
+                attachment.hook(self._model.get_submodule(layer.name), self._while_open(self._saw_input, layer))
             if layer.output_neuron is None or layer.norm is not None:
-                attachment.hook(self._model.get_submodule(layer.gradient_site), self._site_hook(layer))
+                attachment.hook(self._model.get_submodule(layer.gradient_site), self._while_open(self._saw_site, layer))
         return attachment
 
-    def _input_hook(self, layer: WeightLayer) -> Callable[..., None]:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], _output: Tensor) -> None:
+    def _while_open(self, saw: Callable[..., None], layer: WeightLayer) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
             if self.is_open and torch.is_grad_enabled():
-                self._reduce(("input", layer.name), first_input(inputs, named))
-
-        return hook
-
-    def _site_hook(self, layer: WeightLayer) -> Callable[..., None]:
-        def hook(module: Any, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
-            if self.is_open and torch.is_grad_enabled():
-                self._saw_site(layer, module, first_input(inputs, named), output)
+                saw(layer, module, first_input(inputs, named), output)
 
         return hook
 
@@ -157,6 +131,9 @@ class EnergyTaps:
         """The batch's forward pass is over."""
         self.is_open = False
 
+    def _saw_input(self, layer: WeightLayer, _module: nn.Module, x: Tensor, _output: Tensor) -> None:
+        self._reduce(("input", layer.name), x)
+
     def _saw_site(self, layer: WeightLayer, module: Any, x: Tensor, output: Tensor) -> None:
         scale = batch_norm_scale(module, x, output) if layer.norm is not None else None
         tap = None if layer.output_neuron is None else self._taps[layer.output_neuron]
@@ -170,8 +147,7 @@ class EnergyTaps:
     def _gradient_hook(
         self, layer: WeightLayer, scale: Tensor | None, number: int
     ) -> Callable[[tuple[Tensor, ...]], None]:
-        batch = self._batch
-        row = ("gradient", layer.name) if layer.output_neuron is None else ("delta", layer.output_neuron)
+        batch, row = self._batch, _delta_row(layer)
 
         def hook(grads: tuple[Tensor, ...]) -> None:
             # A backward pass that comes after its batch is over would write into another batch's row.
@@ -187,14 +163,14 @@ class EnergyTaps:
         if scale is None and folded.is_cuda:
             from ..ops.score import op as ops  # Triton is imported where it is used, so that CPU users need no Triton
 
-            if ops.write_energy(folded, self._views[self._row[row]], row in self._reduced):
+            if ops.write_energy(folded, self._views[row], row in self._reduced):
                 self._reduced.add(row)
                 return
         self._add(row, squared_norm_per_example(folded, scale).sum(0))
 
     def _add(self, row: _Row, energy: Tensor) -> None:
         """Write an energy [B] into its row, or add it where the row was written in this batch."""
-        out = self._views[self._row[row]]
+        out = self._views[row]
         out.add_(energy) if row in self._reduced else out.copy_(energy)
         self._reduced.add(row)
 
@@ -234,22 +210,31 @@ class EnergyTaps:
         self.energies.fill_(torch.nan)
 
 
+def _input_row(layer: WeightLayer) -> _Row:
+    return ("output", layer.input_neuron) if layer.input_neuron else ("input", layer.name)
+
+
+def _delta_row(layer: WeightLayer) -> _Row:
+    return ("delta", layer.output_neuron) if layer.output_neuron else ("gradient", layer.name)
+
+
 class _NeuronTap(Recorder):
     """Measures one neuron for ``EnergyTaps``: its energies where it has a normalisation, else its statistics by step.
 
     Args:
         taps: whose neuron it is.
         name: of the neuron.
-        rows: of a neuron with a normalisation, where the energies of a batch's first call are written.
 
     Attributes:
+        rows: of a neuron with a normalisation, where the energies of a batch's first call are written.
         calls: of the batch at hand.
         channel_scale: of the normalisation in front of the neuron, see ``Call``.
     """
 
-    def __init__(self, taps: EnergyTaps, name: str, rows: tuple[Tensor, Tensor] | None) -> None:
-        self._taps, self.name, self.rows = taps, name, rows
-        self.start()
+    rows: tuple[Tensor, Tensor] | None = None
+
+    def __init__(self, taps: EnergyTaps, name: str) -> None:
+        self._taps, self.name = taps, name
 
     def start(self) -> None:
         """Begin a batch."""
@@ -277,16 +262,14 @@ class _NeuronTap(Recorder):
         if call.examples == self._taps.batch_size:
             return
         multi_step = call.step_mode == "m"
-        remedy = (
-            "put time first, x.repeat(T, 1, ...) for T equal steps, or loop over the steps with step_mode='s'"
-            if multi_step
-            else "if that is [T, N, *], set step_mode='m'"
-        )
+        shape, read_as = (call.shape, "[T, N, *]") if multi_step else (call.shape[1:], "[N, *]")
+        remedy = "if that is [T, N, *], set step_mode='m'"
+        if multi_step:
+            remedy = "put time first, x.repeat(T, 1, ...) for T equal steps, or loop over the steps with step_mode='s'"
         raise ValueError(
-            f"the neuron {self.name} (step_mode='{call.step_mode}') was called on "
-            f"{list(call.shape if multi_step else call.shape[1:])}, which it reads as "
-            f"{'[T, N, *]' if multi_step else '[N, *]'} with N = {call.examples}, in a batch of "
-            f"{self._taps.batch_size}: {remedy}; a model that splits its batches can use score='loss' or 'el2n'"
+            f"the neuron {self.name} (step_mode='{call.step_mode}') was called on {list(shape)}, which it reads as "
+            f"{read_as} with N = {call.examples}, in a batch of {self._taps.batch_size}: {remedy}; a model that splits "
+            "its batches can use score='loss' or 'el2n'"
         )
 
     def sum_energies(self) -> None:

@@ -62,14 +62,7 @@ class ScoreMeter:
             self._attachment = self._probe.attach()
             return
         if self._taps is None or self._taps.batch_size != batch_size:
-            weight = self.model.get_submodule(self.layers[0].name).weight
-            self._taps = EnergyTaps(
-                self.model,
-                self.layers,
-                steps=self.steps,
-                batch_size=batch_size,
-                device=weight.device,  # type: ignore[arg-type]
-            )
+            self._taps = EnergyTaps(self.model, self.layers, steps=self.steps, batch_size=batch_size)
         self._attachment = self._taps.attach()
 
     def detach(self) -> None:

@@ -1,4 +1,4 @@
-"""``sadp_fast.record``: what a model's neurons do, by layer and example, against autograd and the neurons' equations."""
+"""``sadp_fast.record``: what a model's neurons do, by layer and example, against autograd and the equations."""
 
 import copy
 import io
@@ -146,6 +146,21 @@ def test_by_step_changes_no_result(backend, kernel_device):
     for plain, other, by_step in zip(*results, strict=True):
         assert torch.equal(plain, other)
         torch.testing.assert_close(by_step, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_by_step_normalises_half_precision_as_the_kernels_do(dtype, backend, kernel_device):
+    x = (torch.randn(T, 8, C, 6, generator=torch.Generator().manual_seed(0)) * 2).to(kernel_device, dtype)
+    outputs = []
+    for by_step in (False, True):
+        node = BatchNormLIF(C, backend=backend).to(kernel_device)
+        with sadp_fast.record(node, by_step=by_step) as statistics:
+            out = node(x.clone().requires_grad_(), torch.ones_like(x))
+            out.sum().backward()
+        outputs.append(out.detach())
+        assert out.dtype == dtype and statistics[""].grad_norm_sq.dtype == torch.float32
+        assert (statistics[""].grad_norm_sq > 0).all()
+    assert torch.equal(*outputs)
 
 
 def test_single_steps_are_one_pass_until_the_reset(backend, kernel_device):
@@ -406,11 +421,7 @@ def test_table():
 
 
 def test_what_cannot_be_recorded():
-    with (
-        pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got the class Linear"),
-        sadp_fast.record(nn.Linear),
-    ):
-        pass
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got the class Linear"):
+        sadp_fast.record(nn.Linear).__enter__()
     with pytest.raises(ValueError, match=r"no neuron of sadp_fast to record, got Linear: put sadp_fast.LIFNode"):
-        with sadp_fast.record(nn.Linear(2, 2)):
-            pass
+        sadp_fast.record(nn.Linear(2, 2)).__enter__()
