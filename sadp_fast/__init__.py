@@ -4,7 +4,8 @@ from . import surrogate
 from .memory.packed_spikes import packed_spikes
 from .memory.weight_casting import cast_weights_at_once
 from .nn.batch_norm_lif import BatchNormIF, BatchNormLIF, BatchNormParametricLIF
-from .nn.neuron import IFNode, LIFNode, ParametricLIFNode, reset
+from .nn.lif import IFNode, LIFNode, ParametricLIFNode
+from .nn.node import reset
 from .ops.common.autotune import autotune
 from .prune.graphed_step import GraphedStep
 from .prune.policies import Policy
@@ -14,6 +15,7 @@ from .prune.sampling import Sample, sample
 from .prune.schedule import prune_ratios
 from .prune.scores import Score
 from .prune.settings import Settings
+from .statistics.record import record
 
 __version__ = "0.1.0"
 
@@ -35,6 +37,7 @@ __all__ = [
     "inclusion_probabilities",
     "packed_spikes",
     "prune_ratios",
+    "record",
     "reset",
     "sample",
     "surrogate",

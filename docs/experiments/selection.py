@@ -29,7 +29,7 @@ from sadp_fast.lab.methods import METHODS
 from sadp_fast.lab.study.figures import one_line_each, save, spread
 from sadp_fast.lab.study.store import environment
 from sadp_fast.lab.train import EVALUATION_BATCH, Trainer, train_epoch
-from sadp_fast.nn.neuron import reset
+from sadp_fast.nn.node import reset
 from sadp_fast.prune import epoch as drawing
 from sadp_fast.prune.baselines import el2n_score
 from sadp_fast.prune.policies import POLICIES, Policy

@@ -28,7 +28,7 @@ from sadp_fast.lab.study.progress import Display
 from sadp_fast.lab.study.registry import STUDIES
 from sadp_fast.lab.study.store import Store, StudyError, training_identity
 from sadp_fast.lab.study.study import title
-from sadp_fast.statistics.exact import gradient_norms
+from sadp_fast.statistics.exact_norms import gradient_norms
 
 for package in ("sklearn", "scipy", "rich", "matplotlib"):
     pytest.importorskip(package)

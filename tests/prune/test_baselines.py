@@ -367,6 +367,6 @@ def test_the_gradient_norms_of_training_are_those_of_the_weights_before_the_step
     trainer.step(row, 1e-2)
     next(rows)
     x = trainer.inputs(digits.train_images, row)
-    expected = sadp_fast.statistics.exact.gradient_norms(before, x, digits.train_labels[row], trainer.criterion)
+    expected = sadp_fast.statistics.exact_norms.gradient_norms(before, x, digits.train_labels[row], trainer.criterion)
     assert torch.equal(trainer.sadp.scores[row], expected) and expected.min() > 0
     rows.close()

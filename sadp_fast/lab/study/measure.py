@@ -7,11 +7,11 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ...nn.neuron import BaseNode, reset
+from ...nn.node import reset
 from ...prune.baselines import el2n_score
-from ...statistics.dataflow import Probe
-from ...statistics.energies import EnergyTaps, keeps_energies
-from ...statistics.exact import gradient_norms
+from ...statistics.exact_norms import gradient_norms
+from ...statistics.meter import ScoreMeter
+from ...statistics.record import record
 from ...statistics.score import spike_aware_score
 
 # The scores that are compared with the exact norm, as a reader knows them.
@@ -54,28 +54,21 @@ def measure(model: nn.Module, x: Tensor, y: Tensor, criterion: nn.CrossEntropyLo
 def _scores(model: nn.Module, x: Tensor, y: Tensor, criterion: nn.CrossEntropyLoss) -> dict[str, Tensor]:
     """One forward and one backward pass, measured as SADP measures its first batch."""
     reset(model)
-    probe = Probe(model)
-    handles = probe.hooks()
-    energetic = [node for node in model.modules() if keeps_energies(node)]
+    meter = ScoreMeter(model, "all")
     unreduced = copy.copy(criterion)
     unreduced.reduction = "none"
+    meter.attach(len(x))
     try:
-        for node in energetic:
-            node.collect_statistics = True  # type: ignore[assignment]
+        meter.begin()
         output = model(x)
         losses = unreduced(output, y)
         loss = losses.sum()  # of a sum, an example's gradient is that of its own loss
-        layers = probe.resolve(loss)
-        steps = max((c.output_shape[0] for c in probe.neurons if _multi_step(model, c.name)), default=1)
-        taps = EnergyTaps.of_first_batch(model, layers, probe, steps=steps, batch_size=len(x))
+        taps = meter.read(loss, len(x))
         # Not backward(), which would write into the parameters' gradients.
         torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
         taps.finish()
     finally:
-        for node in energetic:
-            node.collect_statistics = False  # type: ignore[assignment]
-        for handle in handles:
-            handle.remove()
+        meter.detach()
     inputs, deltas = taps.energies[taps.layer_rows]
     return {
         "all": spike_aware_score(inputs, deltas, taps.multiplicity),
@@ -86,33 +79,23 @@ def _scores(model: nn.Module, x: Tensor, y: Tensor, criterion: nn.CrossEntropyLo
     }
 
 
-def _multi_step(model: nn.Module, name: str) -> bool:
-    return model.get_submodule(name).step_mode == "m"
-
-
 @torch.no_grad()
 def sparsity(model: nn.Module, x: Tensor) -> float:
     """Share of all neurons and time steps without a spike, for inputs x, with frozen normalisation."""
-    spikes, places = [], []
-
-    def count(_node: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        fired = output if len(inputs) < 2 else output - inputs[1]  # without the residual that was added
-        spikes.append(fired.sum(dtype=torch.float64))
-        places.append(fired.numel())
-
-    handles = [node.register_forward_hook(count) for node in model.modules() if isinstance(node, BaseNode)]
+    spikes, places = 0, 0
     training = model.training
     model.eval()
     try:
-        reset(model)
-        for part in x.split(_BATCH):
-            model(part)
-            reset(model)
+        with record(model) as statistics:
+            for part in x.split(_BATCH):
+                reset(model)
+                model(part)
+                spikes += sum(layer.spikes for layer in statistics.values())
+                places += sum(layer.places for layer in statistics.values())
     finally:
+        reset(model)
         model.train(training)
-        for handle in handles:
-            handle.remove()
-    return 1 - float(torch.stack(spikes).sum()) / sum(places)
+    return 1 - spikes / places
 
 
 def pearson(a: Tensor, b: Tensor) -> float | None:

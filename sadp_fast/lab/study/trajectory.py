@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...nn.neuron import BaseNode
+from ...nn.node import BaseNode
 from .. import models, train
 from ..augmentation import crop_flip_normalise
 from ..config import TrainConfig
