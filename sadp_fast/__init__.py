@@ -7,10 +7,13 @@ from .nn.batch_norm_lif import BatchNormIF, BatchNormLIF, BatchNormParametricLIF
 from .nn.neuron import IFNode, LIFNode, ParametricLIFNode, reset
 from .ops.common.autotune import autotune
 from .prune.graphed_step import GraphedStep
+from .prune.policies import Policy
 from .prune.probabilities import inclusion_probabilities
 from .prune.sadp import SADP
 from .prune.sampling import Sample, sample
 from .prune.schedule import prune_ratios
+from .prune.scores import Score
+from .prune.settings import Settings
 
 __version__ = "0.1.0"
 
@@ -23,7 +26,10 @@ __all__ = [
     "IFNode",
     "LIFNode",
     "ParametricLIFNode",
+    "Policy",
     "Sample",
+    "Score",
+    "Settings",
     "autotune",
     "cast_weights_at_once",
     "inclusion_probabilities",

@@ -180,7 +180,7 @@ class ScoreMeter:
             warnings.warn(
                 f"score='all' leaves out {', '.join(missed)}: only weights of Linear and Conv modules that are called "
                 "as modules, and that the loss depends on, are measured",
-                stacklevel=4,
+                stacklevel=6,
             )
 
     def state_dict(self) -> dict[str, Any]:
