@@ -184,7 +184,7 @@ def one_setting(configs: dict[str, dict[str, Any]]) -> None:
     """
     known: dict[str, tuple[str, Any]] = {}
     for where, config in configs.items():
-        own = {"seed", "device", "method", *METHODS[config["method"]]}
+        own = {"seed", "device", "method", *METHODS[config["method"]].settings}
         for key, value in {**asdict(TrainConfig()), **config}.items():
             first, other = (where, value) if key in own else known.setdefault(key, (where, value))
             if value != other:

@@ -13,35 +13,8 @@ import torch
 
 from ..prune import sadp as pruner
 from ..prune.probabilities import POLICIES, SCHEDULES
+from .methods import METHODS
 
-# The methods, and how each differs from the configuration at hand. Their papers say what they select and how they weigh
-# it; smoothing (for InfoBatch its s = .5 at the mean, for epsilon-greedy epsilon) and momentum are our constants.
-METHODS: dict[str, dict[str, Any]] = {
-    "full": {"prune_ratio": 0.0},
-    "static_random": {"score": "static_random", "warmup_epochs": 0, "tail_epochs": 0},
-    "random": {"score": "random"},
-    "loss": {"score": "loss"},
-    "el2n": {"score": "el2n"},  # Paul et al., arXiv 2107.07075
-    "grad_norm": {"score": "grad_norm"},
-    # Qin et al., arXiv 2303.04947; the last eighth of the epochs on all data is theirs.
-    "infobatch": {
-        "score": "loss",
-        "policy": "infobatch",
-        "smoothing": 0.5,
-        "weights": "sum",
-        "score_momentum": 0.0,
-        "tail_epochs": None,
-    },
-    # Raju, Daruwalla and Lipasti, arXiv 2111.12621
-    "epsilon_greedy": {
-        "score": "loss",
-        "policy": "epsilon_greedy",
-        "smoothing": 0.1,
-        "weights": "none",
-        "score_momentum": 0.5,
-    },
-    "sadp": {},
-}
 SCORES = tuple("grad_norm" if score == "given" else score for score in pruner.SCORES)
 AUGMENT = ("auto", "crop-flip", "crop", "none")
 TRAINED_BY_SGD = ("sew_resnet18", "spiking_vgg", "vggsnn")  # the other networks by AdamW
@@ -166,7 +139,7 @@ class TrainConfig:
     def of(self, variant: str) -> TrainConfig:
         """The same conditions for a method or a variant of one (see `read_variant`)."""
         method, changes = read_variant(variant)
-        return replace(self, method=method, **{**METHODS[method], **implied_by(changes), **changes})
+        return replace(self, method=method, **{**METHODS[method].settings, **implied_by(changes), **changes})
 
     def settled(self) -> TrainConfig:
         """The same run, with what `SADP` takes for weights, warm-up and tail written out where they are None."""
@@ -231,9 +204,9 @@ def settings_of(method: str) -> set[str]:
     unused: Iterable[str] = ()
     if method == "full":
         unused = PRUNING
-    elif METHODS[method].get("score") in _UNIFORM:
+    elif METHODS[method].settings.get("score") in _UNIFORM:
         unused = SCORING
-    return set(SETTINGS) - set(unused) - ({"score", "policy"} & METHODS[method].keys())
+    return set(SETTINGS) - set(unused) - ({"score", "policy"} & METHODS[method].settings.keys())
 
 
 def device_kind(device: str) -> str:

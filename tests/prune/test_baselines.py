@@ -72,7 +72,7 @@ def test_weighted_sums_are_what_the_weights_promise(policy, weights):
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "grad_norm"])
 def test_ratio_zero_is_ordinary_training_to_the_bit(data, method):
-    changes = METHODS[method]
+    changes = METHODS[method].settings
     settings = {name: changes[name] for name in ("score", "policy", "weights", "score_momentum") if name in changes}
 
     def run(pruned):
