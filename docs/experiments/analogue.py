@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from sadp_fast.lab import data, options, report
 from sadp_fast.lab.config import TrainConfig
+from sadp_fast.lab.figures import spread
 from sadp_fast.lab.models import plain, sew_resnet, vgg
-from sadp_fast.lab.study.figures import spread
 from sadp_fast.lab.study.store import environment
 from sadp_fast.lab.train import Trainer
 

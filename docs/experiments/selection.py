@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sadp_fast.lab import data, options, report
 from sadp_fast.lab.config import METHODS, TrainConfig
-from sadp_fast.lab.study.figures import one_line_each, save, spread
+from sadp_fast.lab.figures import one_line_each, save, spread
 from sadp_fast.lab.study.store import environment
 from sadp_fast.lab.train import EVALUATION_BATCH, Trainer, train_epoch
 from sadp_fast.nn.neuron import reset
