@@ -148,7 +148,7 @@ def write_json(value: dict[str, Any], path: Path, indent: int | None = 2) -> Non
 def write_plot(report: dict[str, Any], path: Path) -> None:
     """Test accuracy against training seconds and against examples trained, as a PNG."""
     methods = report["methods"]
-    figure, (by_time, by_examples) = panels(1, 2, 10, 4.8)
+    figure, (by_time, by_examples) = panels(1, 2, 11.54, 4.85)
     looks = styles(methods)
     for method, figures in methods.items():
         epochs = figures["epochs"]

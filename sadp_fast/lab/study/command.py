@@ -19,7 +19,7 @@ from .plan import DEFAULT_METHODS, Plan, new_methods, planned, remember, remembe
 from .progress import Deadline, Display
 from .registry import STUDIES, write_report
 from .runs import Runs
-from .store import StudyError, write_json
+from .store import refusing, write_json
 from .study import NothingFinished, Result, Study
 
 RATIO = config.number(float, lambda value: 0 < value < 1, "above 0 and below 1")
@@ -30,15 +30,11 @@ _SCHEDULE = ("prune_ratio", "epochs", "schedule", "warmup_epochs", "tail_epochs"
 
 def add_parser(commands: Any) -> None:
     """Add `study` to the parsers of `sadp-fast`."""
+    questions = (f"{s.name} ({s.paper}): {s.question[0].lower()}{s.question[1:-1]}" for s in STUDIES.values())
     parser = commands.add_parser(
         "study",
         help="reproduce one of the paper's results, or all of them with a report",
-        description="Reproduce a result of the paper: "
-        + "; ".join(
-            f"{study.name} ({study.paper}): {study.question[0].lower()}{study.question[1:-1]}"
-            for study in STUDIES.values()
-        )
-        + "; all: every study and one report.",
+        description=f"Reproduce a result of the paper: {'; '.join(questions)}; all: every study and one report.",
         epilog="Every finished run is a file under DIR/runs: the same command goes on where it was stopped, processes "
         "and machines may share the work (--seeds, --ratios, --methods) and the files of several folders may be "
         "copied into one. Without --methods, --ratios and --seeds a folder's own are used.",
@@ -152,9 +148,8 @@ def _show(study: Study, result: Result, folder: Path, console: Any) -> list[tupl
         console.print(table.rich())
     if result["missing_runs"]:
         console.print(f"missing runs: {'; '.join(result['missing_runs'])}", soft_wrap=True)
-    console.print(
-        "\n".join(str(path) for path in (folder / f"{study.name}.json", *(p for p, _ in plots))), soft_wrap=True
-    )
+    for path in (folder / f"{study.name}.json", *(path for path, _ in plots)):
+        console.print(str(path), soft_wrap=True)
     return plots
 
 
@@ -175,10 +170,8 @@ def _with_data(plan: Plan, dataset: data.Dataset, asked_steps: bool) -> Plan:
     base = plan.base
     if len(dataset.shape) == 4 and not asked_steps:
         base = replace(base, time_steps=dataset.shape[0])
-    try:
+    with refusing():
         models.build(base.model, dataset.shape, dataset.num_classes, base.time_steps)
-    except ValueError as error:
-        raise StudyError(str(error)) from error
     return replace(plan, base=base)
 
 
@@ -186,17 +179,12 @@ def _check_ratios(plan: Plan) -> None:
     """Find a ratio that the epochs cannot have before any is run; raises StudyError."""
     for method, ratio in plan.cells():
         run = plan.config(method, ratio, 0)
-        settings = {key: getattr(run, key) for key in _SCHEDULE}
-        try:
-            SADP(nn.Identity(), 1, score="random", **settings)
-        except ValueError as error:
-            raise StudyError(f"{method}: {error}") from error
+        with refusing(f"{method}: "):
+            SADP(nn.Identity(), 1, score="random", **{key: getattr(run, key) for key in _SCHEDULE})
 
 
 def _check_runs(plan: Plan, dataset: data.Dataset) -> None:
     """Find a run that cannot be trained on the data set before any is run; raises StudyError."""
     for method, ratio in (("full", 0.0), *plan.cells()):  # full data, with which other things are measured, always
-        try:
+        with refusing(f"{method}: "):
             train.check(plan.config(method, ratio, 0), dataset)
-        except ValueError as error:
-            raise StudyError(f"{method}: {error}") from error

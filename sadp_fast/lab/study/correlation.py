@@ -33,53 +33,34 @@ TICKS = (-0.9, -0.5, 0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 
 
 def asks(plan: Plan) -> list[study.Ask]:
     """Of each seed a network over its training, and one for each threshold."""
-    return [
-        ask
-        for seed in plan.seeds
-        for ask in (
-            trajectory_ask(seed),
-            *(
-                study.Ask(
-                    f"scores at threshold {threshold:g}, seed {seed}",
-                    methodcaller("at_threshold", threshold, seed),
-                    {"threshold": threshold, "seed": seed},
-                )
-                for threshold in plan.size.thresholds
-            ),
-        )
-    ]
+    return [trajectory_ask(seed, threshold) for seed in plan.seeds for threshold in (None, *plan.size.thresholds)]
 
 
-def trajectory_ask(seed: int) -> study.Ask:
-    """The full-data training of this seed, measured over its epochs."""
-    return study.Ask(f"scores, seed {seed}", methodcaller("trajectory", seed), {"seed": seed})
+def trajectory_ask(seed: int, threshold: float | None = None) -> study.Ask:
+    """The full-data training of this seed, measured over its epochs, or a shorter one with another threshold."""
+    what = "scores" if threshold is None else f"scores at threshold {threshold:g}"
+    where = {"threshold": threshold, "seed": seed}
+    return study.Ask(f"{what}, seed {seed}", methodcaller("trajectory", seed, threshold), where)
 
 
 def parts(plan: Plan, found: study.Found) -> dict[str, Any]:
     """Correlations of every score with the exact norm, after the epochs shown, and at each threshold."""
     shown = shown_epochs(plan.base.epochs)
-    trained = [(ask, file) for ask, file in found if "threshold" not in ask.where]
-    others = [(ask, file) for ask, file in found if "threshold" in ask.where]
-    return {
-        "over_training": [
-            {**ask.where, **_correlations(snapshot)}
-            for ask, file in trained
-            for snapshot in file["snapshots"]
-            if snapshot["epoch"] in shown
-        ],
-        "by_sparsity": [{**ask.where, **_correlations(file["snapshots"][-1])} for ask, file in others],
-    }
+    over_training, by_sparsity = [], []
+    for ask, file in found:
+        if ask.where["threshold"] is None:
+            snapshots = [snapshot for snapshot in file["snapshots"] if snapshot["epoch"] in shown]
+            over_training += [{"seed": ask.where["seed"], **_correlations(snapshot)} for snapshot in snapshots]
+        else:
+            by_sparsity.append({**ask.where, **_correlations(file["snapshots"][-1])})
+    return {"over_training": over_training, "by_sparsity": by_sparsity}
 
 
 def _correlations(snapshot: dict[str, Any]) -> Row:
-    values = numbers(snapshot)
-    return {
-        **{key: snapshot[key] for key in ("epoch", "test_accuracy", "sparsity")},
-        **{
-            kind: {score: function(values[score], values[EXACT]) for score in SCORES}
-            for kind, function in KINDS.items()
-        },
-    }
+    values, row = numbers(snapshot), {key: snapshot[key] for key in ("epoch", "test_accuracy", "sparsity")}
+    for kind, function in KINDS.items():
+        row[kind] = {score: function(values[score], values[EXACT]) for score in SCORES}
+    return row
 
 
 def draw(result: study.Result) -> list[tuple[str, Figure]]:

@@ -156,7 +156,7 @@ def sparsity(model: nn.Module, x: Tensor) -> float:
 
 def pearson(a: ArrayLike, b: ArrayLike) -> float | None:
     """Pearson correlation of two [N]; None where one of them is constant or not finite."""
-    pair = np.array([a, b], dtype=float)
+    pair = np.stack([np.asarray(a, dtype=float), np.asarray(b, dtype=float)])
     if not np.isfinite(pair).all() or (np.ptp(pair, axis=1) == 0).any():
         return None
     return float(np.corrcoef(pair)[0, 1])
@@ -166,9 +166,7 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float | None:
     """Spearman correlation: Pearson's of the ranks, equal values sharing their mean rank."""
     from scipy.stats import rankdata
 
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return None
-    return pearson(rankdata(a), rankdata(b))
+    return None if pearson(a, b) is None else pearson(rankdata(a), rankdata(b))
 
 
 def short(value: float) -> float | None:
@@ -176,9 +174,9 @@ def short(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def numbers(snapshot: dict[str, Any]) -> dict[str, np.ndarray]:
+def numbers(snapshot: dict[str, Any]) -> dict[str, Tensor]:
     """A snapshot's values, float64 [N] each; NaN where the file has none."""
-    return {name: np.array(values, dtype=float) for name, values in snapshot["values"].items()}
+    return {name: torch.from_numpy(np.array(values, dtype=float)) for name, values in snapshot["values"].items()}
 
 
 # ------------------------------------------------------------------------------------------------- over a training

@@ -14,7 +14,7 @@ from ..data import Dataset, described, differ, load
 from .measure import Trajectory, measured_epochs
 from .plan import Plan
 from .progress import Deadline, Display, OutOfTime
-from .store import Store, StudyError, damaged, read_file, training_identity
+from .store import Store, StudyError, damaged, read_file, refusing, training_identity
 
 # By which a folder's runs are of the data at hand; those of other studies may lie among them.
 _DATA = ("dataset", "image_size", "split_by", "time_steps")
@@ -74,19 +74,16 @@ class Runs:
             raise damaged(path, f"it has {len(found['history'])} of {config.epochs} epochs")
         return found
 
-    def trajectory(self, seed: int) -> dict[str, Any] | None:
-        """Scores and exact norms over a full-data training; see `measure.Trajectory`."""
-        epochs = self.plan.base.epochs
-        return self._trajectory("scores", seed, None, epochs, measured_epochs(epochs))
+    def trajectory(self, seed: int, threshold: float | None = None) -> dict[str, Any] | None:
+        """Scores and exact norms over a full-data training; see `measure.Trajectory`.
 
-    def at_threshold(self, threshold: float, seed: int) -> dict[str, Any] | None:
-        """The same after a shorter training of a network with another firing threshold."""
-        epochs = min(self.plan.size.sparsity_epochs, self.plan.base.epochs)
-        return self._trajectory(f"scores-threshold{threshold:g}", seed, threshold, epochs, [epochs])
-
-    def _trajectory(
-        self, kind: str, seed: int, threshold: float | None, epochs: int, measured: list[int]
-    ) -> dict[str, Any] | None:
+        threshold: after a shorter training of a network with this firing threshold.
+        """
+        epochs, kind = self.plan.base.epochs, "scores"
+        measured = measured_epochs(epochs)
+        if threshold is not None:
+            epochs, kind = min(self.plan.size.sparsity_epochs, epochs), f"scores-threshold{threshold:g}"
+            measured = [epochs]
         config = replace(self.plan.config("full", 0.0, seed), epochs=epochs)
         asked = Trajectory(config, threshold, measured, self.plan.size.examples)
 
@@ -150,8 +147,6 @@ class Runs:
         """Compile a method's kernels before its clock starts; once a process."""
         alike = replace(config, prune_ratio=0.0, seed=0)
         if alike not in self._warm:
-            try:
+            with refusing():
                 train.prepare(config, self.data)
-            except ValueError as error:
-                raise StudyError(str(error)) from error
             self._warm.add(alike)

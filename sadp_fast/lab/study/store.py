@@ -27,6 +27,15 @@ class StudyError(RuntimeError):
     """A study cannot be run or shown; the message is one sentence that says why and the remedy."""
 
 
+@contextmanager
+def refusing(what: str = "") -> Iterator[None]:
+    """Settings that are refused in this block are a StudyError, which begins with what they are of."""
+    try:
+        yield
+    except ValueError as error:
+        raise StudyError(f"{what}{error}") from error
+
+
 def environment(device: str, trained_by: list[str] | None = None) -> dict[str, Any]:
     """Where something ran: the device's name and the versions of what it ran with.
 

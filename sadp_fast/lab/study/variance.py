@@ -10,19 +10,19 @@ worse than any plot shows are in the JSON file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
+from torch import Tensor
 
 from ...prune.probabilities import inclusion_probabilities, relative_variance
 from ..figures import GREY, Row, Table, by_value, epoch_scale, known, legend_below, mean, over, panels, spread
 from ..methods import METHODS
 from . import study
 from .correlation import trajectory_ask
-from .measure import AGES, EXACT, MEASURED, SCORES, Score, numbers, short, shown_epochs
+from .measure import AGES, EXACT, MEASURED, numbers, short, shown_epochs
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ POLICIES = {
 TOP = 30.0  # where the plots' scale ends: worse than uniform by more hardly matters
 
 
-def estimator_variance(score: torch.Tensor, norm: torch.Tensor, ratio: float, policy: str, smoothing: float) -> float:
+def estimator_variance(score: Tensor, norm: Tensor, ratio: float, policy: str, smoothing: float) -> float:
     """tr Var of the gradient estimate over that of uniform pruning, for p from `score` and exact norms `norm`, [N].
 
     tr Var = (1/N^2) sum |g_i|^2 (1/p_i - 1) [paper, Proposition 1]; uniform pruning draws as many examples.
@@ -66,29 +66,19 @@ def parts(plan: Plan, found: study.Found) -> dict[str, Any]:
     """Variances after every epoch shown, for scores of every age that was measured."""
     rows = []
     for ask, file in found:
-        values = {
-            snapshot["epoch"]: {name: torch.from_numpy(array) for name, array in numbers(snapshot).items()}
-            for snapshot in file["snapshots"]
-        }
+        values = {snapshot["epoch"]: numbers(snapshot) for snapshot in file["snapshots"]}
         rows += [
             {
-                **ask.where,
-                "epoch": epoch,
-                "age": age,
-                "ratio": ratio,
+                **{"seed": ask.where["seed"], "epoch": epoch, "age": age, "ratio": ratio},
                 "variance": _variances(values[epoch - age], values[epoch][EXACT], ratio, plan.base.smoothing),
             }
-            for epoch in shown_epochs(plan.base.epochs)
-            for age in AGES
+            for epoch, age, ratio in product(shown_epochs(plan.base.epochs), AGES, plan.ratios)
             if epoch - age in values
-            for ratio in plan.ratios
         ]
     return {"variances": rows}
 
 
-def _variances(
-    scores: dict[str, torch.Tensor], norm: torch.Tensor, ratio: float, smoothing: float
-) -> dict[str, dict[str, float | None]]:
+def _variances(scores: dict[str, Tensor], norm: Tensor, ratio: float, smoothing: float) -> Row:
     return {
         policy: {score: short(estimator_variance(scores[score], norm, ratio, policy, smoothing)) for score in MEASURED}
         for policy in POLICIES
@@ -97,31 +87,21 @@ def _variances(
 
 def draw(result: study.Result) -> list[tuple[str, Figure]]:
     """Over training for fresh and for older scores, by policy, and what a score costs beside exact norms."""
-    settings, base = result["settings"], result["settings"]["base"]
-    ratio, policy = _middle(settings["ratios"]), base["policy"]
+    base, ratio = result["settings"]["base"], _middle(result["settings"]["ratios"])
     rows = study.select(result["variances"], ratio=ratio)
+    fresh, older = study.select(rows, age=0), study.select(rows, age=1)
     figure, axes = panels(2, 2, 12, 8.4)
     unsmoothed, smoothed, by_policy, excess = axes
-    variances = {name: study.nested("variance", OPTIMUM, name) for name in MEASURED}
-    _over_training(unsmoothed, study.select(rows, age=0), variances, MEASURED)
-    unsmoothed.set_title(f"Over training, r = {ratio:g}: fresh scores, not smoothed", fontsize=10)
-    _over_training(
-        smoothed,
-        study.select(rows, age=1),
-        {name: study.nested("variance", policy, name) for name in MEASURED},
-        MEASURED,
-    )
-    how = f"'{policy}' with smoothing {base['smoothing']:g}"
-    smoothed.set_title(f"Over training, r = {ratio:g}: scores one epoch old, {how}", fontsize=10)
+    training = f"Over training, r = {ratio:g}"
+    _over_training(unsmoothed, fresh, partial(_value, OPTIMUM), f"{training}: fresh scores, not smoothed")
+    how = f"'{base['policy']}' with smoothing {base['smoothing']:g}"
+    _over_training(smoothed, older, partial(_value, base["policy"]), f"{training}: scores one epoch old, {how}")
     _by_policy(by_policy, rows, base["smoothing"])
-    quotients = {name: partial(_quotient, variances[name], variances[EXACT]) for name in SCORES}
-    _over_training(excess, study.select(rows, age=0), quotients, SCORES)
+    _over_training(excess, fresh, _cost, f"What a score costs, r = {ratio:g}: fresh, not smoothed, over exact norms")
     excess.set(ylabel="Variance / least possible", ylim=(0.98, min(excess.get_ylim()[1], 3.0)))
     excess.axhline(1, color="black", linewidth=1)
-    excess.set_title(f"What a score costs, r = {ratio:g}: fresh, not smoothed, over exact norms", fontsize=10)
-    shown: list[float] = [
-        y for panel in axes[:3] for line in panel.lines for y in np.asarray(line.get_ydata()) if y > 0
-    ]
+    lines: list[Any] = [line.get_ydata() for panel in axes[:3] for line in panel.lines]
+    shown = [y for line in lines for y in line if y > 0]
     for panel in axes[:3]:
         panel.axhline(1, color=GREY, linewidth=1, linestyle="--", label="uniform pruning")
         panel.set(yscale="log", ylabel="Variance / that of uniform pruning")
@@ -134,16 +114,22 @@ def draw(result: study.Result) -> list[tuple[str, Figure]]:
     return [("", figure)]
 
 
-def _over_training(
-    panel: Axes, rows: list[Row], values: Mapping[str, Callable[[Row], float | None]], scores: Mapping[str, Score]
-) -> None:
-    for name, score in scores.items():
-        over(panel, rows, "epoch", values[name], score.look)
+def _over_training(panel: Axes, rows: list[Row], value: Callable[[str, Row], float | None], heading: str) -> None:
+    """A line for each score that has values."""
+    for name, score in MEASURED.items():
+        over(panel, rows, "epoch", partial(value, name), score.look)
     epoch_scale(panel, list(by_value(rows, "epoch")))
+    panel.set_title(heading, fontsize=10)
 
 
-def _quotient(value: Callable[[Row], Any], least: Callable[[Row], Any], row: Row) -> float | None:
-    return None if value(row) is None or not least(row) else value(row) / least(row)
+def _value(policy: str, score: str, row: Row) -> float | None:
+    return row["variance"][policy][score]
+
+
+def _cost(score: str, row: Row) -> float | None:
+    """A score's variance over that of exact norms, which themselves cost nothing."""
+    value, least = _value(OPTIMUM, score, row), _value(OPTIMUM, EXACT, row)
+    return None if score == EXACT or value is None or not least else value / least
 
 
 def _by_policy(panel: Axes, rows: list[Row], smoothing: float) -> None:
