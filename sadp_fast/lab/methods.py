@@ -33,32 +33,21 @@ class Method:
 
 
 METHODS = by_name(
-    Method("full", "full data", "#555555", "o", {"prune_ratio": 0.0}),
+    Method("full", "full data", "#555555", "o", dict(prune_ratio=0.0)),
     Method(
-        "static_random",
-        "static random",
-        "#AAAAAA",
-        "s",
-        {"score": "static_random", "warmup_epochs": 0, "tail_epochs": 0},
+        "static_random", "static random", "#AAAAAA", "s", dict(score="static_random", warmup_epochs=0, tail_epochs=0)
     ),
-    Method("random", "dynamic random", "#E69F00", "D", {"score": "random"}),
-    Method("loss", "loss", "#009E73", "^", {"score": "loss"}),
-    Method("el2n", "EL2N", "#56B4E9", "v", {"score": "el2n"}),  # Paul et al., arXiv 2107.07075
-    Method("grad_norm", "gradient norm", "#000000", "P", {"score": "grad_norm"}),
+    Method("random", "dynamic random", "#E69F00", "D", dict(score="random")),
+    Method("loss", "loss", "#009E73", "^", dict(score="loss")),
+    Method("el2n", "EL2N", "#56B4E9", "v", dict(score="el2n")),  # Paul et al., arXiv 2107.07075
+    Method("grad_norm", "gradient norm", "#000000", "P", dict(score="grad_norm")),
     # Qin et al., arXiv 2303.04947; the last eighth of the epochs on all data is theirs.
     Method(
         "infobatch",
         "InfoBatch",
         "#D55E00",
         "*",
-        {
-            "score": "loss",
-            "policy": "infobatch",
-            "smoothing": 0.5,
-            "weights": "sum",
-            "score_momentum": 0.0,
-            "tail_epochs": None,
-        },
+        dict(score="loss", policy="infobatch", smoothing=0.5, weights="sum", score_momentum=0.0, tail_epochs=None),
     ),
     # Raju, Daruwalla and Lipasti, arXiv 2111.12621
     Method(
@@ -66,13 +55,7 @@ METHODS = by_name(
         "ε-greedy",
         "#CC79A7",
         "X",
-        {
-            "score": "loss",
-            "policy": "epsilon_greedy",
-            "smoothing": 0.1,
-            "weights": "none",
-            "score_momentum": 0.5,
-        },
+        dict(score="loss", policy="epsilon_greedy", smoothing=0.1, weights="none", score_momentum=0.5),
     ),
-    Method("sadp", "SADP ({score})", "#0072B2", "h", {}),
+    Method("sadp", "SADP ({score})", "#0072B2", "h", dict()),
 )

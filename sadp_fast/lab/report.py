@@ -1,4 +1,4 @@
-"""What a run leaves behind: a table, a JSON file and a plot that compare the methods, and TensorBoard scalars."""
+"""What a run leaves behind: a table, a JSON file and a plot that compare the methods."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from .config import TrainConfig, read_variant
 from .data import Dataset
 from .figures import Table, accuracy_scale, learning_curve, legend_below, optional, panels, save
 from .methods import METHODS
-from .train import Progress
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -167,24 +166,6 @@ def write_plot(report: dict[str, Any], path: Path) -> None:
     legend_below(figure, by_examples, "Final test accuracy")
     figure.suptitle(title(report))
     save(figure, path)
-
-
-def tensorboard(folder: Path) -> Progress | None:
-    """A viewer that writes each epoch's scalars to `folder`, or None where tensorboard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    writer = SummaryWriter(str(folder))
-
-    class Scalars(Progress):
-        def epoch(self, entry: dict[str, Any]) -> None:
-            for name, value in entry.items():
-                if name != "epoch" and value is not None:
-                    writer.add_scalar(name, value, entry["epoch"])
-            writer.flush()
-
-    return Scalars()
 
 
 def device_name(device: str) -> str:
