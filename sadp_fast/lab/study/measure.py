@@ -84,7 +84,7 @@ def measure(model: nn.Module, x: Tensor, y: Tensor, criterion: nn.CrossEntropyLo
     model.eval()
     try:
         parts = [_scores(model, *part, criterion) for part in zip(x.split(_BATCH), y.split(_BATCH), strict=True)]
-        values = {name: torch.cat([part[name] for part in parts]) for name in SCORES}
+        values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return {**values, EXACT: gradient_norms(model, x, y, criterion).float()}
     finally:
         reset(model)
