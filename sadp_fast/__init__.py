@@ -7,9 +7,10 @@ from .nn.batch_norm_lif import BatchNormIF, BatchNormLIF, BatchNormParametricLIF
 from .nn.neuron import IFNode, LIFNode, ParametricLIFNode, reset
 from .ops.common.autotune import autotune
 from .prune.graphed_step import GraphedStep
-from .prune.probabilities import inclusion_probabilities, prune_ratios
+from .prune.probabilities import inclusion_probabilities
 from .prune.sadp import SADP
 from .prune.sampling import Sample, sample
+from .prune.schedule import prune_ratios
 
 __version__ = "0.1.0"
 

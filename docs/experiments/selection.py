@@ -16,7 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,40 +24,48 @@ import torch
 from torch import Tensor
 
 from sadp_fast.lab import data, options, report
-from sadp_fast.lab.config import METHODS, TrainConfig
+from sadp_fast.lab.config import TrainConfig
+from sadp_fast.lab.methods import METHODS
 from sadp_fast.lab.study.figures import one_line_each, save, spread
 from sadp_fast.lab.study.store import environment
 from sadp_fast.lab.train import EVALUATION_BATCH, Trainer, train_epoch
 from sadp_fast.nn.neuron import reset
-from sadp_fast.ops.score import op as ops
-from sadp_fast.prune import sadp as pruner
-from sadp_fast.statistics.score import el2n_score
+from sadp_fast.prune import epoch as drawing
+from sadp_fast.prune.baselines import el2n_score
+from sadp_fast.prune.policies import POLICIES, Policy
+from sadp_fast.prune.scores import AllLayers
 
 
 def before_each_draw(trainer: Trainer, action: Callable[[int], None]) -> None:
     """Call `action` with the epoch, counted from 0, before its subset is drawn."""
-    sadp, draw = trainer.sadp, trainer.sadp._draw
+    sadp, open_epoch = trainer.sadp, trainer.sadp.open_epoch
 
-    def drawn(batch_size: int, pad: bool) -> Any:
+    def opened(*arguments: Any, **options: Any) -> Any:
         action(sadp.epoch)
-        return draw(batch_size, pad)
+        return open_epoch(*arguments, **options)
 
-    sadp._draw = drawn  # type: ignore[method-assign]
+    sadp.open_epoch = opened  # type: ignore[method-assign]
+
+
+def with_settings(trainer: Trainer, epochs: range, **changes: Any) -> None:
+    """Change settings in these epochs alone."""
+    own = trainer.sadp.settings
+    changed = replace(own, **changes)
+
+    def choose(epoch: int) -> None:
+        trainer.sadp.settings = changed if epoch in epochs else own
+
+    before_each_draw(trainer, choose)
 
 
 def uniform(trainer: Trainer, epochs: range) -> None:
     """Draw uniformly in these epochs, by the scores in the others."""
-    smoothing = trainer.sadp.smoothing
-    before_each_draw(
-        trainer, lambda epoch: trainer.sadp._config.update(smoothing=1.0 if epoch in epochs else smoothing)
-    )
+    with_settings(trainer, epochs, smoothing=1.0)
 
 
 def weighted(trainer: Trainer, epochs: range) -> None:
     """Unbiased weights in these epochs, none in the others."""
-    before_each_draw(
-        trainer, lambda epoch: trainer.sadp._config.update(weights="unbiased" if epoch in epochs else "none")
-    )
+    with_settings(trainer, epochs, weights="unbiased")
 
 
 def refreshed(trainer: Trainer) -> None:
@@ -91,32 +99,40 @@ def evenly_spaced(trainer: Trainer) -> None:
         phase[indices] -= 1
         return indices, torch.ones(len(indices), device=device), len(indices)  # for weights "none"
 
-    pruner.sample = sample  # type: ignore[assignment]
+    drawing.sample = sample  # type: ignore[assignment]
 
 
-def layers_alike(trainer: Trainer) -> None:
+class LayersAlike(AllLayers):
     """Each layer's part of the bound is divided by its mean over the batch, so that no layer outweighs another."""
 
-    def alike(inputs: Tensor, deltas: Tensor, multiplicity: Tensor) -> Tensor:
+    name = "layers alike"
+
+    def of_energies(self, inputs: Tensor, deltas: Tensor, multiplicity: Tensor) -> Tensor:
         bound = inputs.float().sqrt() * deltas.float().sqrt()
         return torch.linalg.vector_norm(bound / bound.nan_to_num(0, 0, 0).mean(1, keepdim=True), dim=0)
 
-    def update(energies: Tensor, rows: Tensor, multiplicity: Tensor, *others: Any) -> None:
-        """In the place of the kernel, for losses without weights; a factor of all layers cancels out."""
-        inputs, deltas = energies[rows]
-        trainer.sadp._keep(trainer.sadp._batch, alike(inputs, deltas, multiplicity))  # type: ignore[arg-type]
-        energies.fill_(torch.nan)
 
-    pruner.spike_aware_score = alike  # type: ignore[assignment]
-    ops.update_scores = update  # type: ignore[assignment]
+def layers_alike(trainer: Trainer) -> None:
+    """Score by `LayersAlike`."""
+    trainer.sadp.scoring.score = LayersAlike()
+
+
+class Changed(Policy):
+    """Draw by scores that are changed before they become probabilities; those that are kept stay as they were."""
+
+    name = "changed"
+
+    def __init__(self, policy: Policy, change: Callable[[Tensor], Tensor]) -> None:
+        self.policy, self.change = policy, change
+
+    def probabilities(self, scores: Tensor, keep: float, smoothing: float) -> Tensor:
+        return self.policy.probabilities(self.change(scores), keep, smoothing)
 
 
 def with_scores(trainer: Trainer, change: Callable[[Tensor], Tensor]) -> None:
-    """Draw by scores that are changed before they become probabilities; those that are kept stay as they were."""
-    solve = pruner.inclusion_probabilities
-    pruner.inclusion_probabilities = (  # type: ignore[assignment]
-        lambda scores, keep, **options: solve(change(scores), keep, **options)
-    )
+    """Draw by changed scores."""
+    settings = trainer.sadp.settings
+    trainer.sadp.settings = replace(settings, policy=Changed(POLICIES.find(settings.policy), change))
 
 
 def hardest_as_easiest(scores: Tensor, share: float) -> Tensor:
@@ -158,14 +174,14 @@ def ways(epochs: int) -> dict[str, tuple[str, Callable[[Trainer], None]]]:
 
 
 def train(config: TrainConfig, dataset: data.Dataset, patch: Callable[[Trainer], None]) -> dict[str, Any]:
-    """One run; patches of modules are taken back."""
-    kept = pruner.spike_aware_score, pruner.sample, pruner.inclusion_probabilities, ops.update_scores
+    """One run; what was put in a module's place is taken back."""
+    kept = drawing.sample
     try:
         trainer = Trainer(config, dataset)
         patch(trainer)
         return trained(trainer)
     finally:
-        pruner.spike_aware_score, pruner.sample, pruner.inclusion_probabilities, ops.update_scores = kept
+        drawing.sample = kept
 
 
 def trained(trainer: Trainer) -> dict[str, Any]:
@@ -184,7 +200,7 @@ def one_setting(configs: dict[str, dict[str, Any]]) -> None:
     """
     known: dict[str, tuple[str, Any]] = {}
     for where, config in configs.items():
-        own = {"seed", "device", "method", *METHODS[config["method"]]}
+        own = {"seed", "device", "method", *METHODS[config["method"]].settings}
         for key, value in {**asdict(TrainConfig()), **config}.items():
             first, other = (where, value) if key in own else known.setdefault(key, (where, value))
             if value != other:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Beta
 
-from ..ops.augment import reference as reference
+from ..ops.augment import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -38,8 +38,7 @@ def crop_flip_normalise(
     A pure function: the same ``draws`` give the same result, the same bits on the CPU (plain torch) and on the GPU (one
     kernel; nothing waits for the host). The crop is the image shifted by up to ``padding`` pixels each way, mirrored at
     the border. Cutout (DeVries and Taylor, arXiv 1708.04552) then hides a square around a random pixel of each image,
-    in all channels and frames: it is 0, the mean. Which draw does what is said in ``reference.augment.crop_flip`` and
-    ``hide_square``.
+    in all channels and frames: it is 0, the mean. Which draw does what is said in ``ops.augment.reference``.
 
     Args:
         images: uint8 [N, C, H, W], or event frames [N, T, C, H, W], contiguous; all tensors on one device.
@@ -86,11 +85,11 @@ def crop_flip_normalise(
             f"dtype must be one of {DTYPES} and memory_format of {MEMORY_FORMATS}, got {dtype}, {memory_format}"
         )
     if images.is_cuda:
-        from ..ops.augment import op as ops  # Triton is imported where it is used, so that CPU users need no Triton
+        from ..ops.augment import op  # Triton is imported where it is used, so that CPU users need no Triton
 
         index, draws = (None if t is None else t.contiguous() for t in (index, draws))
         mean, std = mean.contiguous(), std.contiguous()
-        return ops.crop_flip_normalise(images, index, draws, mean, std, padding, cutout, dtype, memory_format)
+        return op.crop_flip_normalise(images, index, draws, mean, std, padding, cutout, dtype, memory_format)
     return reference.crop_flip_normalise(images, index, draws, mean, std, padding, cutout, dtype, memory_format)
 
 

@@ -1,187 +1,167 @@
-"""What decides a training run: its settings, the methods that are compared, and variants of them written as text."""
+"""What decides a training run: its settings, and variants of the methods that are compared, written as text."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 
-from ..prune import sadp as pruner
-from ..prune.probabilities import POLICIES, SCHEDULES
+from ..prune.scores import SCORES as PRUNING_SCORES
+from ..prune.settings import Settings
+from .data.registry import DATASETS, by_recipe, takers
+from .event_frames import SPLITS
+from .methods import METHODS
+from .models.registry import MODELS, trained_by
+from .settings import SettingError, number, reader, setting
 
-# The methods, and how each differs from the configuration at hand. Their papers say what they select and how they weigh
-# it; smoothing (for InfoBatch its s = .5 at the mean, for epsilon-greedy epsilon) and momentum are our constants.
-METHODS: dict[str, dict[str, Any]] = {
-    "full": {"prune_ratio": 0.0},
-    "static_random": {"score": "static_random", "warmup_epochs": 0, "tail_epochs": 0},
-    "random": {"score": "random"},
-    "loss": {"score": "loss"},
-    "el2n": {"score": "el2n"},  # Paul et al., arXiv 2107.07075
-    "grad_norm": {"score": "grad_norm"},
-    # Qin et al., arXiv 2303.04947; the last eighth of the epochs on all data is theirs.
-    "infobatch": {
-        "score": "loss",
-        "policy": "infobatch",
-        "smoothing": 0.5,
-        "weights": "sum",
-        "score_momentum": 0.0,
-        "tail_epochs": None,
-    },
-    # Raju, Daruwalla and Lipasti, arXiv 2111.12621
-    "epsilon_greedy": {
-        "score": "loss",
-        "policy": "epsilon_greedy",
-        "smoothing": 0.1,
-        "weights": "none",
-        "score_momentum": 0.5,
-    },
-    "sadp": {},
-}
-SCORES = tuple("grad_norm" if score == "given" else score for score in pruner.SCORES)
-AUGMENT = ("auto", "crop-flip", "crop", "none")
-TRAINED_BY_SGD = ("sew_resnet18", "spiking_vgg", "vggsnn")  # the other networks by AdamW
-AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-# What decides nothing where nothing is pruned ...
-PRUNING = {"score", "policy", "smoothing", "weights", "score_momentum", "schedule", "warmup_epochs", "tail_epochs"}
-SCORING = {"policy", "smoothing", "score_momentum"}  # ... and where all scores are alike
-_UNIFORM = ("random", "static_random")
-
-
-class SettingError(argparse.ArgumentTypeError, ValueError):  # the first, so that readers can be types of options
-    """Text that names no method, setting or value; the message says why."""
-
-
-def number(kind: type, condition: Callable[[Any], bool], requirement: str) -> Callable[[str], Any]:
-    """Reader of a number from text, which raises SettingError where it is not as required."""
-
-    def read(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not condition(value):
-            raise SettingError(f"{text!r} is not {requirement}")
-        return value
-
-    return read
-
-
-def one_of(*choices: str) -> Callable[[str], str]:
-    """Reader of one of these words, which raises SettingError for any other."""
-
-    def read(text: str) -> str:
-        if text not in choices:
-            raise SettingError(f"{text!r} is not one of {','.join(choices)}")
-        return text
-
-    return read
-
-
+EXACT = "grad_norm"  # the score that training gives to SADP
+SCORES = tuple(EXACT if score == "given" else score for score in PRUNING_SCORES)
 POSITIVE = number(int, lambda value: value >= 1, "a whole number of at least 1")
 NATURAL = number(int, lambda value: 0 <= value < 2**63, "a whole number of at least 0")
-SHARE = number(float, lambda value: 0 <= value <= 1, "between 0 and 1")
 TIME_STEPS = number(int, lambda value: 1 <= value <= 100_000, "a whole number of at least 1, at most 100000")
-BELOW_ONE = number(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
+SHARE = number(float, lambda value: 0 <= value <= 1, "between 0 and 1")
 ABOVE_ZERO = number(float, lambda value: 0 < value < math.inf, "a number above 0")
+AT_LEAST_ZERO = number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
 LEARNING_RATE = number(float, lambda value: 0 < value <= 1000, "a number above 0, at most 1000")
 MIXUP = number(float, lambda value: value == 0 or 0.01 <= value <= 100, "0, or from 0.01 to 100")
-AT_LEAST_ZERO = number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
-
-# How the settings that a variant of a method may change are read from text. The others belong to a whole comparison:
-# data, network, ratio, seed and device.
-SETTINGS: dict[str, Callable[[str], Any]] = {
-    "epochs": POSITIVE,
-    "batch_size": POSITIVE,
-    "lr": LEARNING_RATE,
-    "weight_decay": AT_LEAST_ZERO,
-    "label_smoothing": SHARE,
-    "augment": one_of(*AUGMENT),
-    "cutout": NATURAL,
-    "mixup": MIXUP,
-    "amp": one_of(*AMP),
-    "low_memory": lambda text: one_of("true", "false")(text) == "true",
-    "score": one_of(*SCORES),
-    "policy": one_of(*POLICIES),
-    "smoothing": SHARE,
-    "weights": one_of(*pruner.WEIGHTS),
-    "score_momentum": BELOW_ONE,
-    "schedule": one_of(*SCHEDULES),
-    "warmup_epochs": NATURAL,
-    "tail_epochs": NATURAL,
-}
+AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def implied_by(settings: dict[str, Any]) -> dict[str, Any]:
-    """What goes with these settings, unless they say otherwise: where images stay as they are, nothing is cut out."""
-    return {"cutout": 0} if settings.get("augment") == "none" else {}
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """The data set and the network."""
+
+    dataset: str = setting("digits", "", choices=DATASETS, metavar="NAME", shown="digits, no files needed")
+    image_size: int = setting(32, "side of an imagefolder's images", read=POSITIVE, metavar="PIXELS")
+    split_by: str = setting(
+        "number",
+        f"frames of equal numbers of events (default) or of equal time: {', '.join(takers('split_by'))}",
+        choices=SPLITS,
+        shown="",
+    )
+    model: str = setting(
+        "conv", "network", choices=MODELS, metavar="NAME", shown=by_recipe("model", "conv", "{value} for {names}")
+    )
+    time_steps: int = setting(4, "time steps", read=TIME_STEPS, metavar="T", shown="4; event frames 10, or their own")
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """All that decides a run's result, named as the options of `sadp-fast train`.
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How long, and with what optimizer, augmentation and precision.
 
-    `method` is one of METHODS, whose changes `of` makes. `score` is one of SADP's, or "grad_norm": the exact norm of
-    each example's gradient, at a cost that only small networks can bear. `weight_decay` is the optimizer's; None: 5e-4
-    for the networks that are TRAINED_BY_SGD, torch's default for AdamW. `augment` is how training images are
-    changed at random, "auto" being "crop-flip" for images of three colours and else "none"; `cutout` is the side in
-    pixels of the square that is then hidden in each (see `augmentation.crop_flip_normalise`), and `mixup` the alpha by
-    which examples of a batch are mixed (see `augmentation.mixup`), 0 being not at all. `low_memory` keeps as bits the
-    spikes that wait for the backward pass, with the same results.
+    `weight_decay` is the optimizer's; None: 5e-4 for SGD, torch's default for AdamW. `augment` is how training images
+    are changed at random, "auto" being "crop-flip" for images of three colours and else "none"; `cutout` is the side
+    in pixels of the square that is then hidden in each (see `augmentation.crop_flip_normalise`), and `mixup` the alpha
+    by which examples of a batch are mixed (see `augmentation.mixup`), 0 being not at all. `low_memory` keeps as bits
+    the spikes that wait for the backward pass, with the same results. `method` is one of METHODS, whose changes
+    `TrainConfig.of` makes.
     """
 
-    dataset: str = "digits"
-    image_size: int = 32
-    split_by: str = "number"
-    model: str = "conv"
-    time_steps: int = 4
-    epochs: int = 30
-    batch_size: int = 32
-    lr: float = 2e-3
-    weight_decay: float | None = None
-    label_smoothing: float = 0.0
-    augment: str = "auto"
-    cutout: int = 0
-    mixup: float = 0.0
-    amp: str = "off"
-    low_memory: bool = False
+    epochs: int = setting(30, "epochs", read=POSITIVE, metavar="N", shown=by_recipe("epochs", 30))
+    batch_size: int = setting(32, "examples a step", read=POSITIVE, metavar="B", shown=by_recipe("batch_size", 32))
+    lr: float = setting(2e-3, "peak learning rate", read=LEARNING_RATE, metavar="RATE", shown="by --model")
+    weight_decay: float | None = setting(
+        None,
+        "weight decay",
+        read=AT_LEAST_ZERO,
+        metavar="RATE",
+        shown=f"5e-4 with SGD, which trains {', '.join(trained_by('SGD'))}; else AdamW's 0.01",
+    )
+    label_smoothing: float = setting(0.0, "label smoothing, 0 to 1", read=SHARE, metavar="S")
+    augment: str = setting(
+        "auto",
+        "crop training images at random by up to four pixels, and mirror half of them",
+        choices=("auto", "crop-flip", "crop", "none"),
+        shown="auto, crop-flip for images of three colours, else none",
+    )
+    cutout: int = setting(
+        0,
+        "side of a square hidden at random in every augmented training image",
+        read=NATURAL,
+        metavar="PIXELS",
+        shown=by_recipe("cutout", 0).removeprefix("0; ") + "; else none",
+    )
+    mixup: float = setting(
+        0.0,
+        "mix each training example with another one, by shares from Beta(ALPHA, ALPHA)",
+        read=MIXUP,
+        metavar="ALPHA",
+        shown="0, not at all",
+    )
+    amp: str = setting("off", "mixed precision", choices=AMP, shown="bf16 on a GPU, off on the CPU")
+    low_memory: bool = setting(False, "keep spikes as bits for the backward pass: a third less memory")
     method: str = "sadp"
-    prune_ratio: float = 0.5
-    score: str = "all"
-    policy: str = "mix"
-    smoothing: float = 0.3
-    weights: str | None = None
-    score_momentum: float = 0.0
-    schedule: str = "constant"
-    warmup_epochs: int | None = None
-    tail_epochs: int | None = None
-    seed: int = 0
-    device: str = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Settings, TrainingSettings, DataSettings):
+    """All that decides a run's result, named as the options of `sadp-fast train`; the fields are in their bases' order.
+
+    `score` is one of SADP's, or "grad_norm": the exact norm of each example's gradient, at a cost that only small
+    networks can bear.
+    """
+
+    score: str = setting(
+        "all",
+        "importance of an example",
+        choices=SCORES,
+        metavar="NAME",
+        shown="all, the spike-aware bound over all weight layers; last: over the last one; grad_norm: exact, slow",
+    )
+    seed: int = setting(0, "seed of weights, draws and augmentation", read=NATURAL, metavar="N")
+    device: str = setting("cpu", "cpu, cuda or cuda:N", shown="cuda where there is a GPU")
+
+    def __post_init__(self) -> None:
+        """What is of pruning is checked by `pruning`, where the data and the network are known."""
+
+    def pruning(self) -> Settings:
+        """SADP's part; raises ValueError for a value that is out of its range."""
+        values = {each.name: getattr(self, each.name) for each in fields(Settings)}
+        return Settings(**values | ({"score": "given"} if self.score == EXACT else {}))
+
+    def settled(self, epochs: int | None = None) -> TrainConfig:
+        """The same run, with what `SADP` takes for weights, warm-up and tail written out where they are None."""
+        settled: Any = super().settled(self.epochs if epochs is None else epochs)
+        return settled
 
     def of(self, variant: str) -> TrainConfig:
         """The same conditions for a method or a variant of one (see `read_variant`)."""
         method, changes = read_variant(variant)
-        return replace(self, method=method, **{**METHODS[method], **implied_by(changes), **changes})
-
-    def settled(self) -> TrainConfig:
-        """The same run, with what `SADP` takes for weights, warm-up and tail written out where they are None."""
-        weights, warmup, tail = pruner.settle(
-            self.policy, self.epochs, self.weights, self.warmup_epochs, self.tail_epochs
-        )
-        return replace(self, weights=weights, warmup_epochs=warmup, tail_epochs=tail)
+        return replace(self, method=method, **{**METHODS[method].settings, **implied_by(changes), **changes})
 
     def conditions(self) -> dict[str, Any]:
         """What decides the result: not the device, nor what the method does not use, nor how a default is written.
 
         So a full-data run is one and the same run beside all settings of pruning.
         """
-        unused = {"device"} | (PRUNING if self.prune_ratio == 0 else SCORING if self.score in _UNIFORM else set())
-        return {key: value for key, value in asdict(self.settled()).items() if key not in unused}
+        unused = PRUNING if self.prune_ratio == 0 else SCORING if _uniform(self.score) else set()
+        settled = asdict(self.settled())
+        return {key: value for key, value in settled.items() if key not in {"device", *unused}}
+
+
+# What decides nothing where nothing is pruned ...
+PRUNING = {each.name for each in fields(Settings)} - {"prune_ratio", "seed"}
+SCORING = {"policy", "smoothing", "score_momentum"}  # ... and where all scores are alike
+# How the settings that a variant of a method may change are read from text. The others belong to a whole comparison:
+# data, network, ratio, seed and device.
+SETTINGS = {
+    each.name: reader(each)
+    for each in fields(TrainConfig)
+    if each.name in PRUNING | {own.name for own in fields(TrainingSettings)} - {"method"}
+}
+
+
+def _uniform(score: str) -> bool:
+    """Whether all examples have the same score."""
+    return score != EXACT and PRUNING_SCORES[score].source == "none"
+
+
+def implied_by(settings: dict[str, Any]) -> dict[str, Any]:
+    """What goes with these settings, unless they say otherwise: where images stay as they are, nothing is cut out."""
+    return {"cutout": 0} if settings.get("augment") == "none" else {}
 
 
 def read_variant(text: str) -> tuple[str, dict[str, Any]]:
@@ -212,13 +192,12 @@ def read_variant(text: str) -> tuple[str, dict[str, Any]]:
             changes[key] = SETTINGS[key](value)
         except SettingError as error:
             raise SettingError(f"{error}, which {key} in {text!r} has to be") from None
-    return method, {field.name: changes[field.name] for field in fields(TrainConfig) if field.name in changes}
+    return method, {key: changes[key] for key in SETTINGS if key in changes}
 
 
 def write_variant(method: str, changes: dict[str, Any]) -> str:
     """The text that `read_variant` reads: the same for the same variant."""
-    words = {True: "true", False: "false"}
-    return ":".join([method, *(f"{key}={words.get(v, v) if isinstance(v, bool) else v}" for key, v in changes.items())])
+    return ":".join([method, *(f"{key}={str(v).lower() if isinstance(v, bool) else v}" for key, v in changes.items())])
 
 
 def base_method(variant: str) -> str:
@@ -228,12 +207,9 @@ def base_method(variant: str) -> str:
 
 def settings_of(method: str) -> set[str]:
     """The settings that a variant of this method may change: those that it uses, but what makes it this method."""
-    unused: Iterable[str] = ()
-    if method == "full":
-        unused = PRUNING
-    elif METHODS[method].get("score") in _UNIFORM:
-        unused = SCORING
-    return set(SETTINGS) - set(unused) - ({"score", "policy"} & METHODS[method].keys())
+    own = METHODS[method].settings
+    unused = PRUNING if method == "full" else SCORING if _uniform(own.get("score", "all")) else set()
+    return set(SETTINGS) - unused - ({"score", "policy"} & own.keys())
 
 
 def device_kind(device: str) -> str:
@@ -243,10 +219,5 @@ def device_kind(device: str) -> str:
 
 def folder_name(variant: str) -> str:
     """A variant as part of a file's name, which a file system would refuse if it were too long."""
-    name = whole_folder_name(variant)
+    name = variant.replace(":", "-")
     return name if len(name) <= 100 else f"{name[:89]}-{hashlib.sha256(variant.encode()).hexdigest()[:10]}"
-
-
-def whole_folder_name(variant: str) -> str:
-    """The same, however long: runs that were begun before names were cut have it."""
-    return variant.replace(":", "-")

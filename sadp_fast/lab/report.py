@@ -1,4 +1,4 @@
-"""What a run leaves behind: a table, a JSON file and a plot that compare the methods, and TensorBoard scalars."""
+"""What a run leaves behind: a table, a JSON file and a plot that compare the methods."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .config import METHODS, TrainConfig, base_method, read_variant
+from .config import TrainConfig, base_method, read_variant
 from .data import Dataset
-from .train import Progress
+from .methods import METHODS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -217,24 +217,6 @@ def write_plot(report: dict[str, Any], path: Path) -> None:
         )
     figure.suptitle(title(report))
     figure.savefig(path, metadata={"Software": None})
-
-
-def tensorboard(folder: Path) -> Progress | None:
-    """A viewer that writes each epoch's scalars to `folder`, or None where tensorboard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    writer = SummaryWriter(str(folder))
-
-    class Scalars(Progress):
-        def epoch(self, entry: dict[str, Any]) -> None:
-            for name, value in entry.items():
-                if name != "epoch" and value is not None:
-                    writer.add_scalar(name, value, entry["epoch"])
-            writer.flush()
-
-    return Scalars()
 
 
 def device_name(device: str) -> str:

@@ -7,7 +7,11 @@ from pathlib import Path
 
 @cache
 def sources() -> str:
-    """Digest of the package's Python sources but for the studies: runs of different ones do not quite compare."""
+    """Digest of the code that trains, the studies left out: runs of different code do not quite compare.
+
+    It is that of the package's Python files and, in a clone, of csrc.
+    """
     package = Path(__file__).parents[1]
-    files = [path for path in sorted(package.rglob("*.py")) if "study" not in path.relative_to(package).parts]
+    files = [path for path in sorted(package.rglob("*.py")) if path.relative_to(package).parts[:2] != ("lab", "study")]
+    files += sorted(path for path in (package.parent / "csrc").rglob("*") if path.is_file())
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]

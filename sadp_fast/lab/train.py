@@ -26,7 +26,7 @@ from ..prune.sadp import SADP
 from ..statistics.exact import gradient_norms
 from . import models
 from .augmentation import crop_flip_normalise, draw_augmentation, draw_mixup, mixup
-from .config import AMP, TRAINED_BY_SGD, TrainConfig, device_kind
+from .config import AMP, EXACT, TrainConfig, device_kind
 from .data import Dataset, described, differ
 from .sources import sources
 
@@ -239,21 +239,8 @@ class Trainer:
         self.model.to(device=self.device, memory_format=self.layout)  # type: ignore[call-overload]
         if config.amp != "off":
             cast_weights_at_once(self.model)
-        self.sadp = SADP(
-            self.model,
-            len(data.train_labels),
-            epochs=config.epochs,
-            prune_ratio=config.prune_ratio,
-            score="given" if config.score == "grad_norm" else config.score,
-            policy=config.policy,
-            smoothing=config.smoothing,
-            weights=config.weights,
-            score_momentum=config.score_momentum,
-            schedule=config.schedule,
-            warmup_epochs=config.warmup_epochs,
-            tail_epochs=config.tail_epochs,
-            seed=config.seed,
-        )
+        count, pruning = len(data.train_labels), config.pruning()
+        self.sadp = SADP(self.model, count, epochs=config.epochs, settings=pruning)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         # Fused on the GPU: a few kernels a step, and no wait for the host with a gradient scaler. Without one, the
@@ -262,11 +249,10 @@ class Trainer:
         graphed = fused and config.amp != "fp16"
         self.lr, self.rate = config.lr, torch.tensor(config.lr, device=self.device) if graphed else None
         lr = config.lr if self.rate is None else self.rate
-        weights = self.model.parameters()
+        weights, optimizer = self.model.parameters(), models.MODELS[config.model].optimizer
+        decay = models.WEIGHT_DECAY[optimizer] if config.weight_decay is None else config.weight_decay
         self.optimizer: torch.optim.Optimizer
-        sgd = config.model in TRAINED_BY_SGD
-        decay = config.weight_decay if config.weight_decay is not None else 5e-4 if sgd else 1e-2
-        if sgd:
+        if optimizer == "SGD":
             self.optimizer = torch.optim.SGD(weights, lr, momentum=0.9, nesterov=True, weight_decay=decay, fused=fused)
         else:
             self.optimizer = torch.optim.AdamW(weights, lr, weight_decay=decay, fused=fused, capturable=graphed)
@@ -323,7 +309,7 @@ class Trainer:
         x, target = self.inputs(self.data.train_images, index, self._draws(len(index))), self.data.train_labels[index]
         if self.config.mixup > 0:
             x, target = mixup(x, target, draw_mixup(len(x), self.config.mixup, x.device), self.data.num_classes)
-        if self.config.score == "grad_norm" and self.sadp.wants_scores:
+        if self.config.score == EXACT and self.sadp.wants_scores:
             self.sadp.give(gradient_norms(self.model, x, target, self.criterion))
         with packed_spikes() if self.config.low_memory else nullcontext():
             loss = self.sadp.loss(self.criterion, self.logits(x), target)
@@ -342,9 +328,9 @@ class Trainer:
         """
         first: dict[tuple[bool, bool], int] = {}
         for epoch, ratio in enumerate(self.sadp.ratios):
-            first.setdefault((ratio > 0, self.sadp._needs_scores(epoch)), epoch)
+            first.setdefault((ratio > 0, self.sadp.takes_scores(epoch)), epoch)
         for epoch in first.values():
-            self.sadp.epoch = epoch
+            self.sadp.skip_to(epoch)
             with closing(self.sadp.batches(self.config.batch_size)) as batches:
                 for _, index in zip(range(2), batches, strict=False):
                     self.step(index, self.config.lr)
@@ -399,25 +385,21 @@ class Trainer:
         """
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            saved = state["config"]
+            saved, began, self.sources = state["config"], state["data_set"], list(state["sources"])
         except (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
             raise TrainError(f"the checkpoint {path} is damaged ({error}): start a new run") from error
-        saved = {**asdict(TrainConfig()), **saved}  # an older run lacks what was added since
         own, saved = ({**c, "device": device_kind(c["device"])} for c in (asdict(self.config), saved))
         for field, value in own.items():
-            if saved[field] != value:
+            if saved.get(field) != value:
                 raise TrainError(
-                    f"{field} is {value!r}, but the run in {path.parent} has {saved[field]!r}: "
+                    f"{field} is {value!r}, but the run in {path.parent} has {saved.get(field)!r}: "
                     "resume with that value, or start a new run"
                 )
-        began = {key: value for key, value in state.get("data_set", {}).items() if key != "name"}  # files may be moved
-        if differ(self.data_set, began):
+        if differ(self.data_set, {**began, "name": self.data_set["name"]}):  # files may be moved
             raise TrainError(
                 f"the data set at hand is {described(self.data_set)}, but the run in {path.parent} began with "
-                f"{described(state['data_set'])}: resume with that one, or start a new run"
+                f"{described(began)}: resume with that one, or start a new run"
             )
-        trained_by = state.get("sources", "an earlier version")
-        self.sources = [trained_by] if isinstance(trained_by, str) else list(trained_by)  # older runs have one
         others = [name for name in dict.fromkeys(self.sources) if name != sources()]
         if others:
             warnings.warn(

@@ -16,18 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import data, report, train
-from .config import (
-    BELOW_ONE,
-    METHODS,
-    NATURAL,
-    SettingError,
-    TrainConfig,
-    base_method,
-    device_kind,
-    folder_name,
-    whole_folder_name,
-)
+from .config import TrainConfig, base_method, device_kind, folder_name
+from .loggers import open_loggers
+from .methods import METHODS
 from .options import CommandError, add_settings, check_device, list_of, variant, with_defaults
+from .settings import SettingError, add_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,23 +41,15 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     groups = add_settings(command)
-    option = groups["pruning"].add_argument
-    option(
-        "--prune-ratio",
-        type=BELOW_ONE,
-        metavar="R",
-        help="mean share of examples left out, [0, 1); 0: full data only (default: 0.5)",
-    )
-    option(
+    add_options(groups["pruning"], TrainConfig, {"prune_ratio"})
+    groups["pruning"].add_argument(
         "--compare",
         type=lambda text: [] if text.strip() == "none" else list_of(_compared)(text),
         metavar="LIST",
         help=f"also run none, or any of {', '.join(METHODS)}; with settings of their own where wanted: "
         "full,full:epochs=15,sadp:weights=unbiased (default: full)",
     )
-    option = groups["training"].add_argument
-    option("--seed", type=NATURAL, metavar="N", help="seed of weights, draws and augmentation (default: 0)")
-
+    add_options(groups["training"], TrainConfig, {"seed"})
     option = command.add_argument_group("output").add_argument
     option("--out", metavar="DIR", help="folder of the run, new or empty (default: runs/NAME)")
     option("--name", help="name of the run under runs/ (default: data set, model, date and time)")
@@ -142,11 +127,8 @@ def _run(plan: Plan, dataset: data.Dataset, console: Console | None) -> dict[str
                 viewers.append(_Bar(bars, label, config.epochs))
             elif console:
                 viewers.append(_Lines(console, label, config.epochs))
-            # A run that was begun before names were cut goes on in its folder.
-            whole = whole_folder_name(method)
-            name = whole if os.path.exists(plan.folder / whole) else folder_name(method)
-            if board := report.tensorboard(plan.folder / "tb" / name):
-                viewers.append(board)
+            name = folder_name(method)
+            viewers += open_loggers(plan.folder, name)
             histories[method] = train.run(config, dataset, plan.folder / name, viewers, plan.resume).history
     return histories
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops.batch_norm_lif.reference import Normalisation, gain, normalise
 from ..ops.common.spike_marks import mark, max_count
-from ..ops.lif.reference import squared_norm_per_example
+from ..ops.lif.reference import GradientNormTap, squared_norm_per_example
 from .neuron import BaseNode, IFNode, LIFNode, ParametricLIFNode
 
 
@@ -123,7 +124,7 @@ class _BatchNormNode(BaseNode):
 
     def _fused(self, x: Tensor, residual: Tensor | None, repeat: int | None) -> int | None:
         """The fused surrogate's index if one operator can do it all, None if not."""
-        if self.step_mode != "m" or self.store_v_seq or torch.compiler.is_compiling() or x.numel() == 0:
+        if self.step_mode != "m" or self.store_v_seq or x.numel() == 0:
             return None
         v = self.v
         if isinstance(v, Tensor) or v != self.dynamics.v_rest:  # goes on from an earlier call
@@ -149,8 +150,18 @@ class _BatchNormNode(BaseNode):
         """Whether this is one number a channel as the kernels read it, or nothing."""
         return t is None or (t.dtype == torch.float32 and t.shape == (self.num_features,) and t.is_contiguous())
 
+    def _normalisation(self) -> Normalisation:
+        return Normalisation(
+            self.eps,
+            self.momentum,
+            self.running_mean,
+            self.running_var,
+            self.num_batches_tracked,
+            use_batch=self._uses_batch_statistics,
+            update=self._updates_running_statistics,
+        )
+
     def _run_fused(self, x: Tensor, residual: Tensor | None, repeat: int | None, surrogate: int) -> Tensor:
-        from ..ops.batch_norm_lif.launch import Neuron, Normalisation
         from ..ops.batch_norm_lif.op import batch_norm_lif
 
         energies = self._new_energies(x.shape[0 if repeat is not None else 1], x.device)
@@ -162,16 +173,10 @@ class _BatchNormNode(BaseNode):
             residual,
             self.weight,
             self.bias,
-            Normalisation(
-                self.eps,
-                self.momentum,
-                self.running_mean,
-                self.running_var,
-                self.num_batches_tracked,
-                use_batch=self._uses_batch_statistics,
-                update=self._updates_running_statistics,
-            ),
-            Neuron.of(self.dynamics, surrogate, self.surrogate_function.alpha),  # type: ignore[union-attr]
+            self._normalisation(),
+            self.dynamics,
+            surrogate,
+            self.surrogate_function.alpha,  # type: ignore[union-attr]
             reciprocal_tau=self._reciprocal_tau(x),
             repeat=repeat,
             want_v=want_v,
@@ -209,15 +214,18 @@ class _BatchNormNode(BaseNode):
     def _unfused(self, x: Tensor, residual: Tensor | None, repeat: int | None) -> Tensor:
         """The same by torch's batch normalisation and this package's neuron: any device, dtype, state and length."""
         single = self.step_mode == "s"
-        time_folded = x if single or repeat is not None else x.flatten(0, 1)
-        y = self._normalise(time_folded)
-        energies = self._new_energies(x.shape[0 if single or repeat is not None else 1], x.device)
+        folds = not single and repeat is None
+        folded, norm = x.flatten(0, 1) if folds else x, self._normalisation()
+        y = normalise(folded, self.weight, self.bias, norm)
+        y = y.unflatten(0, x.shape[:2]) if folds else y.unsqueeze(0)
+        energies = self._new_energies(y.shape[1], x.device)
         if energies is not None:
-            y = _DeltaTap.apply(y, energies.delta, self._gain(time_folded), self._reciprocal_tau(y), self.v)
-        if repeat is not None:
-            y = y.expand(repeat, *y.shape)
-        elif not single:
-            y = y.unflatten(0, x.shape[:2])
+            channel_scale = gain(folded, self.weight, norm)
+            y = GradientNormTap.apply(y, energies.delta, channel_scale, self._reciprocal_tau(y), self.v)
+        if single:
+            y = y.squeeze(0)
+        elif repeat is not None:
+            y = y.expand(repeat, *x.shape)
         collect, self.collect_statistics = self.collect_statistics, False
         try:
             spikes = super().forward(y)
@@ -225,37 +233,10 @@ class _BatchNormNode(BaseNode):
             self.collect_statistics = collect
         out = spikes if residual is None else spikes + residual
         if energies is not None:
-            energies.output.copy_(_energy(out.detach().unsqueeze(0) if single else out.detach()))
+            energies.output.copy_(
+                squared_norm_per_example(out.detach().unsqueeze(0) if single else out.detach()).sum(0)
+            )
         return _mark_sum(out, max_count(spikes), residual)
-
-    def _normalise(self, x: Tensor) -> Tensor:
-        """Batch normalisation of x [M, C, *]."""
-        momentum, updates = self.momentum, self._updates_running_statistics
-        if updates and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if momentum is None:
-                momentum = 1.0 / float(self.num_batches_tracked)
-        running = (self.running_mean, self.running_var) if updates or not self.training else (None, None)
-        return nn.functional.batch_norm(
-            x,
-            *running,
-            self.weight,
-            self.bias,
-            self._uses_batch_statistics,
-            0.0 if momentum is None else momentum,
-            self.eps,
-        )
-
-    def _gain(self, x: Tensor) -> Tensor:
-        """gamma / sigma of each channel, as the normalisation of x [M, C, *] used it, float [C]."""
-        with torch.no_grad():
-            if self._uses_batch_statistics:
-                variance = batch_variance(x)
-            else:
-                assert self.running_var is not None
-                variance = self.running_var
-            gain = torch.rsqrt(variance + self.eps)
-            return gain if self.weight is None else gain * self.weight
 
     # ------------------------------------------------------------------------------------------------- statistics
 
@@ -276,38 +257,10 @@ class _BatchNormNode(BaseNode):
         )
 
 
-def batch_variance(x: Tensor) -> Tensor:
-    """Variance of each channel of x [M, C, *], not corrected, as a normalisation takes it: float [C]."""
-    values = x if x.dtype == torch.float64 else x.float()
-    return values.transpose(0, 1).flatten(1).var(1, correction=0)
-
-
 def _mark_sum(out: Tensor, count: int | None, residual: Tensor | None) -> Tensor:
     """Mark the largest value of spikes (at most ``count``) + residual, for ``packed_spikes``."""
     most = 0 if residual is None else max_count(residual)
     return out if count is None or most is None else mark(out, count + most)
-
-
-def _energy(t: Tensor, gain: Tensor | None = None) -> Tensor:
-    """Squared norm of each example of t [T, N, C, *], summed over time, float [N]."""
-    return squared_norm_per_example(t, gain).sum(0)
-
-
-class _DeltaTap(torch.autograd.Function):
-    """Identity on y [T * N, C, *] that writes, in its backward pass, the energy of the gradient times ``gain``.
-
-    ``others`` as in ``GradientNormTap``.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, buffer: Tensor, gain: Tensor, *others: Tensor | float | None) -> Tensor:
-        ctx.buffer, ctx.gain, ctx.others = buffer, gain, len(others)
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.buffer.copy_(_energy(grad.detach().unflatten(0, (-1, ctx.buffer.shape[0])), ctx.gain))
-        return grad, *([None] * (2 + ctx.others))
 
 
 class BatchNormLIF(_BatchNormNode, LIFNode):

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .batch import Batch
 from .sadp import SADP
 
 # Eager steps before anything is recorded: kernels compile, cuDNN chooses, the optimizer creates its state. Another kind
@@ -22,14 +24,12 @@ _WARMUP_STEPS = 2
 _Kind = tuple[bool, bool, int]  # weighted, scored, batch size
 
 
-class _Recorded:
-    """One recorded kind of step, with the tensors that a replay reads and writes."""
+class _Recorded(NamedTuple):
+    """One recorded kind of step."""
 
-    def __init__(
-        self, graph: torch.cuda.CUDAGraph, index: Tensor, weights: Tensor | None, loss: Tensor, taps: object
-    ) -> None:
-        self.graph, self.index, self.weights, self.loss = graph, index, weights, loss
-        self.taps = taps  # what the graph measures with: their memory must stay
+    graph: torch.cuda.CUDAGraph
+    batch: Batch  # it was recorded on: a replay reads its index and weights, and measures with its taps
+    loss: Tensor
 
 
 class GraphedStep:
@@ -71,7 +71,7 @@ class GraphedStep:
         self._recorded: dict[_Kind, _Recorded] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._side_stream = torch.cuda.Stream(sadp.device)
-        sadp._weigh_all = not sadp.passive
+        sadp.weigh_all()
 
     def __call__(self, index: Tensor) -> Tensor:
         """The step's loss, 0-dim; the next call overwrites it."""
@@ -79,60 +79,47 @@ class GraphedStep:
             return self._run(index)
 
     def _run(self, index: Tensor) -> Tensor:
-        kind = self._sadp.batch_kind
+        batch = self._sadp.batch
+        if batch is None:
+            raise RuntimeError("a GraphedStep belongs inside a loop over the batches of its SADP: call it there")
+        kind = batch.kind
         recorded = None if kind is None else self._recorded.get(kind)
         if recorded is not None:
-            self._replay(recorded, index)
+            self._replay(recorded, batch, index)
             return recorded.loss
+        batch.own(index)
         if kind is None or self._eager_steps[kind] == 0 or self._eager_steps.total() < _WARMUP_STEPS:
             self._eager_steps[kind] += 1
-            return self._run_eagerly(index)
-        self._recorded[kind] = recorded = self._record(index)
-        self._replay(recorded, index)
+            return self._run_eagerly(batch)
+        self._recorded[kind] = recorded = self._record(batch)
+        self._replay(recorded, batch, index)
         return recorded.loss
 
-    def _run_eagerly(self, index: Tensor) -> Tensor:
-        index, _ = self._own_batch(index)
+    def _run_eagerly(self, batch: Batch) -> Tensor:
         # On a side stream, as recording does it: autograd remembers the stream that a parameter was first used on.
         current = torch.cuda.current_stream()
         self._side_stream.wait_stream(current)
         with torch.cuda.stream(self._side_stream):
-            loss = self._step(index)
-            self._sadp.collect()
+            loss = self._step(batch.indices)
+            batch.collect()
         current.wait_stream(self._side_stream)
         return loss
 
-    def _record(self, index: Tensor) -> _Recorded:
+    def _record(self, batch: Batch) -> _Recorded:
         """Record the step on the batch at hand; recording runs nothing."""
-        static_index, static_weights = self._own_batch(index)
         graph = torch.cuda.CUDAGraph()
         for generator in self._generators:
             graph.register_generator_state(generator)
         # Entering gives the eager steps' free memory back (torch.cuda.empty_cache).
         with torch.cuda.graph(graph, pool=self._pool, stream=self._side_stream):
-            loss = self._step(static_index)
-            self._sadp.collect()
-        batch = self._sadp._batch
-        assert batch is not None
-        return _Recorded(graph, static_index, static_weights, loss, batch.taps)
+            loss = self._step(batch.indices)
+            batch.collect()
+        return _Recorded(graph, batch, loss)
 
-    def _own_batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Give the batch at hand an index and weights of its own, rather than rows of the epoch's.
-
-        A graph reads its batch there, and addresses are aligned as they will be in it: kernels compile before.
-        """
-        batch = self._sadp._batch
-        assert batch is not None
-        batch.indices = index.clone()
-        batch.weights = None if batch.weights is None else batch.weights.clone()
-        return batch.indices, batch.weights
-
-    def _replay(self, recorded: _Recorded, index: Tensor) -> None:
-        batch = self._sadp._batch
-        assert batch is not None
-        if batch.indices is not recorded.index:  # else this batch was just recorded
-            recorded.index.copy_(index)
-            if recorded.weights is not None and batch.weights is not None:
-                recorded.weights.copy_(batch.weights)
+    def _replay(self, recorded: _Recorded, batch: Batch, index: Tensor) -> None:
+        if batch is not recorded.batch:  # else it was just recorded
+            recorded.batch.indices.copy_(index)
+            if recorded.batch.weights is not None and batch.weights is not None:
+                recorded.batch.weights.copy_(batch.weights)
         recorded.graph.replay()
-        self._sadp._close(batch)
+        batch.close()

@@ -21,9 +21,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..memory.packed_spikes import unpack
 from ..nn import surrogate
-from ..nn.batch_norm_lif import CallEnergies, batch_variance
+from ..nn.batch_norm_lif import CallEnergies
 from ..nn.neuron import BaseNode
 from ..nn.weight_layers import WEIGHT_LAYERS, is_trained
+from ..ops.batch_norm_lif.reference import batch_variance
 from ..ops.common.saved_tensors import hooks_of_saved_tensors
 from ..ops.lif.reference import squared_norm_per_example
 from .own_hook import OwnHook

@@ -62,26 +62,3 @@ def spike_aware_score(input_energy: Tensor, delta_energy: Tensor, multiplicity: 
     # The product of two square roots, not the root of a product: two large energies would overflow float32.
     bound = input_energy.float().sqrt() * delta_energy.float().sqrt() * multiplicity.sqrt().unsqueeze(1)
     return torch.linalg.vector_norm(bound, dim=0)
-
-
-def el2n_score(output: Tensor, target: Tensor) -> Tensor:
-    """Norm of the prediction error, |softmax(z_i) - y_i|_2 (EL2N; Paul et al., arXiv 2107.07075).
-
-    Args:
-        output: logits z, [B, classes].
-        target: class indices, int64 [B], or class probabilities, [B, classes].
-
-    Returns:
-        float32 [B].
-
-    Raises:
-        ValueError: the output is not [B, classes] with at least two of them, or the target not of the kind above.
-    """
-    if output.ndim != 2 or output.shape[1] < 2 or target.shape not in (output.shape, output.shape[:1]):
-        raise ValueError(
-            f"EL2N needs logits [B, classes] of two classes or more and targets [B] or [B, classes], got "
-            f"{tuple(output.shape)} and {tuple(target.shape)}; use score='loss' or 'all' for other losses"
-        )
-    error = torch.softmax(output.detach().float(), dim=1)
-    labels = nn.functional.one_hot(target.long(), output.shape[1]) if target.ndim == 1 else target
-    return torch.linalg.vector_norm(error - labels, dim=1)

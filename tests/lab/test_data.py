@@ -1,7 +1,6 @@
 """Readers of data sets on small files made here, every way in which a file can be wrong, and augmentation."""
 
 import gzip
-import io
 import os
 import pickle
 import struct
@@ -11,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from sadp_fast.lab import data
+from sadp_fast.lab import data, options
 from sadp_fast.lab.augmentation import crop_flip_normalise
-from sadp_fast.lab.event_frames import SPLITS, event_frames
+from sadp_fast.lab.config import TrainConfig
+from sadp_fast.lab.data import images as readers
+from sadp_fast.lab.data.dataset import from_arrays
+from sadp_fast.lab.event_frames import event_frames
 
 PIL_Image = pytest.importorskip("PIL.Image")
-REAL_DATA = Path(os.environ.get("SADP_DATA") or "no folder")
 RNG = np.random.default_rng(0)
 
 
@@ -27,34 +28,6 @@ def arrays(shape=(28, 28), train=20, test=10, classes=10):
         "test_x": RNG.integers(0, 256, (test, *shape), dtype=np.uint8),
         "test_y": np.arange(test, dtype=np.uint8) % classes,
     }
-
-
-def packed(path: Path, count: int = 12) -> np.ndarray:
-    """A packed JPEG file as cifar10_jpeg.npz is laid out; returns the images as they decode."""
-    streams, images = [], []
-    for _ in range(count):
-        buffer = io.BytesIO()
-        PIL_Image.fromarray(RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(buffer, "JPEG", quality=75)
-        streams.append(buffer.getvalue())
-        images.append(np.asarray(PIL_Image.open(io.BytesIO(streams[-1]))))
-    size = next(size for size in range(len(streams[0])) if len({stream[: size + 1] for stream in streams}) > 1)
-    common, bodies = streams[0][:size], [stream[size:] for stream in streams]
-    np.savez(
-        path,
-        header=np.frombuffer(common, np.uint8),
-        payload=np.frombuffer(b"".join(bodies), np.uint8),
-        offsets=np.cumsum([0, *map(len, bodies)]).astype(np.uint32),
-        labels=(np.arange(count) % 10).astype(np.uint8),
-        is_test=np.arange(count) >= count - 4,
-    )
-    return np.stack(images)
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("SADP_DATA", raising=False)
-    return tmp_path / "cache" / "sadp_fast"
 
 
 def test_digits_are_embedded_and_split_evenly():
@@ -73,7 +46,7 @@ def test_a_data_set_knows_itself_by_its_labels_and_shape():
     def identity(dtype=np.uint8, name="some", classes=10, shape=(28, 28), **changes):
         source = {**arrays(shape), **changes}
         parts = [source["train_x"], source["train_y"].astype(dtype), source["test_x"], source["test_y"]]
-        return data._dataset(name, tuple(parts), classes, Path("here")).identity
+        return from_arrays(name, tuple(parts), classes, Path("here")).identity
 
     own = identity()  # of pixels that are drawn anew for each
     assert own == identity(np.int64) and own.keys() == {"name", "train_examples", "labels"}
@@ -99,6 +72,43 @@ def test_mnist_npz(tmp_path, as_file):
     assert mnist.train_labels.tolist() == source["train_y"].tolist()
 
 
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar100", "npz"])
+def test_arrays_may_have_a_name_of_their_own(tmp_path, name):
+    source, file = arrays((32, 32, 3), train=100, classes=10), tmp_path / f"{name}.npz"
+    np.savez(file, **source, name="CIFAR-10 (JPEG q75 copy)")
+    for where in (tmp_path, file):
+        found = data.load(name, where)
+        assert found.name == "CIFAR-10 (JPEG q75 copy)" and found.shape == (3, 32, 32)
+        assert found.num_classes == (100 if name == "cifar100" else 10)
+        assert np.array_equal(found.train_images.numpy().transpose(0, 2, 3, 1), source["train_x"])
+    np.savez(file, **source)
+    assert data.load(name, file).name == (name if name == "npz" else data.DATASETS[name].label)
+
+
+def test_arrays_may_name_the_recipe_that_they_are_trained_with(tmp_path):
+    def recipe(**notes):
+        np.savez(tmp_path / "some.npz", **arrays(), **notes)
+        return options.with_defaults({"dataset": "npz", "lr": 0.5}, str(tmp_path))
+
+    assert recipe() == {"dataset": "npz", **data.DATASETS["npz"].recipe, "lr": 0.5, "device": "cpu", "amp": "off"}
+    for name in ("cifar10", "mnist"):
+        named = recipe(recipe=name)
+        assert named == {"dataset": "npz", **data.DATASETS[name].recipe, "lr": 0.5, "device": "cpu", "amp": "off"}
+    with pytest.raises(
+        data.DataError, match=r"some\.npz has the recipe 'best': store the name of one of digits, mnist,"
+    ):
+        recipe(recipe="best")
+    for wrong in (3, ["cifar10"], "two\nlines"):
+        with pytest.raises(data.DataError, match=r"some\.npz: 'recipe' is .*: store one line of text"):
+            recipe(recipe=wrong)
+
+
+def test_every_data_set_has_a_whole_recipe():
+    for source in data.DATASETS.values():
+        assert source.recipe.keys() >= {"model", "epochs", "batch_size"}
+        TrainConfig(dataset=source.name, **source.recipe)
+
+
 def write_idx(folder: Path, source: dict, compress: bool) -> None:
     for split, key in (("train", "train"), ("t10k", "test")):
         for kind, name in (("images-idx3", "x"), ("labels-idx1", "y")):
@@ -118,58 +128,6 @@ def test_mnist_idx(tmp_path, compress):
     mnist = data.load("mnist", tmp_path)
     assert torch.equal(mnist.train_images[:, 0], torch.from_numpy(source["train_x"]))
     assert mnist.test_labels.tolist() == source["test_y"].tolist()
-
-
-def test_packed_cifar10_is_decoded_once_and_cached(tmp_path, cache, monkeypatch):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    images = packed(folder / "cifar10_jpeg.npz")
-    cifar = data.load("cifar10", folder)
-    assert cifar.name == "CIFAR-10 (JPEG q75 copy)" and cifar.shape == (3, 32, 32) and cifar.augmented
-    assert np.array_equal(cifar.train_images.numpy().transpose(0, 2, 3, 1), images[:8])
-    assert np.array_equal(cifar.test_images.numpy().transpose(0, 2, 3, 1), images[8:])
-    assert cifar.test_labels.tolist() == [8, 9, 0, 1]
-    assert [file.name for file in folder.iterdir()] == ["cifar10_jpeg.npz"]
-    assert len(list(cache.iterdir())) == 1
-
-    monkeypatch.setattr(data, "_decode", lambda archive: pytest.fail("decoded a second time"))
-    monkeypatch.setenv("SADP_DATA", str(folder))
-    assert torch.equal(data.load("cifar10").train_images, cifar.train_images)
-
-
-def test_damaged_cache_is_made_anew(tmp_path, cache):
-    packed(tmp_path / "cifar10_jpeg.npz")
-    first = data.load("cifar10", tmp_path)
-    (file,) = cache.iterdir()
-    file.write_bytes(file.read_bytes()[:1000])
-    assert torch.equal(data.load("cifar10", tmp_path).train_images, first.train_images)
-
-
-def test_unwritable_cache_only_warns(tmp_path, cache):
-    packed(tmp_path / "cifar10_jpeg.npz")
-    cache.parent.write_text("a file where the folder belongs")
-    with pytest.warns(UserWarning, match="not cached"):
-        assert len(data.load("cifar10", tmp_path).train_labels) == 8
-
-
-def test_first_images_of_the_real_cifar10(tmp_path, cache):
-    """Where SADP_DATA (as it was before this test) names the packed file's folder: its first 20 images."""
-    if not (REAL_DATA / "cifar10_jpeg.npz").is_file():
-        pytest.skip("SADP_DATA does not name a folder with cifar10_jpeg.npz")
-    real = np.load(REAL_DATA / "cifar10_jpeg.npz")
-    offsets = real["offsets"][:21]
-    np.savez(
-        tmp_path / "cifar10_jpeg.npz",
-        header=real["header"],
-        payload=real["payload"][: offsets[-1]],
-        offsets=offsets,
-        labels=real["labels"][:20],
-        is_test=np.arange(20) >= 16,
-    )
-    cifar = data.load("cifar10", tmp_path)
-    assert cifar.train_images.shape == (16, 3, 32, 32)
-    assert sorted(cifar.train_labels[:10].tolist()) == list(range(10))  # the file's order is class-interleaved
-    assert 60 < cifar.mean.mean() < 180 and cifar.std.min() > 20
 
 
 def write_batches(folder: Path) -> np.ndarray:
@@ -194,7 +152,7 @@ def test_cifar10_batches(tmp_path, inside):
 def test_a_missing_cifar10_batch_is_named(tmp_path):
     write_batches(tmp_path)
     (tmp_path / "data_batch_3").unlink()
-    with pytest.raises(data.DataError, match=r"lacks data_batch_3: CIFAR-10 data are cifar10_jpeg\.npz, or"):
+    with pytest.raises(data.DataError, match=r"lacks data_batch_3: CIFAR-10 data are cifar10\.npz, or"):
         data.load("cifar10", tmp_path)
 
 
@@ -258,7 +216,7 @@ def write_images(folder: Path) -> None:
 @pytest.mark.parametrize(("mode", "suffix"), [("I;16", "png"), ("I", "tiff"), ("F", "tiff")])
 def test_images_of_more_than_eight_bits_are_refused(tmp_path, monkeypatch, mode, suffix):
     """Pillow would make them white."""
-    monkeypatch.setattr(data, "IMAGE_SUFFIXES", {*data.IMAGE_SUFFIXES, ".tiff"})
+    monkeypatch.setattr(readers, "IMAGE_SUFFIXES", {*readers.IMAGE_SUFFIXES, ".tiff"})
     write_images(tmp_path)
     values = np.full((20, 20), 1000, {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode])
     PIL_Image.fromarray(values).save(tmp_path / f"train/dog/1.{suffix}")
@@ -371,23 +329,6 @@ def test_wrong_idx_is_one_clear_error(tmp_path, damage):
         data.load("mnist", tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["payload", "offsets", "labels", "key"])
-def test_wrong_packed_file_is_one_clear_error(tmp_path, cache, damage):
-    path = tmp_path / "cifar10_jpeg.npz"
-    packed(path)
-    content = dict(np.load(path))
-    if damage == "payload":
-        content["payload"][: len(content["payload"]) // 3] = 0xFF
-    elif damage == "key":
-        del content["payload"]
-    else:
-        content[damage] = content[damage][:-1]
-    np.savez(path, **content)
-    with pytest.raises(data.DataError, match=r"cifar10_jpeg\.npz"):
-        data.load("cifar10", path)
-    assert not cache.exists()
-
-
 def test_data_folder_is_asked_for(monkeypatch, tmp_path):
     monkeypatch.delenv("SADP_DATA", raising=False)
     with pytest.raises(data.DataError, match="--data-dir or set SADP_DATA"):
@@ -404,13 +345,9 @@ def test_data_folder_is_asked_for(monkeypatch, tmp_path):
     ("name", "what", "names"),
     [
         ("mnist", "MNIST", ("mnist.npz", "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte", "gzipped", "MNIST/raw")),
-        ("cifar10", "CIFAR-10", ("cifar10_jpeg.npz", "data_batch_1", "test_batch", "cifar-10-batches-py")),
-        ("cifar100", "CIFAR-100", ("the files train and test", "cifar-100-python")),
-        (
-            "nmnist",
-            "N-MNIST",
-            ("nmnist_small_events.npz", "nmnist_small_frames_T10.npz", "train/<class>/", "events_np"),
-        ),
+        ("cifar10", "CIFAR-10", ("cifar10.npz", "data_batch_1", "test_batch", "cifar-10-batches-py")),
+        ("cifar100", "CIFAR-100", ("cifar100.npz", "the files train and test", "cifar-100-python")),
+        ("nmnist", "N-MNIST", ("train/<class>/", "test/<class>/", "events_np")),
         ("dvs", "event", ("train/<class>/", "test/<class>/", "events_np")),
         ("imagefolder", "image", ("train/<class>/", "val/<class>/", "test/<class>/")),
     ],
@@ -486,62 +423,6 @@ def recordings(count: int, side: int = 34) -> list[dict[str, np.ndarray]]:
     return events
 
 
-def packed_events(path: Path, count: int = 6, **changes) -> list[dict[str, np.ndarray]]:
-    events = recordings(count)
-    content = {key: np.concatenate([event[key] for event in events]) for key in "txyp"}
-    content["offsets"] = np.cumsum([0, *(len(event["t"]) for event in events)])
-    content["labels"] = (np.arange(count) % 10).astype(np.uint8)
-    content["is_test"] = np.arange(count) % 3 == 1
-    np.savez(path, **{**content, **{key: change(content[key]) for key, change in changes.items()}})
-    return events
-
-
-@pytest.mark.parametrize("split_by", SPLITS)
-def test_packed_events_of_nmnist(tmp_path, split_by):
-    events = packed_events(tmp_path / "nmnist_small_events.npz")
-    for where in (tmp_path, tmp_path / "nmnist_small_events.npz"):
-        nmnist = data.load("nmnist", where, time_steps=4, split_by=split_by)
-        assert nmnist.shape == (4, 2, 34, 34) and nmnist.num_classes == 10 and not nmnist.augmented
-        assert nmnist.name == "N-MNIST (6 of 70,000 examples)"
-        assert nmnist.train_labels.tolist() == [0, 2, 3, 5] and nmnist.test_labels.tolist() == [1, 4]
-        expected = [event_frames(**event, steps=4, height=34, width=34, split_by=split_by) for event in events]
-        assert np.array_equal(nmnist.train_images, np.stack([expected[row] for row in (0, 2, 3, 5)]))
-        assert np.array_equal(nmnist.test_images, np.stack([expected[row] for row in (1, 4)]))
-        assert nmnist.mean.tolist() == [0, 0]
-    assert data.load("nmnist", tmp_path).shape == (data.EVENT_STEPS, 2, 34, 34)
-
-
-def test_ready_frames_of_nmnist_stay_as_they_are(tmp_path):
-    source = arrays((10, 2, 34, 34))
-    np.savez(tmp_path / "nmnist_small_frames_T10.npz", **source)
-    nmnist = data.load("nmnist", tmp_path, time_steps=4)
-    assert np.array_equal(nmnist.train_images, source["train_x"]) and nmnist.num_classes == 10
-    with pytest.raises(
-        data.DataError, match=r"T10\.npz holds ready frames, which cannot be split by time any more: leave"
-    ):
-        data.load("nmnist", tmp_path, split_by="time")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"offsets": lambda offsets: offsets[:-1]}, "do not fit together"),
-        ({"offsets": lambda offsets: np.maximum(offsets, 1)}, "do not fit together"),
-        ({"t": lambda t: t[:-1]}, "do not fit together"),
-        ({"is_test": lambda is_test: is_test[:-1]}, "do not fit together"),
-        ({"x": lambda x: x + np.uint8(1)}, "x holds 34, which is not in 0 to 33"),
-        ({"offsets": lambda offsets: np.array([0, 0, *offsets[2:]])}, "hold 0, 0, 0, 0 events"),
-        ({"labels": lambda labels: labels + np.uint8(8)}, "out of range: classes are 0 to 9"),
-        ({"is_test": lambda is_test: is_test | True}, "one common shape"),
-    ],
-)
-def test_wrong_packed_events_are_one_clear_error(tmp_path, changes, message):
-    packed_events(tmp_path / "events.npz", **changes)
-    with pytest.raises(data.DataError, match=message) as caught:
-        data.load("nmnist", tmp_path / "events.npz")
-    assert "events.npz" in str(caught.value)
-
-
 def write_recordings(folder: Path, classes: tuple[str, ...] = ("clap", "wave"), side: int = 12) -> dict:
     written = {}
     for split, count in (("train", 3), ("test", 1)):
@@ -576,6 +457,7 @@ def test_nmnist_from_event_folders_has_its_size(tmp_path):
     write_recordings(tmp_path, classes=("0", "7"))
     nmnist = data.load("nmnist", tmp_path)
     assert nmnist.shape == (10, 2, 34, 34) and nmnist.num_classes == 10
+    assert nmnist.name == "N-MNIST (8 of 70,000 examples)"
 
 
 @pytest.mark.parametrize("damage", ["cut", "key", "empty", "far", "nan", "negative", "class", "no test", "no files"])
@@ -607,15 +489,3 @@ def test_wrong_event_folder_is_one_clear_error(tmp_path, damage):
     with pytest.raises(data.DataError, match=message) as caught:
         data.load("dvs", tmp_path)
     assert "\n" not in str(caught.value)
-
-
-def test_real_nmnist_events_count_as_its_frames():
-    """Where SADP_DATA names both files' folder: the same recordings, to the few events after 300 ms."""
-    paths = [REAL_DATA / "nmnist_small_events.npz", REAL_DATA / "nmnist_small_frames_T10.npz"]
-    if not all(path.is_file() for path in paths):
-        pytest.skip("SADP_DATA does not name a folder with nmnist_small_events.npz and nmnist_small_frames_T10.npz")
-    events, frames = (data.load("nmnist", path) for path in paths)
-    assert events.shape == frames.shape == (10, 2, 34, 34) and len(events.test_labels) == 100
-    assert torch.equal(events.train_labels, frames.train_labels)
-    counts, ready = (each.test_images.sum((1, 4)).double() for each in (events, frames))  # by polarity and row
-    assert (counts >= ready).all() and 0 <= 1 - ready.sum() / counts.sum() < 0.01

@@ -1,5 +1,7 @@
 """autotune(): what is measured, what is kept, and that any configuration gives the same results."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -18,11 +20,13 @@ needs_interpreter = pytest.mark.skipif(ON_GPU, reason="replaces the clock; on a 
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch):
     """Each test starts as a process does, and leaves no choice behind."""
-    monkeypatch.setattr(lif_launch, "_forward_plans", {})
-    monkeypatch.setattr(lif_launch, "_backward_plans", {})
-    monkeypatch.setattr(norm_launch, "_layers", {})
+    for prepared in (lif_launch._forward_plans, lif_launch._backward_plans, norm_launch._layers):
+        prepared.clear()
     for choices in (*lif_launch._CHOICES.values(), *norm_launch._CHOICES.values()):
         monkeypatch.setattr(choices, "_measured", {})
+    yield
+    for prepared in (lif_launch._forward_plans, lif_launch._backward_plans, norm_launch._layers):
+        prepared.clear()
 
 
 class Clock:
@@ -80,10 +84,9 @@ def assert_same(results, others, *, bits):
 
 def configurations(plans):
     """Of the launches that are prepared."""
-    return [
-        (c["ELEMENTS"], c["num_warps"], c["TILE"], c["CALL_AHEAD"])
-        for c in (p.launch._constants for p in plans.values())
-    ]
+    constants = [prepared.plan.launch._constants for prepared in plans.values()]
+    cuts = [(c["HOW"].cut, c["num_warps"]) for c in constants]
+    return [(cut.elements, warps, cut.tile, cut.call_ahead) for cut, warps in cuts]
 
 
 @needs_interpreter
@@ -126,7 +129,9 @@ def test_a_neuron_keeps_the_fastest_configuration_with_the_same_results(clock, s
     after = configurations(lif_launch._forward_plans), configurations(lif_launch._backward_plans)
     for was, now, choice in zip(before, after, choices, strict=True):
         assert len(was) == len(now) == 1 and was != now
-        assert now[0][1:] == tuple(choice.configuration)[1:]  # elements are fewer where an example has fewer
+        assert (
+            now[0][1:] == dataclasses.astuple(choice.configuration)[1:]
+        )  # elements are fewer where an example has fewer
     with sadp_fast.autotune() as again:
         lif_step(steps, dtype)
     assert again == [] and len(clock.results) == 2

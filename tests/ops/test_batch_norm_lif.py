@@ -44,7 +44,7 @@ from unfused import Unfused
 
 from sadp_fast import BatchNormIF, BatchNormLIF, BatchNormParametricLIF, reset, surrogate
 from sadp_fast.memory.packed_spikes import packed_spikes
-from sadp_fast.ops.batch_norm_lif import launch
+from sadp_fast.ops.batch_norm_lif import configuration, launch
 from sadp_fast.ops.batch_norm_lif import op as ops
 from sadp_fast.ops.common.dynamics import Dynamics
 from sadp_fast.ops.common.spike_marks import mark, max_count
@@ -86,8 +86,10 @@ def small_launches(monkeypatch, request):
     if ON_GPU or "real_configurations" in request.fixturenames:
         yield
         return
-    for name, elements, programs in (("STATISTICS", 4, 3), ("FORWARD", 8, 3), ("SUMS", 4, 2), ("GRADIENT", 2, 4)):
-        monkeypatch.setattr(launch, name, replace(getattr(launch, name), elements=elements, warps=4, programs=programs))
+    for name, elements, programs in (("statistics", 4, 3), ("forward", 8, 3), ("sums", 4, 2), ("gradient", 2, 4)):
+        curated, *others = configuration.TUNING[name]
+        small = replace(curated, elements=elements, warps=4, programs=programs)
+        monkeypatch.setitem(configuration.TUNING, name, (small, *others))
     forget_launches()
     yield
     monkeypatch.undo()
@@ -99,7 +101,7 @@ def processors(monkeypatch, small_launches):
     """Sets how many multiprocessors the work is cut for."""
 
     def set_to(number):
-        monkeypatch.setattr(launch, "multiprocessors", lambda device: number)
+        monkeypatch.setattr(configuration, "multiprocessors", lambda device: number)
         forget_launches()
 
     yield set_to

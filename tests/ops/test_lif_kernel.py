@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-import triton
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -26,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sadp_fast import LIFNode
 from sadp_fast.ops.common.dynamics import Dynamics
+from sadp_fast.ops.lif import configuration
 from sadp_fast.ops.lif import launch as lif_launch
 from sadp_fast.ops.lif import reference as reference
 from sadp_fast.ops.lif.op import lif
@@ -43,9 +43,9 @@ SIGMOID, ATAN, RECT = 0, 1, 7
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch, request):
     if "real_chunks" not in request.fixturenames:
-        monkeypatch.setattr(lif_launch, "LONGEST_CHUNK", {4: CHUNK, 2: CHUNK})
-    for plans in ("_forward_plans", "_backward_plans"):
-        monkeypatch.setattr(lif_launch, plans, {})
+        monkeypatch.setattr(configuration, "LONGEST_CHUNK", {4: CHUNK, 2: CHUNK})
+    for plans in (lif_launch._forward_plans, lif_launch._backward_plans):
+        plans.clear()
 
 
 @pytest.fixture
@@ -56,9 +56,9 @@ def real_chunks():
 @pytest.fixture(params=["recursion", "tile"])
 def walk(request, monkeypatch):
     """Both ways to walk a chunk, whichever is chosen for the case, on a GPU too large for it."""
-    monkeypatch.setattr(lif_launch, "multiprocessors", lambda device: 10**6)
-    tuned = lif_launch.Tuning(elements=1, warps=1, tile=request.param == "tile", call_ahead=1)
-    monkeypatch.setattr(lif_launch, "TUNING", {key: ((math.inf, tuned),) for key in lif_launch.TUNING})
+    monkeypatch.setattr(configuration, "multiprocessors", lambda device: 10**6)
+    tuned = configuration.Tuning(elements=1, warps=1, tile=request.param == "tile", call_ahead=1)
+    monkeypatch.setattr(configuration, "TUNING", {key: ((math.inf, tuned),) for key in configuration.TUNING})
     return request.param
 
 
@@ -462,9 +462,9 @@ def test_chunks_of_real_length(steps, dtype, real_chunks, kernel_device):
     check((steps, 1, 90), dtype, v=0.1, device=kernel_device)
     for t in range(1, 200):
         size = dtype.itemsize
-        chunk = lif_launch.chunk_steps(t, size)
+        chunk = configuration.chunk_steps(t, size)
         checkpoints = -(-t // chunk) - 1
-        assert 1 <= chunk <= lif_launch.LONGEST_CHUNK[size] and checkpoints * 4 * 16 <= t * size
+        assert 1 <= chunk <= configuration.LONGEST_CHUNK[size] and checkpoints * 4 * 16 <= t * size
 
 
 # ------------------------------------------------------------------------------------------------- memory layouts
@@ -744,12 +744,12 @@ def test_statistics_off_emit_nothing(kernel_device):
 @pytest.mark.parametrize("steps, size", shapes([(8, 64), (9, 64), (12, 75), (16, 64), (17, 64)], [(15, 1030), (16, 2)]))
 def test_norms_of_steps_summed_at_once(steps, size, dtype, elements, real_chunks, kernel_device, monkeypatch):
     """Chunks of 9 to 16 steps, by programs of one warp, in layouts that depend on what a thread holds."""
-    tuned = lif_launch.Tuning(elements, warps_per_multiprocessor=0)
-    monkeypatch.setattr(lif_launch, "TUNING", {key: ((math.inf, tuned),) for key in lif_launch.TUNING})
+    tuned = configuration.Tuning(elements, warps_per_multiprocessor=0)
+    monkeypatch.setattr(configuration, "TUNING", {key: ((math.inf, tuned),) for key in configuration.TUNING})
     _, truth = check((steps, 2, size), dtype, device=kernel_device)
-    (plan,) = lif_launch._backward_plans.values()
-    at_once = 8 < lif_launch.chunk_steps(steps, dtype.itemsize) <= 16
-    assert (plan.launch._constants["NEIGHBOURS"] > 0) == at_once or not hasattr(triton.language, "gather")
+    (prepared,) = lif_launch._backward_plans.values()
+    at_once = 8 < configuration.chunk_steps(steps, dtype.itemsize) <= 16
+    assert (prepared.plan.launch._constants["HOW"].cut.neighbours > 0) == at_once
     scale = torch.linspace(-1.5, 2.0, size)
     grads = [upstream((steps, 2, size), truth.clear, 1, dtype), torch.zeros(2, size), torch.zeros(steps, 2, size)]
     grad_x, _ = oracle_backward(truth, LIF, SIGMOID, 4.0, *grads)

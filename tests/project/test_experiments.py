@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sadp_fast.lab import data
-from sadp_fast.prune import sadp as pruner
+from sadp_fast.prune import epoch as drawing
 
 SCRIPTS = Path(__file__).parents[2] / "docs" / "experiments"
 
@@ -24,11 +24,11 @@ def test_every_way_to_select_trains_and_is_shown(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn", reason="the digits data set is scikit-learn's")
     experiment = load("selection")
     monkeypatch.setattr(experiment.torch.cuda, "is_available", lambda: False)
-    score = pruner.spike_aware_score
+    sample = drawing.sample
     arguments = ["--dataset", "digits", "--model", "mlp", "--epochs", "4", "--seeds", "0", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["selection.py", *arguments])
     experiment.main()
-    assert pruner.spike_aware_score is score
+    assert drawing.sample is sample
     runs = json.loads((tmp_path / "selection.json").read_text())["runs"]
     assert {run["name"] for run in runs} == set(experiment.ways(4)) and (tmp_path / "selection.png").exists()
     # The same first epoch, on all data, for all that score: after it, what is drawn differs, and so do the losses.

@@ -17,10 +17,12 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 import sadp_fast
 from sadp_fast import SADP
 from sadp_fast.lab import train as training
-from sadp_fast.lab.config import METHODS
 from sadp_fast.lab.data import load
-from sadp_fast.prune.probabilities import POLICIES
-from sadp_fast.prune.sadp import WEIGHTS, _Batch
+from sadp_fast.lab.methods import METHODS
+from sadp_fast.prune.policies import POLICIES
+from sadp_fast.prune.scores import Given
+from sadp_fast.prune.scoring import Scoring
+from sadp_fast.prune.settings import WEIGHTS
 
 INFOBATCH = {"score": "loss", "policy": "infobatch"}
 
@@ -37,12 +39,12 @@ def data():
 
 def test_a_policy_brings_its_papers_weights_and_tail():
     built = {policy: SADP(Net(), N, epochs=16, policy=policy) for policy in POLICIES}
-    weights = {policy: sadp.weights for policy, sadp in built.items()}
+    weights = {policy: sadp.settings.weights for policy, sadp in built.items()}
     assert weights == {"mix": "none", "floor": "none", "infobatch": "sum", "epsilon_greedy": "none"}
-    tails = {policy: sadp.tail_epochs for policy, sadp in built.items()}
+    tails = {policy: sadp.settings.tail_epochs for policy, sadp in built.items()}
     assert tails == {"mix": 0, "floor": 0, "infobatch": 2, "epsilon_greedy": 0}
     own = SADP(Net(), N, epochs=16, policy="infobatch", weights="unbiased", tail_epochs=1)
-    assert (own.weights, own.tail_epochs) == ("unbiased", 1)
+    assert (own.settings.weights, own.settings.tail_epochs) == ("unbiased", 1)
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -60,8 +62,9 @@ def test_weighted_sums_are_what_the_weights_promise(policy, weights):
     )
     sadp.scores.copy_(torch.rand(N, generator=generator) ** 3)
     sums = []
-    for sadp.epoch in range(draws):
-        batches = sadp._draw(16, pad=True)
+    for number in range(draws):
+        sadp.skip_to(number)
+        batches = sadp.open_epoch(16, pad=True)
         sums.append((batches.weights.double().unsqueeze(2) * x[batches.indices]).sum((0, 1)))
     share = {"unbiased": torch.full((N,), 1 - ratio), "sum": torch.ones(N), "none": sadp.probabilities}[weights]
     sums = torch.stack(sums)
@@ -72,7 +75,7 @@ def test_weighted_sums_are_what_the_weights_promise(policy, weights):
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "grad_norm"])
 def test_ratio_zero_is_ordinary_training_to_the_bit(data, method):
-    changes = METHODS[method]
+    changes = METHODS[method].settings
     settings = {name: changes[name] for name in ("score", "policy", "weights", "score_momentum") if name in changes}
 
     def run(pruned):
@@ -224,18 +227,18 @@ def test_scores_are_averaged_over_epochs(data, score, device):
 
 def test_average_of_an_example_that_occurs_twice_has_no_order():
     for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]):
-        sadp = SADP(Net(), 4, epochs=4, score="given", score_momentum=0.5)
-        sadp.scores.copy_(torch.tensor([4.0, torch.nan, 8.0, 1.0]))
+        scoring = Scoring(Given(), Net(), 4, momentum=0.5, device=torch.device("cpu"))
+        scoring.values.copy_(torch.tensor([4.0, torch.nan, 8.0, 1.0]))
         indices = torch.tensor([0, 0, 1, 2])[order]
         scores = torch.tensor([2.0, 6.0, 3.0, torch.inf])[order]
-        sadp._keep(_Batch(indices, None, True), scores)
-        assert sadp.scores.tolist() == [5.0, 3.0, 8.0, 1.0]
+        scoring.keep(indices, None, scores)
+        assert scoring.values.tolist() == [5.0, 3.0, 8.0, 1.0]
 
 
 # --------------------------------------------------------------------------------------------- settings in checkpoints
 
 
-def test_states_know_the_settings_and_older_ones_lack_them():
+def test_states_know_the_settings():
     sadp = SADP(Net(), N, epochs=6, **INFOBATCH, score_momentum=0.5)
     state = sadp.state_dict()
     SADP(Net(), N, epochs=6, **INFOBATCH, score_momentum=0.5).load_state_dict(state)
@@ -243,12 +246,6 @@ def test_states_know_the_settings_and_older_ones_lack_them():
         SADP(Net(), N, epochs=6, **INFOBATCH).load_state_dict(state)
     with pytest.raises(ValueError, match="saved with weights='sum', but SADP was built with 'none'"):
         SADP(Net(), N, epochs=6, **INFOBATCH, weights="none", score_momentum=0.5).load_state_dict(state)
-    old = SADP(Net(), N, epochs=6, weights="unbiased").state_dict()
-    for name in ("weights", "score_momentum"):
-        del old["config"][name]
-    SADP(Net(), N, epochs=6, weights="unbiased").load_state_dict(old)
-    with pytest.raises(ValueError, match="saved with weights='unbiased'"):
-        SADP(Net(), N, epochs=6, weights="sum").load_state_dict(old)
 
 
 # -------------------------------------------------------------------------------- faults of InfoBatch's public code
@@ -273,7 +270,7 @@ def test_infobatch_weighs_the_last_epochs_by_one(data):
     model, seen = Net(), []
     sadp = SADP(model, N, epochs=9, **INFOBATCH)
     loader = sadp.loader(DataLoader(data, batch_size=8, drop_last=False))
-    train(sadp, model, loader, 9, step_hook=lambda x, y: seen.append((sadp.epoch, sadp._batch.weights)))
+    train(sadp, model, loader, 9, step_hook=lambda x, y: seen.append((sadp.epoch, sadp.batch.weights)))
     assert sadp.ratios[8] == 0 < sadp.ratios[7]
     weights = [torch.ones(8) if w is None else w for epoch, w in seen if epoch == 8]
     real = torch.cat(weights)[:N]

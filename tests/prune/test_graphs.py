@@ -63,7 +63,7 @@ def test_every_batch_but_the_first_two_of_a_kind_is_replayed():
     calls = []
 
     def step(index):
-        calls.append(sadp.batch_kind)
+        calls.append(sadp.batch.kind)
         model.zero_grad(set_to_none=True)
         loss = sadp.loss(nn.CrossEntropyLoss(), model(x[index].expand(T, -1, -1)).mean(0), y[index])
         loss.backward()

@@ -363,10 +363,10 @@ def test_weighted_gradient_is_unbiased(data):
     draws = []
     for seed in range(400):
         sadp = SADP(model, N, epochs=4, warmup_epochs=0, tail_epochs=0, prune_ratio=0.5, seed=seed, weights="unbiased")
-        sadp._slots[:-1] = scores
+        sadp.scores.copy_(scores)
         total = torch.zeros(30)
         # One epoch of the four, flushed by padding: the estimator of sum_i g_i / N times the batches' B / m.
-        batches = sadp._draw(16, pad=True)
+        batches = sadp.open_epoch(16, pad=True)
         for row, weight in zip(batches.indices, batches.weights, strict=True):
             total += (weight.unsqueeze(1) * per_example[row]).sum(0)
         draws.append(total / (0.5 * N))
@@ -383,7 +383,7 @@ def test_weights_reach_the_loss(data):
             output, target = model(data.tensors[0][row]), data.tensors[1][row]
             loss = sadp.loss(criterion, output, target)
             losses = nn.functional.cross_entropy(output, target, reduction="none")
-            weights = sadp._batch.weights
+            weights = sadp.batch.weights
             if weights is not None:
                 assert loss.item() == pytest.approx((weights * losses).sum().item() / 16, rel=1e-6)
             loss.backward()
@@ -406,7 +406,7 @@ def test_dataloader(data, workers, drop_last):
     for _ in range(6):
         epoch = []
         for i, x, y in loader:
-            assert torch.equal(i, sadp._batch.indices)  # the batch in hand is the batch that SADP scores
+            assert torch.equal(i, sadp.batch.indices)  # the batch in hand is the batch that SADP scores
             epoch.append(i)
             sadp.loss(criterion, model(x), y).backward()
             sadp_fast.reset(model)
@@ -1070,4 +1070,4 @@ def test_a_neuron_without_its_time_axis(data, step_mode, remedy):
 )
 def test_el2n_wants_two_classes(output, target):
     with pytest.raises(ValueError, match=r"EL2N needs logits \[B, classes\] of two classes or more"):
-        sadp_fast.statistics.score.el2n_score(torch.zeros(output), torch.zeros(target))
+        sadp_fast.prune.baselines.el2n_score(torch.zeros(output), torch.zeros(target))

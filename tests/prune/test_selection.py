@@ -9,15 +9,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sadp_fast.prune import probabilities as selection
-from sadp_fast.prune.probabilities import (
-    MAX_RATIO,
-    POLICIES,
-    SCHEDULES,
-    inclusion_probabilities,
-    prune_ratios,
-    relative_variance,
-)
+from sadp_fast.prune import optimum as selection
+from sadp_fast.prune.policies import POLICIES
+from sadp_fast.prune.probabilities import inclusion_probabilities, relative_variance
+from sadp_fast.prune.schedule import MAX_RATIO, SCHEDULES, prune_ratios
 
 OPTIMUM = ("mix", "floor")  # the policies made of Proposition 1
 SIZES = [1, 2, 3, 17, 1000, 100_003]
@@ -159,7 +154,7 @@ def problems(draw, unknown: bool):
     scores = draw(st.lists(score, min_size=1, max_size=40))
     share = draw(st.one_of(st.floats(1e-3, 1.0), st.sampled_from([0.25, 0.5, 1.0])))
     smoothing = draw(st.one_of(st.floats(0.0, 1.0), st.sampled_from([0.0, 0.3, 1.0])))
-    return torch.tensor(scores), share * len(scores), smoothing, draw(st.sampled_from(POLICIES))
+    return torch.tensor(scores), share * len(scores), smoothing, draw(st.sampled_from(list(POLICIES)))
 
 
 @properties

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from sadp_fast.statistics.score import el2n_score, patch_multiplicity, spike_aware_score
+from sadp_fast.prune.baselines import el2n_score
+from sadp_fast.statistics.score import patch_multiplicity, spike_aware_score
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ...nn.neuron import BaseNode, reset
+from ...prune.baselines import el2n_score
 from ...statistics.dataflow import Probe
 from ...statistics.energies import EnergyTaps, keeps_energies
 from ...statistics.exact import gradient_norms
-from ...statistics.score import el2n_score, spike_aware_score
+from ...statistics.score import spike_aware_score
 
 # The scores that are compared with the exact norm, as a reader knows them.
 SCORES = {

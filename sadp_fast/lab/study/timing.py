@@ -60,7 +60,7 @@ def measure_parts(config: TrainConfig, dataset: data.Dataset, steps: int) -> dic
         pack(shuffled(drawn, seed=0, epoch=0), nothing, config.batch_size, pad=False)
         times["drawing"].append(own.clock() - start)
     least = {name: min(values) for name, values in times.items()}
-    if own.sadp.score in ("random", "static_random"):
+    if own.sadp.scoring.score.source == "none":
         least["scored_step"] = least["weighted_step"]  # the same step: what differs is the timing's noise
     selection = max(0.0, least.pop("begin") - least["drawing"])
     return {**least, "selection": selection, "steps": count / config.batch_size}
@@ -69,7 +69,7 @@ def measure_parts(config: TrainConfig, dataset: data.Dataset, steps: int) -> dic
 def _epoch(trainer: train.Trainer, config: TrainConfig, steps: int) -> tuple[float, float]:
     """Seconds until the first pruned epoch's first batch is there, and of one of `steps` training steps."""
     ratios = trainer.sadp.ratios
-    trainer.sadp.epoch = next((epoch for epoch, ratio in enumerate(ratios) if ratio > 0), 0)
+    trainer.sadp.skip_to(next((epoch for epoch, ratio in enumerate(ratios) if ratio > 0), 0))
     trainer.model.train()
     done, start = 0, trainer.clock()
     first = start

@@ -40,7 +40,7 @@ def estimator_variance(score: torch.Tensor, norm: torch.Tensor, ratio: float, po
     if policy == OPTIMUM:
         p = inclusion_probabilities(score, keep, smoothing=0.0)
     else:
-        own = METHODS.get(policy, {}).get("smoothing", smoothing)
+        own = METHODS[policy].settings.get("smoothing", smoothing) if policy in METHODS else smoothing
         p = inclusion_probabilities(score, keep, smoothing=own, policy=policy)
     return float(relative_variance(norm, p))
 

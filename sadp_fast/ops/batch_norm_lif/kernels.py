@@ -15,44 +15,66 @@ the cache.
 
 Loops over run-time bounds are `while` loops: Triton's interpreter cannot take a tensor as the bound of a range().
 
+Names in capitals are compile-time constants; configuration.py says what CUT, NORM and HOW bundle.
+
 The membrane is float32. All kernels compute it by the same operations without contraction, so the backward passes see
 exactly the spikes that the forward pass wrote.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from ..common.equations import INTERPRETED, surrogate_gradient
+from ..common.equations import (
+    INTERPRETED,
+    RelativeMembrane,
+    drive_shift,
+    grad_charge_relative,
+    keep_and_gain,
+    relative_charge,
+    reset,
+)
+from ..common.rows import Rows, step_before, step_behind
 
 # ----------------------------------------------------------------------------------------------- parts of the kernels
 
 
-@triton.jit
-def _load(pointer, mask, MASKED: tl.constexpr):
-    if MASKED:
-        return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
-    else:
-        return tl.load(pointer).to(tl.float32)
+class Tile(NamedTuple):
+    offsets: tl.tensor  # within one example of one step
+    inside: tl.tensor  # which of them exist
+
+
+class Norm(NamedTuple):
+    """What turns a tile of x into the drive of the neurons, and their gradients into that of x."""
+
+    mean: tl.tensor
+    scale: tl.tensor
+    shift: tl.tensor
+    slope: tl.tensor | None
+    offset: tl.tensor | None
 
 
 @triton.jit
-def _store(pointer, value, mask, MASKED: tl.constexpr):
-    value = value.to(pointer.dtype.element_ty)
-    if MASKED:
-        tl.store(pointer, value, mask=mask)
-    else:
-        tl.store(pointer, value)
+def _load(address, tile, CUT: tl.constexpr):
+    mask, other = tile.inside if CUT.masked else None, 0.0 if CUT.masked else None
+    return tl.load(address, mask=mask, other=other).to(tl.float32)
 
 
 @triton.jit
-def _per_channel(pointer, channel, channels, MASKED: tl.constexpr):
+def _store(address, value, tile, CUT: tl.constexpr):
+    tl.store(address, value.to(address.dtype.element_ty), mask=tile.inside if CUT.masked else None)
+
+
+@triton.jit
+def _per_channel(ptr, channel, channels, CUT: tl.constexpr):
     """One number a channel, laid along the tile."""
-    if MASKED:
-        return tl.load(pointer + channel, mask=channel < channels, other=0.0)
+    if CUT.masked:
+        return tl.load(ptr + channel, mask=channel < channels, other=0.0)
     else:
-        return tl.load(pointer + channel)
+        return tl.load(ptr + channel)
 
 
 @triton.jit
@@ -70,89 +92,41 @@ def _two_sums(a, b, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _block_channels(block, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Channel numbers of a block."""
-    if CHANNELS_LAST:
-        return block * COLUMNS + tl.arange(0, COLUMNS)
-    else:
-        return block * ROWS + tl.arange(0, ROWS)
+def _place(channel_blocks):
+    """The program's block of channels, and its slot among the programs that share them."""
+    program = tl.program_id(0)
+    return program % channel_blocks, program // channel_blocks
 
 
 @triton.jit
-def _along_tile(channels, CHANNELS_LAST: tl.constexpr):
+def _block_channels(block, CUT: tl.constexpr):
+    WIDTH: tl.constexpr = CUT.columns if CUT.channels_last else CUT.rows
+    return block * WIDTH + tl.arange(0, WIDTH)
+
+
+@triton.jit
+def _along_tile(channels, CUT: tl.constexpr):
     """One value a channel, shaped to broadcast over a tile."""
-    if CHANNELS_LAST:
-        return channels[None, :]
-    else:
-        return channels[:, None]
+    return channels[None, :] if CUT.channels_last else channels[:, None]
 
 
 @triton.jit
-def _tile_pixels(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    if CHANNELS_LAST:
-        return (tile * ROWS + tl.arange(0, ROWS))[:, None]
-    else:
-        return (tile * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-
-
-@triton.jit
-def _tile_offsets(channel, pixel, channels, pixels, CHANNELS_LAST: tl.constexpr):
-    """Offsets of a tile within one example of one step, and which of them exist."""
+def _offsets(channel, pixel, channels, pixels, CUT: tl.constexpr):
+    """Of these channels and pixels, within one example of one step."""
     inside = (channel < channels) & (pixel < pixels)
-    if CHANNELS_LAST:
-        return pixel * channels + channel, inside
+    if CUT.channels_last:
+        return Tile(pixel * channels + channel, inside)
     else:
-        return channel * pixels + pixel, inside
-
-
-# The neuron, in the form that takes the fewest instructions. Every charge is linear,
-#     h = keep v + gain y + (1 - keep) v_rest,
-# and so is the normalisation, so the distance of the potential from the threshold is u = h - v_threshold
-#     = keep v + drive,    drive = (x - mean) drive_scale + drive_shift
-# with two numbers a channel. Every kernel computes it by these functions.
-
-
-# Of a gain, by which sums are divided again: 1 / tau becomes 0 where tau is infinite, or learned to be nearly so.
-SMALLEST_GAIN = tl.constexpr(1e-30)
+        return Tile(channel * pixels + pixel, inside)
 
 
 @triton.jit
-def _keep_and_gain(reciprocal_tau_ptr, keep, gain, LEARNED_TAU: tl.constexpr, LEARNED_GAIN: tl.constexpr):
-    """keep and gain; of a learned time constant keep, and where the input is divided by it gain, as they are now."""
-    if LEARNED_TAU:
-        reciprocal_tau = tl.load(reciprocal_tau_ptr)
-        if LEARNED_GAIN:
-            gain = tl.maximum(reciprocal_tau, SMALLEST_GAIN, propagate_nan=tl.PropagateNan.ALL)
-        return 1.0 - reciprocal_tau, gain
+def _tile(number, channel, channels, pixels, CUT: tl.constexpr):
+    if CUT.channels_last:
+        pixel = (number * CUT.rows + tl.arange(0, CUT.rows))[:, None]
     else:
-        return keep, gain
-
-
-@triton.jit
-def _drive(deviation, scale, shift):
-    return tl.fma(deviation, tl.broadcast_to(scale, deviation.shape), tl.broadcast_to(shift, deviation.shape))
-
-
-@triton.jit
-def _charge(v, drive, keep):
-    """u, the potential's distance from the threshold."""
-    return tl.fma(v, tl.zeros_like(v) + keep, drive)
-
-
-@triton.jit
-def _reset(u, fired, v_threshold, v_rest, SOFT_RESET: tl.constexpr):
-    """The potential after the step."""
-    if SOFT_RESET:
-        return tl.where(fired, u, u + v_threshold)
-    else:
-        return tl.where(fired, v_rest, u + v_threshold)
-
-
-@triton.jit
-def _gradient(grad_h, deviation, scale, slope, offset):
-    """Gradient of x: the direct part, and those by way of the variance and of the mean."""
-    indirect = tl.fma(deviation, tl.broadcast_to(slope, deviation.shape), tl.broadcast_to(offset, deviation.shape))
-    return tl.fma(grad_h, tl.broadcast_to(scale, grad_h.shape), indirect)
+        pixel = (number * CUT.columns + tl.arange(0, CUT.columns))[None, :]
+    return _offsets(channel, pixel, channels, pixels, CUT)
 
 
 # ------------------------------------------------------------------------------------------- statistics of the channels
@@ -160,6 +134,8 @@ def _gradient(grad_h, deviation, scale, slope, offset):
 
 # Channels of which a program that adds partial sums takes care: those of one slot fill a sector of memory.
 GROUP = tl.constexpr(4)
+# Partial sums that it adds at a time; more or all of them at once, or fewer, take as long.
+SLOTS = tl.constexpr(1024)
 
 
 @triton.jit
@@ -189,62 +165,52 @@ def _channel_statistics_kernel(
     x_stride_t,
     x_stride_n,
     channel_blocks,
-    tiles,  # of one example and block of channels
-    team,  # programs that share an example
+    tiles,
+    team,
     teams,
-    T: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    MASKED: tl.constexpr,
+    CUT: tl.constexpr,
 ):
     """Mean and sum of squared deviations of each channel in the part of x that a program owns."""
-    program = tl.program_id(0)
-    block = program % channel_blocks
-    slot = program // channel_blocks
+    block, slot = _place(channel_blocks)
     first_n = slot // team
     first_tile = slot % team
-    channel_out = _block_channels(block, ROWS, COLUMNS, CHANNELS_LAST)
-    channel = _along_tile(channel_out, CHANNELS_LAST)
+    channel_out = _block_channels(block, CUT)
+    channel = _along_tile(channel_out, CUT)
     one = tl.full((), 1, tl.int64)
-    tile_pixels: tl.constexpr = ROWS if CHANNELS_LAST else COLUMNS
+    tile_pixels: tl.constexpr = CUT.rows if CUT.channels_last else CUT.columns
 
     # Deviations are taken from the first value of the channel here, so that a mean far from zero costs no digits.
     pivot_ptr = x_ptr + one * first_n * x_stride_n
     # A pixel for each channel: Triton 3.9's interpreter takes no mask made of a tensor and a number.
     pivot_pixel = first_tile * tile_pixels + tl.zeros_like(channel_out)
-    pivot_offsets, exists = _tile_offsets(
-        channel, _along_tile(pivot_pixel, CHANNELS_LAST), channels, pixels, CHANNELS_LAST
-    )
-    pivot_offsets = tl.broadcast_to(pivot_offsets, (ROWS, COLUMNS))
-    pivot = _load(pivot_ptr + pivot_offsets, tl.broadcast_to(exists, (ROWS, COLUMNS)), MASKED)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    squares = tl.zeros((ROWS, COLUMNS), tl.float32)
+    pivots = _offsets(channel, _along_tile(pivot_pixel, CUT), channels, pixels, CUT)
+    address = pivot_ptr + tl.broadcast_to(pivots.offsets, (CUT.rows, CUT.columns))
+    pivot = _load(address, Tile(pivots.offsets, tl.broadcast_to(pivots.inside, (CUT.rows, CUT.columns))), CUT)
+    total = tl.zeros((CUT.rows, CUT.columns), tl.float32)
+    squares = tl.zeros((CUT.rows, CUT.columns), tl.float32)
     values = 0
     n = _last_of(first_n, examples, teams)
     while n >= 0:
-        tile = _last_of(first_tile, tiles, team)
-        while tile >= 0:
-            offsets, inside = _tile_offsets(
-                channel, _tile_pixels(tile, ROWS, COLUMNS, CHANNELS_LAST), channels, pixels, CHANNELS_LAST
-            )
+        number = _last_of(first_tile, tiles, team)
+        while number >= 0:
+            tile = _tile(number, channel, channels, pixels, CUT)
             step_ptr = x_ptr + one * n * x_stride_n
-            for _step in tl.static_range(T):
-                deviation = _load(step_ptr + offsets, inside, MASKED) - pivot
-                if MASKED:
-                    deviation = tl.where(inside, deviation, 0.0)
+            for _step in tl.static_range(CUT.steps):
+                deviation = _load(step_ptr + tile.offsets, tile, CUT) - pivot
+                if CUT.masked:
+                    deviation = tl.where(tile.inside, deviation, 0.0)
                 total += deviation
                 squares = tl.fma(deviation, deviation, squares)
                 step_ptr += x_stride_t
-            values += tl.minimum(tile_pixels, pixels - tile * tile_pixels)
-            tile -= team
+            values += tl.minimum(tile_pixels, pixels - number * tile_pixels)
+            number -= team
         n -= teams
-    count = (T * values).to(tl.float32)
-    totals, all_squares = _two_sums(total, squares, 0 if CHANNELS_LAST else 1)
+    count = (CUT.steps * values).to(tl.float32)
+    totals, all_squares = _two_sums(total, squares, 0 if CUT.channels_last else 1)
     shift = totals / count
     where = _pair(channel_out, slot, team * teams)
-    out_offsets, out_exists = _tile_offsets(channel_out, pivot_pixel, channels, pixels, CHANNELS_LAST)
-    pivots = _load(pivot_ptr + out_offsets, out_exists, MASKED)
+    pivots = _offsets(channel_out, pivot_pixel, channels, pixels, CUT)
+    pivots = _load(pivot_ptr + pivots.offsets, pivots, CUT)
     tl.store(partial_ptr + where, pivots + shift, mask=channel_out < channels)
     tl.store(partial_ptr + GROUP + where, all_squares - totals * shift, mask=channel_out < channels)
     if block == 0:
@@ -282,36 +248,31 @@ def _constants_kernel(
     gain,
     v_threshold,
     v_rest,
-    SLOTS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    USE_BATCH: tl.constexpr,
-    UPDATE_RUNNING: tl.constexpr,
-    CUMULATIVE: tl.constexpr,
-    AFFINE: tl.constexpr,
-    LEARNED_TAU: tl.constexpr,
-    LEARNED_GAIN: tl.constexpr,
+    NORM: tl.constexpr,
+    KIND: tl.constexpr,
 ):
-    """The constants of CHANNELS channels, from the batch's partial statistics (Chan et al.) or the running ones."""
-    keep, gain = _keep_and_gain(reciprocal_tau_ptr, keep, gain, LEARNED_TAU, LEARNED_GAIN)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    """The constants of GROUP channels, from the batch's partial statistics (Chan et al.) or the running ones."""
+    keep, gain = keep_and_gain(reciprocal_tau_ptr, keep, gain, KIND)
+    membrane = RelativeMembrane(keep, v_threshold, v_rest, None)
+    channel = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
     known = channel < channels
-    bias = tl.zeros((CHANNELS,), tl.float32)
-    if AFFINE:
+    bias = tl.zeros((GROUP,), tl.float32)
+    if NORM.affine:
         weight = tl.load(weight_ptr + channel, mask=known, other=0.0)
         bias = tl.load(bias_ptr + channel, mask=known, other=0.0)
-    if UPDATE_RUNNING or not USE_BATCH:
+    if NORM.update or not NORM.use_batch:
         running_mean = tl.load(running_mean_ptr + channel, mask=known, other=0.0)
         running_var = tl.load(running_var_ptr + channel, mask=known, other=1.0)
-    if UPDATE_RUNNING:
+    if NORM.update:
         batches = tl.full((), 0, tl.int64)
-        if CUMULATIVE:
+        if NORM.cumulative:
             batches = tl.load(batches_ptr)
         elif tl.program_id(0) == 0:
             batches = tl.load(batches_ptr)
-    if USE_BATCH:
+    if NORM.use_batch:
         pivot = tl.load(partial_ptr + _pair(channel, 0, slots), mask=known, other=0.0)
-        total = tl.zeros((SLOTS, CHANNELS), tl.float32)
-        squares = tl.zeros((SLOTS, CHANNELS), tl.float32)
+        total = tl.zeros((SLOTS, GROUP), tl.float32)
+        squares = tl.zeros((SLOTS, GROUP), tl.float32)
         start = 0
         while start < slots:
             slot = start + tl.arange(0, SLOTS)
@@ -330,13 +291,13 @@ def _constants_kernel(
         mean = pivot + shift
         variance = all_squares / count - shift * shift
         variance = tl.maximum(variance, 0.0, propagate_nan=tl.PropagateNan.ALL)  # a NaN in x has to be seen
-        if UPDATE_RUNNING:
-            if CUMULATIVE:
+        if NORM.update:
+            if NORM.cumulative:
                 momentum = 1.0 / batches.to(tl.float32)
             unbiased = variance * (count / tl.maximum(count - 1.0, 1.0))
             tl.store(running_mean_ptr + channel, running_mean + momentum * (mean - running_mean), mask=known)
             tl.store(running_var_ptr + channel, running_var + momentum * (unbiased - running_var), mask=known)
-            if not CUMULATIVE:
+            if not NORM.cumulative:
                 if tl.program_id(0) == 0:
                     tl.store(batches_ptr, batches + 1)
     else:
@@ -344,93 +305,61 @@ def _constants_kernel(
         variance = running_var
     rstd = 1.0 / tl.sqrt_rn(variance + eps)
     scale = rstd
-    if AFFINE:
+    if NORM.affine:
         scale = scale * weight
     tl.store(constants_ptr + MEAN * channels + channel, mean, mask=known)
     tl.store(constants_ptr + RSTD * channels + channel, rstd, mask=known)
     tl.store(constants_ptr + DRIVE_SCALE * channels + channel, gain * scale, mask=known)
-    drive_shift = gain * bias + ((1.0 - keep) * v_rest - v_threshold)
-    tl.store(constants_ptr + DRIVE_SHIFT * channels + channel, drive_shift, mask=known)
+    shift = drive_shift(bias, gain, membrane)
+    tl.store(constants_ptr + DRIVE_SHIFT * channels + channel, shift, mask=known)
 
 
 # ------------------------------------------------------------------------------------------------ normalise and fire
 
 
 @triton.jit
-def _forward_steps(
-    x_ptr,
-    residual_ptr,
-    out_ptr,
-    offsets,
-    inside,
-    x_stride_t,
-    residual_stride_t,
-    out_stride_t,
-    drive_constant,
-    mean,
-    scale,
-    shift,
-    keep,
-    v_threshold,
-    v_rest,
-    STEPS: tl.constexpr,
-    MASKED: tl.constexpr,
-    X_CONSTANT: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    ENERGY: tl.constexpr,
-    SOFT_RESET: tl.constexpr,
-    RECURSE: tl.constexpr,
-):
-    """The first STEPS steps, the pointers at the last of them: returns the potential behind it, and the energy so far.
+def _load_norm(constants_ptr, channel, channels, CUT: tl.constexpr):
+    """Without slope and offset, which only the gradient of x needs."""
+    mean = _per_channel(constants_ptr + MEAN * channels, channel, channels, CUT)
+    scale = _per_channel(constants_ptr + DRIVE_SCALE * channels, channel, channels, CUT)
+    shift = _per_channel(constants_ptr + DRIVE_SHIFT * channels, channel, channels, CUT)
+    return mean, scale, shift
+
+
+@triton.jit
+def _drive(deviation, norm):
+    scale, shift = tl.broadcast_to(norm.scale, deviation.shape), tl.broadcast_to(norm.shift, deviation.shape)
+    return tl.fma(deviation, scale, shift)
+
+
+@triton.jit
+def _forward_steps(x, residual, out, tile, drive, norm, membrane, STEPS: tl.constexpr, HOW: tl.constexpr):
+    """The first STEPS steps, x to out at the last of them: returns the potential behind it, and the energy so far.
 
     The recursion is over time and unrolled by the compiler: it loads on the way down, and fires on the way up, so that
-    the loads of all steps are under way before the first store. RECURSE is this function.
+    the loads of all steps are under way before the first store. ``drive`` is that of a repeated x.
     """
-    if X_CONSTANT:
-        drive = drive_constant
-    else:
-        drive = _drive(_load(x_ptr + offsets, inside, MASKED) - mean, scale, shift)
-    if HAS_RESIDUAL:
-        residual = _load(residual_ptr + offsets, inside, MASKED)
+    drive_step = drive if HOW.cut.repeated else _drive(_load(x.ptr + tile.offsets, tile, HOW.cut) - norm.mean, norm)
+    if HOW.does.residual:
+        added = _load(residual.ptr + tile.offsets, tile, HOW.cut)
     if STEPS > 1:
-        v, energy = RECURSE(
-            x_ptr - x_stride_t,
-            residual_ptr - residual_stride_t,
-            out_ptr - out_stride_t,
-            offsets,
-            inside,
-            x_stride_t,
-            residual_stride_t,
-            out_stride_t,
-            drive_constant,
-            mean,
-            scale,
-            shift,
-            keep,
-            v_threshold,
-            v_rest,
-            STEPS - 1,
-            MASKED,
-            X_CONSTANT,
-            HAS_RESIDUAL,
-            ENERGY,
-            SOFT_RESET,
-            RECURSE,
+        v, energy = _forward_steps(
+            step_before(x), step_before(residual), step_before(out), tile, drive, norm, membrane, STEPS - 1, HOW
         )
     else:
-        v = tl.zeros_like(drive) + v_rest
-        energy = tl.zeros_like(drive)
-    u = _charge(v, drive, keep)
+        v = tl.zeros_like(drive_step) + membrane.v_rest
+        energy = tl.zeros_like(drive_step)
+    u = relative_charge(v, drive_step, membrane)
     fired = u >= 0
-    out = tl.where(fired, 1.0, 0.0)
-    if HAS_RESIDUAL:
-        out += residual
-    _store(out_ptr + offsets, out, inside, MASKED)
-    if ENERGY:
-        if MASKED:
-            out = tl.where(inside, out, 0.0)
-        energy = tl.fma(out, out, energy)
-    return _reset(u, fired, v_threshold, v_rest, SOFT_RESET), energy
+    spikes = tl.where(fired, 1.0, 0.0)
+    if HOW.does.residual:
+        spikes += added
+    _store(out.ptr + tile.offsets, spikes, tile, HOW.cut)
+    if HOW.does.energy:
+        if HOW.cut.masked:
+            spikes = tl.where(tile.inside, spikes, 0.0)
+        energy = tl.fma(spikes, spikes, energy)
+    return reset(u + membrane.v_threshold, u, fired, membrane, HOW.kind), energy
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
@@ -450,79 +379,47 @@ def _forward_kernel(
     residual_stride_t,
     residual_stride_n,
     channel_blocks,
-    tiles,  # of one example and block of channels
-    team,  # programs that share an example
+    tiles,
+    team,
     teams,
     keep,
     v_threshold,
     v_rest,
-    T: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    MASKED: tl.constexpr,
-    X_CONSTANT: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    STORE_V: tl.constexpr,
-    ENERGY: tl.constexpr,
-    SOFT_RESET: tl.constexpr,
-    LEARNED_TAU: tl.constexpr,
+    HOW: tl.constexpr,
 ):
-    keep, _gain = _keep_and_gain(reciprocal_tau_ptr, keep, 1.0, LEARNED_TAU, False)
-    program = tl.program_id(0)
-    block = program % channel_blocks
-    slot = program // channel_blocks
-    channel = _along_tile(_block_channels(block, ROWS, COLUMNS, CHANNELS_LAST), CHANNELS_LAST)
-    mean = _per_channel(constants_ptr + MEAN * channels, channel, channels, MASKED)
-    scale = _per_channel(constants_ptr + DRIVE_SCALE * channels, channel, channels, MASKED)
-    shift = _per_channel(constants_ptr + DRIVE_SHIFT * channels, channel, channels, MASKED)
+    keep, _gain = keep_and_gain(reciprocal_tau_ptr, keep, 1.0, HOW.kind)
+    block, slot = _place(channel_blocks)
+    channel_out = _block_channels(block, HOW.cut)
+    channel = _along_tile(channel_out, HOW.cut)
+    mean, scale, shift = _load_norm(constants_ptr, channel, channels, HOW.cut)
+    norm = Norm(mean, scale, shift, None, None)
+    membrane = RelativeMembrane(keep, v_threshold, v_rest, None)
     one = tl.full((), 1, tl.int64)
     size = channels * pixels
     out_stride_t = one * examples * size
+    last: tl.constexpr = HOW.cut.steps - 1
 
     n = slot // team
     while n < examples:
-        energy = tl.zeros((ROWS, COLUMNS), tl.float32)
-        tile = slot % team
-        while tile < tiles:
-            offsets, inside = _tile_offsets(
-                channel, _tile_pixels(tile, ROWS, COLUMNS, CHANNELS_LAST), channels, pixels, CHANNELS_LAST
-            )
+        energy = tl.zeros((HOW.cut.rows, HOW.cut.columns), tl.float32)
+        number = slot % team
+        while number < tiles:
+            tile = _tile(number, channel, channels, pixels, HOW.cut)
             x_step = x_ptr + one * n * x_stride_n
             residual_step = residual_ptr + one * n * residual_stride_n
             out_step = out_ptr + one * n * size
-            drive = tl.zeros((ROWS, COLUMNS), tl.float32)
-            if X_CONSTANT:
-                drive = _drive(_load(x_step + offsets, inside, MASKED) - mean, scale, shift)
-            v, tile_energy = _forward_steps(
-                x_step + one * (T - 1) * x_stride_t,
-                residual_step + one * (T - 1) * residual_stride_t,
-                out_step + (T - 1) * out_stride_t,
-                offsets,
-                inside,
-                x_stride_t,
-                residual_stride_t,
-                out_stride_t,
-                drive,
-                mean,
-                scale,
-                shift,
-                keep,
-                v_threshold,
-                v_rest,
-                T,
-                MASKED,
-                X_CONSTANT,
-                HAS_RESIDUAL,
-                ENERGY,
-                SOFT_RESET,
-                _forward_steps,
-            )
+            drive = tl.zeros((HOW.cut.rows, HOW.cut.columns), tl.float32)
+            if HOW.cut.repeated:
+                drive = _drive(_load(x_step + tile.offsets, tile, HOW.cut) - mean, norm)
+            x = Rows(x_step + one * last * x_stride_t, x_stride_t)
+            residual = Rows(residual_step + one * last * residual_stride_t, residual_stride_t)
+            out = Rows(out_step + last * out_stride_t, out_stride_t)
+            v, tile_energy = _forward_steps(x, residual, out, tile, drive, norm, membrane, HOW.cut.steps, HOW)
             energy += tile_energy
-            if STORE_V:
-                _store(v_ptr + one * n * size + offsets, v, inside, MASKED)
-            tile += team
-        if ENERGY:
+            if HOW.does.v:
+                _store(v_ptr + one * n * size + tile.offsets, v, tile, HOW.cut)
+            number += team
+        if HOW.does.energy:
             total = tl.sum(tl.sum(energy, axis=1), axis=0)
             tl.store(energy_ptr + (one * n * channel_blocks + block) * team + slot % team, total)
         n += teams
@@ -531,117 +428,68 @@ def _forward_kernel(
 # --------------------------------------------------------------------------------------------------------- backward
 
 
-@triton.jit
-def _backward_steps(
-    x_ptr,
-    grad_ptr,
-    grad_x_ptr,
-    offsets,
-    inside,
-    x_stride_t,
-    grad_stride_t,
-    grad_x_stride_t,
-    x_constant,
-    v,
-    mean,
-    scale,
-    shift,
-    slope,
-    offset,
-    keep,
-    v_threshold,
-    v_rest,
-    alpha,
-    STEPS: tl.constexpr,
-    MASKED: tl.constexpr,
-    X_CONSTANT: tl.constexpr,
-    SUM: tl.constexpr,
-    NORM: tl.constexpr,
-    WRITE: tl.constexpr,
-    GRAD_TAU: tl.constexpr,
-    SOFT_RESET: tl.constexpr,
-    DETACH_RESET: tl.constexpr,
-    SURROGATE: tl.constexpr,
-    RECURSE: tl.constexpr,
-):
-    """Backward through the STEPS last steps, which start from potential v.
+class Sums(NamedTuple):
+    """Sums over steps, for each element of a tile."""
 
-    Returns the gradient with respect to the first of their h, and sums over these steps: of that gradient, of its
-    product with the deviation of x from the mean, of its square, and, over all but the first step, of its product with
-    v_rest less the potential before, which is the leak's part of dL/d(1/tau). The recursion is over time and unrolled
-    by the compiler; RECURSE is this function (Triton before 3.5 cannot hash one that names itself).
+    grad: tl.tensor  # of dL/dh
+    product: tl.tensor  # of its product with the deviation of x from the mean
+    norm: tl.tensor  # of its square
+    leak: tl.tensor  # over all but the first step, of its product with v_rest less the potential before: the leak's
+    # part of dL/d(1/tau)
+
+
+@triton.jit
+def _gradient(grad_h, deviation, norm):
+    """Gradient of x: the direct part, and those by way of the variance and of the mean."""
+    slope, offset = tl.broadcast_to(norm.slope, deviation.shape), tl.broadcast_to(norm.offset, deviation.shape)
+    indirect = tl.fma(deviation, slope, offset)
+    return tl.fma(grad_h, tl.broadcast_to(norm.scale, grad_h.shape), indirect)
+
+
+@triton.jit
+def _backward_steps(x, grad, grad_x, tile, deviation, v, norm, membrane, STEPS: tl.constexpr, HOW: tl.constexpr):
+    """Backward through the STEPS last steps, which start from potential v, with x to grad_x at the first of them.
+
+    Returns the gradient with respect to the first of their h, and their sums. ``deviation`` is that of a repeated x.
+    The recursion is over time and unrolled by the compiler.
     """
-    if X_CONSTANT:
-        deviation = x_constant
-    else:
-        deviation = _load(x_ptr + offsets, inside, MASKED) - mean
-    grad_spike = _load(grad_ptr + offsets, inside, MASKED)
-    u = _charge(v, _drive(deviation, scale, shift), keep)
+    deviation_step = deviation if HOW.cut.repeated else _load(x.ptr + tile.offsets, tile, HOW.cut) - norm.mean
+    grad_spike = _load(grad.ptr + tile.offsets, tile, HOW.cut)
+    u = relative_charge(v, _drive(deviation_step, norm), membrane)
     fired = u >= 0
     if STEPS > 1:
-        v_after = _reset(u, fired, v_threshold, v_rest, SOFT_RESET)
-        grad_h, grad_sum, product_sum, norm, leak_sum = RECURSE(
-            x_ptr + x_stride_t,
-            grad_ptr + grad_stride_t,
-            grad_x_ptr + grad_x_stride_t,
-            offsets,
-            inside,
-            x_stride_t,
-            grad_stride_t,
-            grad_x_stride_t,
-            x_constant,
+        v_after = reset(u + membrane.v_threshold, u, fired, membrane, HOW.kind)
+        grad_h, sums = _backward_steps(
+            step_behind(x),
+            step_behind(grad),
+            step_behind(grad_x),
+            tile,
+            deviation,
             v_after,
-            mean,
-            scale,
-            shift,
-            slope,
-            offset,
-            keep,
-            v_threshold,
-            v_rest,
-            alpha,
+            norm,
+            membrane,
             STEPS - 1,
-            MASKED,
-            X_CONSTANT,
-            SUM,
-            NORM,
-            WRITE,
-            GRAD_TAU,
-            SOFT_RESET,
-            DETACH_RESET,
-            SURROGATE,
-            RECURSE,
+            HOW,
         )
-        if GRAD_TAU:
-            leak_sum = tl.fma(grad_h, v_rest - v_after, leak_sum)
-        carry = grad_h * keep
+        leak = tl.fma(grad_h, membrane.v_rest - v_after, sums.leak) if HOW.does.grad_tau else sums.leak
+        grad_v = grad_h * membrane.keep
     else:
-        carry = tl.zeros_like(u)
-        grad_sum = tl.zeros_like(u)
-        product_sum = tl.zeros_like(u)
-        norm = tl.zeros_like(u)
-        leak_sum = tl.zeros_like(u)
-    surrogate = surrogate_gradient(u, alpha, SURROGATE)
-    if SOFT_RESET:
-        grad_h = carry
-        if not DETACH_RESET:
-            grad_h -= carry * v_threshold * surrogate
-    else:
-        grad_h = tl.where(fired, 0.0, carry)
-        if not DETACH_RESET:
-            grad_h += carry * (v_rest - v_threshold - u) * surrogate
-    grad_h = tl.fma(grad_spike, surrogate, grad_h)
-    if X_CONSTANT:
+        grad_v = tl.zeros_like(u)
+        leak = tl.zeros_like(u)
+        sums = Sums(tl.zeros_like(u), tl.zeros_like(u), tl.zeros_like(u), leak)
+    grad_h = grad_charge_relative(grad_v, grad_spike, u, fired, membrane, HOW.kind)
+    grad_sum, product, square = sums.grad, sums.product, sums.norm
+    if HOW.cut.repeated:
         grad_sum += grad_h
     else:
-        if SUM:
+        if HOW.does.sums:
             grad_sum += grad_h
-            product_sum = tl.fma(grad_h, deviation, product_sum)
-        if NORM:
-            norm = tl.fma(grad_h, grad_h, norm)
-        if WRITE:
-            _store(grad_x_ptr + offsets, _gradient(grad_h, deviation, scale, slope, offset), inside, MASKED)
-    return grad_h, grad_sum, product_sum, norm, leak_sum
+            product = tl.fma(grad_h, deviation_step, product)
+        if HOW.does.norm:
+            square = tl.fma(grad_h, grad_h, square)
+        if HOW.does.write:
+            _store(grad_x.ptr + tile.offsets, _gradient(grad_h, deviation_step, norm), tile, HOW.cut)
+    return grad_h, Sums(grad_sum, product, square, leak)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
@@ -663,132 +511,87 @@ def _backward_kernel(
     grad_stride_t,
     grad_stride_n,
     channel_blocks,
-    tiles,  # of one example and block of channels
-    team,  # programs that share an example
+    tiles,
+    team,
     teams,
     keep,
     gain,
     v_threshold,
     v_rest,
     alpha,
-    T: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    MASKED: tl.constexpr,
-    X_CONSTANT: tl.constexpr,
-    REVERSED: tl.constexpr,
-    SUM: tl.constexpr,
-    NORM: tl.constexpr,
-    WRITE: tl.constexpr,
-    BATCH_STATISTICS: tl.constexpr,
-    SOFT_RESET: tl.constexpr,
-    DETACH_RESET: tl.constexpr,
-    SURROGATE: tl.constexpr,
-    LEARNED_TAU: tl.constexpr,
-    LEARNED_GAIN: tl.constexpr,
-    GRAD_TAU: tl.constexpr,
+    HOW: tl.constexpr,
 ):
-    """SUM: the first pass of training. WRITE: the second. Both in one pass where the statistics are constants."""
-    keep, gain = _keep_and_gain(reciprocal_tau_ptr, keep, gain, LEARNED_TAU, LEARNED_GAIN)
-    program = tl.program_id(0)
-    block = program % channel_blocks
-    slot = program // channel_blocks
-    channel_out = _block_channels(block, ROWS, COLUMNS, CHANNELS_LAST)
-    channel = _along_tile(channel_out, CHANNELS_LAST)
-    mean = _per_channel(constants_ptr + MEAN * channels, channel, channels, MASKED)
-    scale = _per_channel(constants_ptr + DRIVE_SCALE * channels, channel, channels, MASKED)
-    shift = _per_channel(constants_ptr + DRIVE_SHIFT * channels, channel, channels, MASKED)
+    keep, gain = keep_and_gain(reciprocal_tau_ptr, keep, gain, HOW.kind)
+    block, slot = _place(channel_blocks)
+    channel_out = _block_channels(block, HOW.cut)
+    channel = _along_tile(channel_out, HOW.cut)
+    mean, scale, shift = _load_norm(constants_ptr, channel, channels, HOW.cut)
     slope = tl.zeros_like(mean)
     offset = tl.zeros_like(mean)
-    if WRITE:
-        if BATCH_STATISTICS:
-            slope = _per_channel(coefficients_ptr, channel, channels, MASKED)
-            offset = _per_channel(coefficients_ptr + channels, channel, channels, MASKED)
+    if HOW.does.indirect:
+        slope = _per_channel(coefficients_ptr, channel, channels, HOW.cut)
+        offset = _per_channel(coefficients_ptr + channels, channel, channels, HOW.cut)
+    norm = Norm(mean, scale, shift, slope, offset)
+    membrane = RelativeMembrane(keep, v_threshold, v_rest, alpha)
     one = tl.full((), 1, tl.int64)
     size = channels * pixels
     grad_x_stride_t = one * examples * size
 
-    grad_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
-    product_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
-    leak_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    grad_sum = tl.zeros((HOW.cut.rows, HOW.cut.columns), tl.float32)
+    product_sum = tl.zeros((HOW.cut.rows, HOW.cut.columns), tl.float32)
+    leak_sum = tl.zeros((HOW.cut.rows, HOW.cut.columns), tl.float32)
     step_n = teams
     step_tile = team
     first_n = slot // team
-    if REVERSED:
+    if HOW.does.sums:  # the other way round than the kernels before and behind
         step_n = -teams
         step_tile = -team
         first_n = _last_of(slot // team, examples, teams)
     n = first_n
     while (n >= 0) & (n < examples):
-        norm = tl.zeros((ROWS, COLUMNS), tl.float32)
-        tile = slot % team
-        if REVERSED:
-            tile = _last_of(slot % team, tiles, team)
-        while (tile >= 0) & (tile < tiles):
-            offsets, inside = _tile_offsets(
-                channel, _tile_pixels(tile, ROWS, COLUMNS, CHANNELS_LAST), channels, pixels, CHANNELS_LAST
-            )
-            deviation = tl.zeros((ROWS, COLUMNS), tl.float32)
-            if X_CONSTANT:
-                deviation = _load(x_ptr + one * n * x_stride_n + offsets, inside, MASKED) - mean
-            _grad_h, tile_grad, tile_product, tile_norm, tile_leak = _backward_steps(
-                x_ptr + one * n * x_stride_n,
-                grad_ptr + one * n * grad_stride_n,
-                grad_x_ptr + one * n * size,
-                offsets,
-                inside,
-                x_stride_t,
-                grad_stride_t,
-                grad_x_stride_t,
-                deviation,
-                tl.zeros((ROWS, COLUMNS), tl.float32) + v_rest,
-                mean,
-                scale,
-                shift,
-                slope,
-                offset,
-                keep,
-                v_threshold,
-                v_rest,
-                alpha,
-                T,
-                MASKED,
-                X_CONSTANT,
-                SUM,
-                NORM,
-                WRITE,
-                GRAD_TAU,
-                SOFT_RESET,
-                DETACH_RESET,
-                SURROGATE,
-                _backward_steps,
-            )
-            if X_CONSTANT:
-                tile_product = tile_grad * deviation
-                tile_norm = tile_grad * tile_grad
-                if WRITE:
-                    grad_x = _gradient(tile_grad, deviation, scale, slope, offset)
-                    _store(grad_x_ptr + one * n * size + offsets, grad_x, inside, MASKED)
-            if SUM:
-                grad_sum += tile_grad
-                product_sum += tile_product
-            if NORM:
-                norm += tile_norm
-            if GRAD_TAU:  # no mask: beyond the end every gradient is zero
-                leak_sum += tile_leak
-            tile += step_tile
-        if NORM:
-            total = tl.sum(tl.sum(norm * (scale * scale), axis=1), axis=0)
+        squares = tl.zeros((HOW.cut.rows, HOW.cut.columns), tl.float32)
+        number = slot % team
+        if HOW.does.sums:
+            number = _last_of(slot % team, tiles, team)
+        while (number >= 0) & (number < tiles):
+            tile = _tile(number, channel, channels, pixels, HOW.cut)
+            deviation = tl.zeros((HOW.cut.rows, HOW.cut.columns), tl.float32)
+            if HOW.cut.repeated:
+                deviation = _load(x_ptr + one * n * x_stride_n + tile.offsets, tile, HOW.cut) - mean
+            x = Rows(x_ptr + one * n * x_stride_n, x_stride_t)
+            grad = Rows(grad_ptr + one * n * grad_stride_n, grad_stride_t)
+            grad_x = Rows(grad_x_ptr + one * n * size, grad_x_stride_t)
+            v = tl.zeros((HOW.cut.rows, HOW.cut.columns), tl.float32) + v_rest
+            _grad_h, sums = _backward_steps(x, grad, grad_x, tile, deviation, v, norm, membrane, HOW.cut.steps, HOW)
+            if HOW.cut.repeated:
+                sums = Sums(sums.grad, sums.grad * deviation, sums.grad * sums.grad, sums.leak)
+                if HOW.does.write:
+                    gradient = _gradient(sums.grad, deviation, norm)
+                    _store(grad_x_ptr + one * n * size + tile.offsets, gradient, tile, HOW.cut)
+            if HOW.does.sums:
+                grad_sum += sums.grad
+                product_sum += sums.product
+            if HOW.does.norm:
+                squares += sums.norm
+            if HOW.does.grad_tau:  # no mask: beyond the end every gradient is zero
+                leak_sum += sums.leak
+            number += step_tile
+        if HOW.does.norm:
+            total = tl.sum(tl.sum(squares * (scale * scale), axis=1), axis=0)
             tl.store(norm_ptr + (one * n * channel_blocks + block) * team + slot % team, total)
         n += step_n
-    if SUM:
-        grads, products = _two_sums(gain * grad_sum, gain * product_sum, 0 if CHANNELS_LAST else 1)
+    if HOW.does.sums:
+        grads, products = _two_sums(gain * grad_sum, gain * product_sum, 0 if HOW.cut.channels_last else 1)
         where = _pair(channel_out, slot, team * teams)
         tl.store(sums_ptr + where, grads, mask=channel_out < channels)
         tl.store(sums_ptr + GROUP + where, products, mask=channel_out < channels)
-    if GRAD_TAU:
-        tl.store(leak_ptr + program, tl.sum(tl.sum(leak_sum, axis=1), axis=0))
+    if HOW.does.grad_tau:
+        tl.store(leak_ptr + tl.program_id(0), tl.sum(tl.sum(leak_sum, axis=1), axis=0))
+
+
+# Examples of which a program adds partial sums, and so many of them at a time.
+EXAMPLES = tl.constexpr(32)
+PARTS = tl.constexpr(16)
 
 
 @triton.jit(
@@ -813,29 +616,24 @@ def _finish_backward_kernel(
     energy_parts,  # partial sums of one example
     norm_parts,
     gain,
-    SLOTS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    EXAMPLES: tl.constexpr,
-    PARTS: tl.constexpr,
     AFFINE: tl.constexpr,
-    NORM: tl.constexpr,
-    LEARNED_TAU: tl.constexpr,
-    LEARNED_GAIN: tl.constexpr,
+    SCORED: tl.constexpr,
+    KIND: tl.constexpr,
 ):
-    """The first programs finish CHANNELS channels each: gradients of weight and bias, coefficients of that of x.
+    """The first programs finish GROUP channels each: gradients of weight and bias, coefficients of that of x.
 
     The others add the partial sums of EXAMPLES examples each.
     """
-    _keep, gain = _keep_and_gain(reciprocal_tau_ptr, 1.0, gain, LEARNED_TAU, LEARNED_GAIN)
+    _keep, gain = keep_and_gain(reciprocal_tau_ptr, 1.0, gain, KIND)
     program = tl.program_id(0)
-    channel_programs = tl.cdiv(channels, CHANNELS)
+    channel_programs = tl.cdiv(channels, GROUP)
     if program < channel_programs:
-        channel = program * CHANNELS + tl.arange(0, CHANNELS)
+        channel = program * GROUP + tl.arange(0, GROUP)
         known = channel < channels
         rstd = tl.load(constants_ptr + RSTD * channels + channel, mask=known, other=0.0)
         drive_scale = tl.load(constants_ptr + DRIVE_SCALE * channels + channel, mask=known, other=0.0)
-        grads = tl.zeros((SLOTS, CHANNELS), tl.float32)
-        products = tl.zeros((SLOTS, CHANNELS), tl.float32)
+        grads = tl.zeros((SLOTS, GROUP), tl.float32)
+        products = tl.zeros((SLOTS, GROUP), tl.float32)
         start = 0
         while start < slots:
             slot = start + tl.arange(0, SLOTS)
@@ -852,16 +650,16 @@ def _finish_backward_kernel(
         tl.store(coefficients_ptr + channel, -scale * rstd * rstd * (product_sum / elements), mask=known)
         tl.store(coefficients_ptr + channels + channel, -scale * (grad_sum / elements), mask=known)
     else:
-        if NORM:
+        if SCORED:
             n = (program - channel_programs) * EXAMPLES + tl.arange(0, EXAMPLES)
-            energy = _add_parts(energy_part_ptr, n, examples, energy_parts, EXAMPLES, PARTS)
+            energy = _add_parts(energy_part_ptr, n, examples, energy_parts)
             tl.store(energy_ptr + n, energy, mask=n < examples)
-            norm = _add_parts(norm_part_ptr, n, examples, norm_parts, EXAMPLES, PARTS)
+            norm = _add_parts(norm_part_ptr, n, examples, norm_parts)
             tl.store(norm_ptr + n, norm, mask=n < examples)
 
 
 @triton.jit
-def _add_parts(part_ptr, n, examples, parts, EXAMPLES: tl.constexpr, PARTS: tl.constexpr):
+def _add_parts(part_ptr, n, examples, parts):
     """Rows n of [N, parts], summed."""
     total = tl.zeros((EXAMPLES, PARTS), tl.float32)
     start = 0

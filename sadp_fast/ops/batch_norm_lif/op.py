@@ -1,20 +1,172 @@
-"""BatchNorm + LIF as one differentiable operator, whose kernels batch_norm_lif_launch.py launches."""
+"""BatchNorm + LIF as operators: a forward pass, a backward pass, and what autograd needs around them.
+
+Reading order: passes, registered operators, autograd functions, ``batch_norm_lif`` (what a neuron calls). The kernels
+are in kernels.py, their launches in launch.py, the same in plain torch in reference.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .kernels import SMALLEST_GAIN
-from .launch import Neuron, Normalisation, NormalisationKind, layer_for
+from ..common import layout
+from ..common.dispatch import nothing, refuse_second_derivative, runs_directly
+from ..common.dynamics import Dynamics
+from ..common.equations import SMALLEST_GAIN
+from ..lif.op import lif
+from . import reference
+from .launch import Neuron, Normalisation, NormalisationKind, as_read, layer_for
+
+
+def _grad_tau(
+    neuron: Neuron,
+    sums: Sequence[Tensor | None],
+    reciprocal_tau: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """Gradient of 1 / tau; ``sums``: what the backward pass gives for weight, bias and leak."""
+    grad_weight, grad_bias, leak = sums
+    assert leak is not None
+    grad_tau = leak.sum()
+    if neuron.learned_gain:  # the normalised input's part; its gradients have the factor 1 / tau already
+        assert grad_weight is not None and grad_bias is not None and reciprocal_tau is not None
+        driven = grad_weight if weight is None or bias is None else grad_weight * weight + grad_bias * bias
+        grad_tau += driven.sum() / reciprocal_tau.clamp(min=SMALLEST_GAIN.value)
+    return grad_tau
+
+
+# ---------------------------------------------------------------------------------------------- registered operators
+
+# For torch.compile and dispatch modes; eager calls go straight to the launches. They change none of their arguments:
+# ``running`` are the new running statistics.
+
+_NEURON_SCHEMA = (  # of a Dynamics, and the surrogate
+    "float? tau, bool decay_input, float v_threshold, float? v_reset, bool detach_reset, bool learned_tau,"
+    " int surrogate, float alpha"
+)
+
+torch.library.define(
+    "sadp_fast::batch_norm_lif_forward",
+    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? reciprocal_tau, Tensor? running_mean,"
+    " Tensor? running_var, Tensor? batches, SymInt? repeat, float eps, float? momentum, bool use_batch, bool update,"
+    f" {_NEURON_SCHEMA}, bool want_v, bool want_energy)"
+    " -> (Tensor out, Tensor v, Tensor constants, Tensor energy, Tensor running)",
+)
+torch.library.define(
+    "sadp_fast::batch_norm_lif_backward",
+    "(Tensor grad_out, Tensor x, Tensor constants, Tensor? reciprocal_tau, Tensor? weight, Tensor? bias,"
+    f" SymInt? repeat, bool use_batch, {_NEURON_SCHEMA}, bool want_norm, bool want_grad_tau)"
+    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_reciprocal_tau, Tensor grad_norm_sq)",
+)
+
+
+def _neuron(*numbers: Any) -> Neuron:
+    *dynamics, surrogate, alpha = numbers
+    return Neuron.of(Dynamics(*dynamics), surrogate, alpha)
+
+
+def _launch_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    reciprocal_tau: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    batches: Tensor | None,
+    repeat: int | None,
+    *constants_and_flags: Any,
+) -> tuple[Tensor, ...]:
+    eps, momentum, use_batch, update, *numbers, want_v, want_energy = constants_and_flags
+    running = nothing(x)
+    if update:
+        running = torch.stack((running_mean, running_var))  # type: ignore[arg-type]
+        running_mean, running_var = running
+        batches = x.new_zeros((), dtype=torch.int64) if batches is None else batches.clone()
+    norm = Normalisation(eps, momentum, running_mean, running_var, batches, use_batch, update)
+    layer, x = layer_for(x, repeat, _neuron(*numbers), NormalisationKind.of(norm, weight is not None))
+    constants = layer.constants(x, norm, weight, bias, reciprocal_tau)
+    out, v, energy = layer.fire(x, constants, reciprocal_tau, residual, want_v, want_energy)
+    energy = nothing(x) if energy is None else energy.sum(1)
+    return out, nothing(x) if v is None else v, constants, energy, running
+
+
+def _launch_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    constants: Tensor,
+    reciprocal_tau: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    repeat: int | None,
+    use_batch: bool,
+    *constants_and_flags: Any,
+) -> tuple[Tensor, ...]:
+    *numbers, want_norm, want_grad_tau = constants_and_flags
+    neuron, affine = _neuron(*numbers), weight is not None
+    layer, x = layer_for(x, repeat, neuron, NormalisationKind(use_batch, False, False, affine))
+    # The output's energy is the forward pass's: what this pass adds of it, from nothing, is not looked at.
+    unused, norms = (x.new_empty(layer.shape.examples if want_norm else 0, dtype=torch.float32) for _ in range(2))
+    backward, grad = layer.backward(grad_out, want_norm, want_grad_tau)
+    energies = (unused, norms) if want_norm else None
+    grad_x, *sums = backward.run(x, grad, constants, reciprocal_tau, None, energies)
+    grad_tau = _grad_tau(neuron, sums, reciprocal_tau, weight, bias) if want_grad_tau else nothing(x)
+    grad_weight, grad_bias = (nothing(x) if t is None or not affine else t for t in sums[:2])
+    return grad_x, grad_weight, grad_bias, grad_tau, norms
+
+
+# The CPU implementation is the same kernels in Triton's interpreter.
+for _device in ("cuda", "cpu"):
+    torch.library.impl("sadp_fast::batch_norm_lif_forward", _device, _launch_forward)
+    torch.library.impl("sadp_fast::batch_norm_lif_backward", _device, _launch_backward)
+
+
+def _out_of(x: Tensor, repeat: int | None) -> layout.Sequence:
+    """What the output is like; x as the kernels read it."""
+    return layout.Sequence(x if repeat is None else x.expand(repeat, *x.shape))
+
+
+@torch.library.register_fake("sadp_fast::batch_norm_lif_forward")
+def _(x, residual, weight, bias, reciprocal_tau, running_mean, running_var, batches, repeat, *constants_and_flags):
+    _, _, _, update, *_, want_v, want_energy = constants_and_flags
+    out = _out_of(as_read(x, repeat is not None), repeat)
+    _, examples, channels = out.shape[:3]
+    return (
+        x.new_empty_strided(out.shape, out.strides),
+        x.new_empty_strided(out.shape[1:], out.strides[1:], dtype=torch.float32) if want_v else nothing(x),
+        x.new_empty((4, channels), dtype=torch.float32),
+        x.new_empty(examples if want_energy else 0, dtype=torch.float32),
+        x.new_empty((2, channels), dtype=torch.float32) if update else nothing(x),
+    )
+
+
+@torch.library.register_fake("sadp_fast::batch_norm_lif_backward")
+def _(grad_out, x, constants, reciprocal_tau, weight, bias, repeat, use_batch, *constants_and_flags):
+    *_, want_norm, want_grad_tau = constants_and_flags
+    out = _out_of(as_read(x, repeat is not None), repeat)
+    _, examples, channels = out.shape[:3]
+    return (
+        x.new_empty_strided(x.shape, out.strides if repeat is None else out.strides[1:]),
+        x.new_empty(0 if weight is None else channels, dtype=torch.float32),
+        x.new_empty(0 if weight is None else channels, dtype=torch.float32),
+        x.new_empty(() if want_grad_tau else 0, dtype=torch.float32),
+        x.new_empty(examples if want_norm else 0, dtype=torch.float32),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ autograd functions
 
 
 class _BatchNormLIF(torch.autograd.Function):
+    """The eager path."""
+
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         x: Tensor,
         residual: Tensor | None,
         weight: Tensor | None,
@@ -41,12 +193,8 @@ class _BatchNormLIF(torch.autograd.Function):
         return out, v, constants
 
     @staticmethod
-    def backward(ctx, grad_out: Tensor | None, *_):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the fused neuron has no second derivative: call backward() without create_graph=True, or set the "
-                "node's backend='torch'"
-            )
+    def backward(ctx: Any, grad_out: Tensor | None, *_):
+        refuse_second_derivative()
         if grad_out is None:
             return (None,) * 11
         x, constants, reciprocal_tau, weight, bias = ctx.saved_tensors
@@ -55,22 +203,87 @@ class _BatchNormLIF(torch.autograd.Function):
         if x.stride() != ctx.strides:  # a hook for saved tensors gave it back in another layout
             layer, x = layer_for(x, ctx.repeat, layer.neuron, layer.kind)
         backward, grad = layer.backward(grad_out, energies is not None, wants_grad_tau)
-        grad_x, grad_weight, grad_bias, leak = backward.run(x, grad, constants, reciprocal_tau, energy, energies)
+        grad_x, *sums = backward.run(x, grad, constants, reciprocal_tau, energy, energies)
         grad_tau = None
         if wants_grad_tau:
-            grad_tau = leak.sum()
-            if layer.neuron.learned_gain:  # the normalised input's part; its gradients have the factor 1 / tau already
-                driven = grad_weight if weight is None else grad_weight * weight + grad_bias * bias
-                grad_tau += driven.sum() / reciprocal_tau.clamp(min=SMALLEST_GAIN.value)
-        affine = layer.kind.affine
+            grad_tau = _grad_tau(layer.neuron, sums, reciprocal_tau, weight, bias)
+        affine = sums[:2] if layer.kind.affine else (None, None)
+        return grad_x, grad if ctx.needs_input_grad[1] else None, *affine, grad_tau, *([None] * 6)
+
+
+class _RegisteredBatchNormLIF(torch.autograd.Function):
+    """The path of torch.compile and dispatch modes, through the registered operators."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        reciprocal_tau: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        batches: Tensor | None,
+        repeat: int | None,
+        normalisation: tuple[float, float | None, bool, bool],
+        neuron: tuple[Any, ...],
+        delta: Tensor | None,
+    ):
+        out, v, constants, energy, running = torch.ops.sadp_fast.batch_norm_lif_forward(
+            x,
+            residual,
+            weight,
+            bias,
+            reciprocal_tau,
+            running_mean,
+            running_var,
+            batches,
+            repeat,
+            *normalisation,
+            *neuron,
+            True,
+            delta is not None,
+        )
+        ctx.save_for_backward(x, constants, reciprocal_tau, weight, bias)
+        ctx.delta, ctx.repeat, ctx.use_batch, ctx.neuron = delta, repeat, normalisation[2], neuron
+        ctx.mark_non_differentiable(v, energy, running)
+        ctx.set_materialize_grads(False)
+        return out, v, energy, running
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, *_):
+        refuse_second_derivative()
+        if grad_out is None:
+            return (None,) * 12
+        x, constants, reciprocal_tau, weight, bias = ctx.saved_tensors
+        wants_grad_tau = ctx.needs_input_grad[4]
+        grad_x, grad_weight, grad_bias, grad_tau, norms = torch.ops.sadp_fast.batch_norm_lif_backward(
+            grad_out,
+            x,
+            constants,
+            reciprocal_tau,
+            weight,
+            bias,
+            ctx.repeat,
+            ctx.use_batch,
+            *ctx.neuron,
+            ctx.delta is not None,
+            wants_grad_tau,
+        )
+        if ctx.delta is not None:
+            ctx.delta.copy_(norms)
         return (
             grad_x,
-            grad if ctx.needs_input_grad[1] else None,
-            grad_weight if affine else None,
-            grad_bias if affine else None,
-            grad_tau,
-            *([None] * 6),
+            grad_out if ctx.needs_input_grad[1] else None,
+            None if weight is None else grad_weight,
+            None if bias is None else grad_bias,
+            grad_tau if wants_grad_tau else None,
+            *([None] * 7),
         )
+
+
+# ------------------------------------------------------------------------------------------------------ entry points
 
 
 def batch_norm_lif(
@@ -79,12 +292,15 @@ def batch_norm_lif(
     weight: Tensor | None,
     bias: Tensor | None,
     norm: Normalisation,
-    neuron: Neuron,
+    dynamics: Dynamics,
+    surrogate: int,
+    alpha: float,
     *,
     reciprocal_tau: Tensor | None = None,
     repeat: int | None = None,
     want_v: bool = False,
     energies: tuple[Tensor, Tensor] | None = None,
+    by_step: bool = False,
 ) -> tuple[Tensor, Callable[[], Tensor]]:
     """Batch normalisation, T steps of integrate-and-fire from rest, and a residual sum, differentiably.
 
@@ -92,19 +308,29 @@ def batch_norm_lif(
         x: [T, N, C, *], or [N, C, *] with ``repeat``; float32, float16 or bfloat16; at least one element.
         residual: added to the spikes, shape and dtype of the output, or None.
         weight, bias: float32 [C], both or neither.
-        reciprocal_tau: 1 / tau of a neuron with ``learned_tau``, float32, 0-dim.
+        norm: the rest of the normalisation; a training pass updates its running statistics.
+        surrogate, alpha: position in ``surrogate.FUSED`` and steepness.
+        reciprocal_tau: 1 / tau of ``dynamics.learned_tau``, float32, 0-dim, differentiable.
         repeat: T, where every step has the same x (direct coding).
         want_v: whether to write the final membrane potential in the same pass.
-        energies: two float32 [N], both written in the backward pass: the squared norm of each example's output, and
-            that of its gradient with respect to x with the normalisation's statistics held constant, each summed over
-            time.
+        energies: two float32 [N], both written until the backward pass is over: the squared norm of each example's
+            output, and that of its gradient with respect to x with the normalisation's statistics held constant, each
+            summed over time (the gradient of a repeated x is that of all steps).
+        by_step: whether ``energies`` are by step: int32 [T, N], the number of spikes, and float32 [T, N], the squared
+            norm of each step's gradient. Two operators then run in the place of one: torch's batch normalisation, and
+            the neuron, whose kernels count by step. Half-precision input is normalised in float32, as when fused.
 
     Returns:
         spikes (+ residual) [T, N, C, *] in x's dtype, and what gives the final potential, float32 [N, C, *], without a
         graph; where it was not wanted, it is computed when asked for, from x.
     """
-    kind = NormalisationKind.of(norm, weight is not None)
     tensors = (x, residual, weight, bias, reciprocal_tau)
+    if by_step:
+        return _by_step(*tensors, norm, dynamics, surrogate, alpha, repeat, energies)
+    kind = NormalisationKind.of(norm, weight is not None)
+    if not runs_directly():
+        return _registered(*tensors, norm, kind, dynamics, surrogate, alpha, repeat, energies)
+    neuron = Neuron.of(dynamics, surrogate, alpha)
     out, v, constants = _BatchNormLIF.apply(*tensors, repeat, neuron, kind, norm, want_v, energies)
     if want_v:
         return out, lambda: v
@@ -122,3 +348,78 @@ def batch_norm_lif(
         return layer.fire(dense, constants, tau, None, True, False)[1]  # type: ignore[return-value]
 
     return out, potential
+
+
+def _registered(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    reciprocal_tau: Tensor | None,
+    norm: Normalisation,
+    kind: NormalisationKind,
+    d: Dynamics,
+    surrogate: int,
+    alpha: float,
+    repeat: int | None,
+    energies: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    """``batch_norm_lif`` by the registered operators; the potential is always written."""
+    out, v, energy, running = _RegisteredBatchNormLIF.apply(
+        x,
+        residual,
+        weight,
+        bias,
+        reciprocal_tau,
+        norm.running_mean,
+        norm.running_var,
+        norm.batches if kind.cumulative else None,
+        repeat,
+        (norm.eps, norm.momentum, norm.use_batch, kind.update),
+        (d.tau, d.decay_input, d.v_threshold, d.v_reset, d.detach_reset, d.learned_tau, surrogate, alpha),
+        None if energies is None else energies[1],
+    )
+    if energies is not None:
+        energies[0].copy_(energy)
+    if kind.update:
+        assert norm.running_mean is not None and norm.running_var is not None and norm.batches is not None
+        norm.running_mean.copy_(running[0])
+        norm.running_var.copy_(running[1])
+        norm.batches.add_(1)
+    return out, lambda: v
+
+
+def _by_step(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    reciprocal_tau: Tensor | None,
+    norm: Normalisation,
+    dynamics: Dynamics,
+    surrogate: int,
+    alpha: float,
+    repeat: int | None,
+    energies: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    """``batch_norm_lif`` by two operators, which know what each step does."""
+    counts, grad_norm_sq = (None, None) if energies is None else energies
+    folded = (x.flatten(0, 1) if repeat is None else x).float()
+    channel_scale = None if energies is None else reference.gain(folded, weight, norm)
+    y = reference.normalise(folded, weight, bias, norm)
+    spikes, v, _, count = lif(
+        y.unflatten(0, x.shape[:2]) if repeat is None else y.expand(repeat, *x.shape),
+        dynamics.v_rest,
+        dynamics,
+        surrogate,
+        alpha,
+        reciprocal_tau=reciprocal_tau,
+        count_spikes=counts is not None,
+        grad_norm_sq=grad_norm_sq,
+        channel_scale=channel_scale,
+    )
+    if counts is not None:
+        assert count is not None
+        counts.copy_(count)
+    spikes = spikes.to(x.dtype)
+    return spikes if residual is None else spikes + residual, v.detach

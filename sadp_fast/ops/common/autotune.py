@@ -65,10 +65,9 @@ def autotune() -> Iterator[list[Choice]]:
         _found = outer
 
 
-def at_the_start(ask_again: Callable[[], None]) -> Callable[[], None]:
-    """Decorator: call this when an ``autotune`` begins. It forgets prepared launches, so that they are chosen anew."""
+def at_the_start(ask_again: Callable[[], None]) -> None:
+    """Call this when an ``autotune`` begins."""
     _at_the_start.append(ask_again)
-    return ask_again
 
 
 class Choices(Generic[C]):

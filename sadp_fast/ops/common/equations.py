@@ -1,13 +1,28 @@
-"""The equations of one time step, shared by every fused kernel.
+"""The equations of one time step, shared by every fused kernel: the one file to change for another neuron.
+
+A step takes the potential v and the input x, and gives the spike s and the next potential:
+
+    h = charge(v, x)        s = 1 where h >= v_threshold        v = reset(h, s)
+
+Its backward pass takes the gradients of s and v, and gives those of h, and through it of x and of the v before:
+
+    dL/dh = dL/dv * dv/dh + dL/ds * ds/dh        dv/dh = kept + jump * ds/dh
+
+ds/dh is the surrogate's. kept: 1, but 0 where a hard reset fired. jump, what a spike adds to the potential:
+-v_threshold, or v_rest - h; it is left out where the reset is detached.
+
+There are two forms. LIF kernels divide by tau, as the plain torch reference does. BatchNorm + LIF kernels fold leak,
+normalisation and threshold into one multiply-add a step, with two numbers a channel.
 
 State and arithmetic are float32. Divisions are exact and the kernels are compiled without floating-point contraction,
-so that a spike is the same, bit for bit, as in the plain torch reference (reference/lif.py).
+so that a spike is the same, bit for bit, as in the plain torch reference (lif/reference.py).
 """
 
 from __future__ import annotations
 
 import math
 import os
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -26,6 +41,29 @@ SQRT_PI = tl.constexpr(math.sqrt(math.pi))
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"))
+
+
+class Membrane(NamedTuple):
+    """A neuron's numbers in a kernel."""
+
+    tau: tl.tensor  # see TIME_CONSTANT, ...
+    v_threshold: tl.tensor
+    v_rest: tl.tensor
+    alpha: tl.tensor | None  # steepness of the surrogate; None in a forward pass
+
+
+class Kind(NamedTuple):
+    """What a kernel is compiled for of a neuron; a forward pass leaves out the last two."""
+
+    dynamics: int  # NO_LEAK, ...
+    tau: int  # TIME_CONSTANT, ...
+    soft_reset: bool
+    rest_at_zero: bool
+    detach_reset: bool = False
+    surrogate: int = 0
+
+
+# ------------------------------------------------------------------------------------------------------- surrogates
 
 
 @triton.jit
@@ -76,46 +114,165 @@ def surrogate_gradient(x, alpha, SURROGATE: tl.constexpr):
         return tl.where(tl.abs(x) < 0.5 / alpha, alpha, 0.0)
 
 
+# ----------------------------------------------------------------------------------------------------- forward pass
+
+
 @triton.jit
-def reciprocal_tau(tau, TAU: tl.constexpr):
+def reciprocal_tau(tau, KIND: tl.constexpr):
     """1 / tau."""
-    return tau if TAU == LEARNED_RECIPROCAL else 1.0 / tau
+    return tau if KIND.tau == LEARNED_RECIPROCAL else 1.0 / tau
 
 
 @triton.jit
-def decayed(a, tau, TAU: tl.constexpr):
+def decayed(a, tau, KIND: tl.constexpr):
     """a / tau, correctly rounded; where the reciprocal is exact or all there is, as a product with it."""
-    if TAU == TIME_CONSTANT:
+    if KIND.tau == TIME_CONSTANT:
         return tl.div_rn(a, tl.zeros_like(a) + tau)
     else:
-        return a * reciprocal_tau(tau, TAU)
+        return a * reciprocal_tau(tau, KIND)
 
 
 @triton.jit
-def charge(x, v, tau, v_rest, DYNAMICS: tl.constexpr, TAU: tl.constexpr):
-    if DYNAMICS == NO_LEAK:
+def charge(x, v, membrane, KIND: tl.constexpr):
+    """h, the potential before the neuron may fire."""
+    if KIND.dynamics == NO_LEAK:
         return v + x
-    elif DYNAMICS == LEAK_WITH_INPUT_DECAY:
-        if TAU == POWER_OF_TWO:  # the product is exact, so the sum is rounded as it would be without the fma
-            return tl.fma(x - (v - v_rest), tl.zeros_like(x) + reciprocal_tau(tau, TAU), v)
+    elif KIND.dynamics == LEAK_WITH_INPUT_DECAY:
+        if KIND.tau == POWER_OF_TWO:  # the product is exact, so the sum is rounded as it would be without the fma
+            return tl.fma(x - (v - membrane.v_rest), tl.zeros_like(x) + reciprocal_tau(membrane.tau, KIND), v)
         else:
-            return v + decayed(x - (v - v_rest), tau, TAU)
+            return v + decayed(x - (v - membrane.v_rest), membrane.tau, KIND)
     else:
-        return v - decayed(v - v_rest, tau, TAU) + x
+        return v - decayed(v - membrane.v_rest, membrane.tau, KIND) + x
 
 
 @triton.jit
-def charge_slope(x, v, v_rest, DYNAMICS: tl.constexpr):
+def fire(h, membrane):
+    return h >= membrane.v_threshold
+
+
+@triton.jit
+def reset(h, excess, fired, membrane, KIND: tl.constexpr):
+    """The potential after the step; excess is h - v_threshold."""
+    return tl.where(fired, excess if KIND.soft_reset else membrane.v_rest, h)
+
+
+# ---------------------------------------------------------------------------------------------------- backward pass
+
+
+@triton.jit
+def step_derivatives(h, fired, membrane, KIND: tl.constexpr):
+    """dv/dh and ds/dh of a step, for ``grad_charge``."""
+    ds_dh = surrogate_gradient(h - membrane.v_threshold, membrane.alpha, KIND.surrogate)
+    dv_dh = tl.full(h.shape, 1.0, tl.float32) if KIND.soft_reset else tl.where(fired, 0.0, 1.0)
+    if not KIND.detach_reset:
+        jump = tl.zeros_like(h) - membrane.v_threshold if KIND.soft_reset else membrane.v_rest - h
+        dv_dh = tl.fma(ds_dh, jump, dv_dh)
+    return dv_dh, ds_dh
+
+
+@triton.jit
+def grad_charge(grad_v, grad_spike, h, membrane, KIND: tl.constexpr):
+    """dL/dh from dL/dv and dL/ds: the same at once, with the surrogate as a factor of all that it multiplies."""
+    times_surrogate = grad_spike
+    if KIND.soft_reset:
+        kept = grad_v
+        if not KIND.detach_reset:
+            times_surrogate -= grad_v * membrane.v_threshold
+    else:
+        kept = tl.where(fire(h, membrane), 0.0, grad_v)
+        if not KIND.detach_reset:
+            times_surrogate = tl.fma(grad_v, membrane.v_rest - h, times_surrogate)
+    ds_dh = surrogate_gradient(h - membrane.v_threshold, membrane.alpha, KIND.surrogate)
+    return tl.fma(ds_dh, times_surrogate, kept)
+
+
+@triton.jit
+def grad_input(grad_h, membrane, KIND: tl.constexpr):
+    """dL/dx."""
+    return grad_h * reciprocal_tau(membrane.tau, KIND) if KIND.dynamics == LEAK_WITH_INPUT_DECAY else grad_h
+
+
+@triton.jit
+def grad_potential(grad_h, membrane, KIND: tl.constexpr):
+    """dL/dv, of the potential before the step."""
+    return grad_h if KIND.dynamics == NO_LEAK else grad_h * (1.0 - reciprocal_tau(membrane.tau, KIND))
+
+
+@triton.jit
+def charge_slope(x, v, membrane, KIND: tl.constexpr):
     """Derivative of the charge with respect to 1 / tau."""
-    if DYNAMICS == LEAK_WITH_INPUT_DECAY:
-        return x - (v - v_rest)
+    if KIND.dynamics == LEAK_WITH_INPUT_DECAY:
+        return x - (v - membrane.v_rest)
     else:
-        return v_rest - v
+        return membrane.v_rest - v
+
+
+# ------------------------------------------------------------------------ the same relative to the threshold, for tiles
+
+# Every charge is linear, h = keep v + gain y + (1 - keep) v_rest, and so is the normalisation that gives y. So the
+# excess of the charge over the threshold is
+#     u = h - v_threshold = keep v + drive,    drive = (x - mean) scale + shift
+# with two numbers a channel: the fewest instructions. gain is 1 / tau where the input decays, else 1.
+
+
+class RelativeMembrane(NamedTuple):
+    """A neuron's numbers in a kernel of this form."""
+
+    keep: tl.tensor  # share of v that a step keeps
+    v_threshold: tl.tensor
+    v_rest: tl.tensor
+    alpha: tl.tensor | None  # as a Membrane's
+
+
+class RelativeKind(NamedTuple):
+    """What a kernel of this form is compiled for of a neuron; a forward pass leaves out the last three."""
+
+    soft_reset: bool
+    learned_tau: bool  # keep comes from a learned 1 / tau,
+    learned_gain: bool = False  # and so does gain
+    detach_reset: bool = False
+    surrogate: int = 0
+
+
+# Of a gain, by which sums are divided again: 1 / tau becomes 0 where tau is infinite, or learned to be nearly so.
+SMALLEST_GAIN = tl.constexpr(1e-30)
 
 
 @triton.jit
-def reset(h, fired, v_threshold, v_rest, SOFT_RESET: tl.constexpr):
-    if SOFT_RESET:
-        return tl.where(fired, h - v_threshold, h)
+def keep_and_gain(reciprocal_tau_ptr, keep, gain, KIND: tl.constexpr):
+    """keep and gain, as they are now where they are learned."""
+    if KIND.learned_tau:
+        reciprocal_tau = tl.load(reciprocal_tau_ptr)
+        if KIND.learned_gain:
+            gain = tl.maximum(reciprocal_tau, SMALLEST_GAIN, propagate_nan=tl.PropagateNan.ALL)
+        return 1.0 - reciprocal_tau, gain
     else:
-        return tl.where(fired, v_rest, h)
+        return keep, gain
+
+
+@triton.jit
+def drive_shift(bias, gain, membrane):
+    """shift of the drive, where y = (x - mean) a + bias; its scale is gain a."""
+    return gain * bias + ((1.0 - membrane.keep) * membrane.v_rest - membrane.v_threshold)
+
+
+@triton.jit
+def relative_charge(v, drive, membrane):
+    """u, of which the neuron fires from 0 on."""
+    return tl.fma(v, tl.zeros_like(v) + membrane.keep, drive)
+
+
+@triton.jit
+def grad_charge_relative(grad_v, grad_spike, u, fired, membrane, KIND: tl.constexpr):
+    """dL/dh from dL/dv and dL/ds."""
+    ds_dh = surrogate_gradient(u, membrane.alpha, KIND.surrogate)
+    if KIND.soft_reset:
+        grad_h = grad_v
+        if not KIND.detach_reset:
+            grad_h -= grad_v * membrane.v_threshold * ds_dh
+    else:
+        grad_h = tl.where(fired, 0.0, grad_v)
+        if not KIND.detach_reset:
+            grad_h += grad_v * (membrane.v_rest - membrane.v_threshold - u) * ds_dh
+    return tl.fma(grad_spike, ds_dh, grad_h)

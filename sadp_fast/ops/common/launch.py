@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-try:
-    from ..._native import prepare_launch
-except ImportError:  # a source tree that is not built
-    prepare_launch = None
+from ...native import library
 
 _current_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
@@ -45,30 +42,13 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
-def early_launch(device: torch.device) -> dict[str, bool]:
-    """Constants for a kernel with EARLY: tl.constexpr, which calls ``await_previous_kernel`` where that is true.
+def early_launch(device: torch.device) -> bool:
+    """Whether a kernel that calls ``await_previous_kernel`` can be launched with ``launch_pdl``.
 
     Such a kernel comes up while the one in front of it on the stream ends (programmatic dependent launch), which hides
-    a microsecond; needs compute capability 9.0 and a Triton that knows of it.
+    a microsecond; needs compute capability 9.0.
     """
-    possible = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0) and _knows_early_launches()
-    return {"EARLY": True, "launch_pdl": True} if possible else {"EARLY": False}
-
-
-def keep(kept: dict, key: Hashable, value: Any, most: int = 4096) -> Any:
-    """Keep the value under its key, and return it; what was kept goes once there are so many."""
-    if len(kept) >= most:
-        kept.clear()
-    kept[key] = value
-    return value
-
-
-def _knows_early_launches() -> bool:
-    try:
-        from triton.backends.nvidia.compiler import CUDAOptions
-    except ImportError:
-        return False
-    return hasattr(CUDAOptions, "launch_pdl")
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class Launch:
@@ -126,7 +106,7 @@ class Launch:
 
     def _prepared(self, compiled: Any, tensors: int, aligned: int) -> Callable[..., bool] | None:
         """The native callable for what Triton compiled, or None where it cannot be launched that way."""
-        if prepare_launch is None or _current_stream is None:
+        if _current_stream is None:
             return None
         metadata = getattr(compiled, "metadata", None)
         signature = getattr(getattr(compiled, "src", None), "signature", None)
@@ -148,7 +128,7 @@ class Launch:
                 parameters.append(struct.pack(_FORMATS[kind], value))
             elif value is None or kind != "constexpr":  # numbers equal to 1 are compiled in
                 return None
-        return prepare_launch(
+        return library.prepare_launch(
             compiled.function,
             self._programs,
             32 * metadata.num_warps,

@@ -1,7 +1,7 @@
 """Multi-step integrate-and-fire as operators: forward and backward pass are one kernel each.
 
 Reading order: registered operators, autograd functions, ``multi_step`` (what a neuron calls) and ``lif`` (the same as a
-function of tensors). The kernels are in lif_kernels.py, their launches in lif_launch.py.
+function of tensors). The kernels are in kernels.py, their launches in launch.py.
 """
 
 from __future__ import annotations
@@ -16,20 +16,12 @@ import triton
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..common.dispatch import nothing, refuse_second_derivative, runs_directly
 from ..common.dynamics import Dynamics
 from ..common.layout import sequence_like, sequence_strides, v_like, with_dense_inner
 from ..common.saved_tensors import hooks_of_saved_tensors
-from .launch import (
-    Constants,
-    Stores,
-    Wanted,
-    add_partials,
-    chunk_steps,
-    constants_of,
-    run_backward,
-    run_forward,
-    takes_several_chunks,
-)
+from .configuration import Stores, Wanted, chunk_steps, takes_several_chunks
+from .launch import Constants, add_partials, constants_of, run_backward, run_forward
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -56,18 +48,14 @@ torch.library.define(
 )
 
 
-def _nothing(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    return x.new_empty(0, dtype=dtype)
-
-
 def _launch_forward(
     x: Tensor, v_init: Tensor | None, reciprocal_tau: Tensor | None, *constants_and_flags: Any
 ) -> tuple[Tensor, ...]:
     *neuron, store_v_seq, store_checkpoints, count_spikes = constants_and_flags
     stores = Stores(True, True, store_v_seq, store_checkpoints, count_spikes)
     *outputs, count = run_forward(x, v_init, reciprocal_tau, Constants(*neuron), stores)
-    count = _nothing(x, torch.int32) if count is None else add_partials(count)
-    return *[_nothing(x) if t is None else t for t in outputs], count
+    count = nothing(x, torch.int32) if count is None else add_partials(count)
+    return *[nothing(x) if t is None else t for t in outputs], count
 
 
 def _launch_backward(
@@ -83,9 +71,9 @@ def _launch_backward(
     saved = checkpoints if checkpoints.numel() > 0 else None
     given = (x, v_init, reciprocal_tau, saved, *grads, neuron, tuple(options), wanted)
     grad_x, grad_v_init, norms, grad_tau = run_backward(*given)
-    norms = _nothing(x) if norms is None else add_partials(norms)
-    grad_tau = _nothing(x) if grad_tau is None else grad_tau.sum()
-    return grad_x, _nothing(x) if grad_v_init is None else grad_v_init, norms, grad_tau
+    norms = nothing(x) if norms is None else add_partials(norms)
+    grad_tau = nothing(x) if grad_tau is None else grad_tau.sum()
+    return grad_x, nothing(x) if grad_v_init is None else grad_v_init, norms, grad_tau
 
 
 # The CPU implementation is the same kernel in Triton's interpreter.
@@ -102,10 +90,10 @@ def _(x, v_init, reciprocal_tau, *constants_and_flags):
     return (
         sequence_like(x, x.dtype),
         v_like(x),
-        sequence_like(x, torch.float32) if store_v_seq else _nothing(x),
+        sequence_like(x, torch.float32) if store_v_seq else nothing(x),
         x.new_empty_strided((chunks - 1, *x.shape[1:]), sequence_strides(x), dtype=torch.float32)
         if store_checkpoints
-        else _nothing(x),
+        else nothing(x),
         x.new_empty(x.shape[:2] if count_spikes else (0,), dtype=torch.int32),
     )
 
@@ -116,21 +104,13 @@ def _(x, *rest):
     x = with_dense_inner(x)
     return (
         sequence_like(x, x.dtype),
-        v_like(x) if want_grad_v_init else _nothing(x),
+        v_like(x) if want_grad_v_init else nothing(x),
         x.new_empty(x.shape[:2] if want_grad_norm else (0,), dtype=torch.float32),
         x.new_empty(() if want_grad_tau else (0,), dtype=torch.float32),
     )
 
 
 # ------------------------------------------------------------------------------------------------ autograd functions
-
-
-def _refuse_second_derivative() -> None:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "the fused neuron has no second derivative: call backward() without create_graph=True, or set the "
-            "node's backend='torch'"
-        )
 
 
 class _Call:
@@ -168,11 +148,11 @@ class _LIF(torch.autograd.Function):
         ctx.call, ctx.channel_scale = call, channel_scale
         if count is not None:
             ctx.mark_non_differentiable(count)
-        return spikes, _nothing(x) if v is None else v, v_seq, count
+        return spikes, nothing(x) if v is None else v, v_seq, count
 
     @staticmethod
     def backward(ctx: Any, grad_spikes: Tensor | None, grad_v: Tensor | None, grad_v_seq: Tensor | None, _: None):
-        _refuse_second_derivative()
+        refuse_second_derivative()
         call, inputs, channel_scale = ctx.call, ctx.saved_tensors, ctx.channel_scale
         if grad_v is not None and not call.stores.v:
             grad_v, call.grad_v = call.grad_v, None
@@ -203,9 +183,9 @@ class _FinalPotential(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_v: Tensor):
-        _refuse_second_derivative()
+        refuse_second_derivative()
         ctx.call.grad_v = grad_v
-        return _nothing(grad_v), None, None, None, None
+        return nothing(grad_v), None, None, None, None
 
 
 class PendingPotential:
@@ -273,7 +253,7 @@ class _RegisteredLIF(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_spikes: Tensor | None, grad_v: Tensor | None, grad_v_seq: Tensor | None, _: None):
-        _refuse_second_derivative()
+        refuse_second_derivative()
         *inputs, channel_scale = ctx.saved_tensors
         if grad_v_seq is not None and grad_v_seq.numel() == 0:
             grad_v_seq = None
@@ -301,11 +281,6 @@ class _RegisteredLIF(torch.autograd.Function):
 
 
 # ----------------------------------------------------------------------------------------------------- entry points
-
-
-def runs_directly() -> bool:
-    """Whether calls may bypass the registered operators: not under torch.compile or a dispatch mode."""
-    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
 
 
 def multi_step(

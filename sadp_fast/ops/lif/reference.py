@@ -100,16 +100,19 @@ def spike_count(spikes: Tensor) -> Tensor:
 class GradientNormTap(torch.autograd.Function):
     """Identity whose backward writes ``squared_norm_per_example`` of the gradient into ``buffer`` [T, N].
 
-    ``others`` go into what comes behind it, beside x (parameters, initial states), or are None: if one of them wants a
-    gradient there is a backward pass, also where x wants none.
+    A ``buffer`` [N] gets their sums over time. ``others`` go into what comes behind it, beside x (parameters, initial
+    states), or are no tensors: if one of them wants a gradient there is a backward pass, also where x wants none.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, buffer: Tensor, channel_scale: Tensor | None, *others: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, buffer: Tensor, channel_scale: Tensor | None, *others: Tensor | float | None
+    ) -> Tensor:
         ctx.buffer, ctx.channel_scale, ctx.others = buffer, channel_scale, len(others)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.buffer.copy_(squared_norm_per_example(grad.detach(), ctx.channel_scale))  # it may have a graph of its own
+        norms = squared_norm_per_example(grad.detach(), ctx.channel_scale)  # it may have a graph of its own
+        ctx.buffer.copy_(norms if ctx.buffer.ndim == 2 else norms.sum(0))
         return grad, *([None] * (2 + ctx.others))
