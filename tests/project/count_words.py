@@ -1,6 +1,6 @@
 """Counts the words of Markdown files outside of tables and code blocks, and the words of their sentences.
 
-`python tests/project/count_words.py FILE...` prints for each file its words, the median of its sentences and the longest.
+`python tests/project/count_words.py FILE...` prints of each file its words, the median sentence and the longest one.
 """
 
 from __future__ import annotations

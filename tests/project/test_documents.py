@@ -119,9 +119,7 @@ class Rates(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(8, 16), nn.Identity(), sadp_fast.LIFNode(step_mode="m"), nn.Linear(16, 3)
-        )
+        self.layers = nn.Sequential(nn.Linear(8, 16), nn.Identity(), sadp_fast.LIFNode(step_mode="m"), nn.Linear(16, 3))
 
     def forward(self, x):
         return self.layers(x.expand(4, *x.shape)).mean(0)
