@@ -14,8 +14,10 @@ from .batch import Batch
 from .batching import rank_and_world
 from .epoch import DrawnEpoch
 
-# What of a DataLoader is not taken over: data and batches are passed to the new one.
-_REPLACED = {"dataset", "batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"}
+# What is taken over from the loader that is given: all options but those that choose examples.
+_TAKEN_OVER = signature(DataLoader).parameters.keys() - {
+    *("dataset", "batch_size", "shuffle", "sampler", "batch_sampler", "drop_last")
+}
 
 
 class EpochSource(Protocol):
@@ -57,7 +59,7 @@ class PrunedLoader:
         self._pruned = None if source.passive else self._with_own_batches()
 
     def _with_own_batches(self) -> DataLoader:
-        options = {name: getattr(self.loader, name) for name in signature(DataLoader).parameters.keys() - _REPLACED}
+        options = {name: getattr(self.loader, name) for name in _TAKEN_OVER}
         if not options.get("pin_memory_device"):
             options.pop("pin_memory_device", None)  # its mere presence warns
         return DataLoader(self.loader.dataset, batch_sampler=self.rows, **options)
