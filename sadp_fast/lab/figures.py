@@ -149,16 +149,16 @@ def one_line_each(lines: Sequence[tuple[str, Sequence[float], str]]) -> tuple[Fi
 
 
 def learning_curve(
-    axes: tuple[Axes, Axes], rows: Sequence[Row], y: Callable[[Row], float | None], look: Mapping[str, Any], name: str
+    axes: tuple[Axes, Axes], rows: Sequence[Row], y: Callable[[Row], float | None], look: Mapping[str, Any]
 ) -> None:
     """One method over its epochs, against examples in the first panel and seconds in the second, its end marked.
 
-    A row holds "seed", "epoch", "examples" and "seconds", both since the start of training; `name` may hold "{end}",
-    the last mean.
+    A row holds "seed", "epoch", "examples" and "seconds", both since the start of training. The last mean stands in the
+    legend, in percent.
     """
     *_, end = by_value(rows, "epoch").values()
     height = mean(map(y, end))
-    line = {**look, "marker": None, "label": name.format(end=height)}
+    line = {**look, "marker": None, "label": f"{look['label']}: {height:.1f} %"}
     for panel, x, text in zip(axes, ("examples", "seconds"), ("Examples trained", "Training time (s)"), strict=True):
         over(panel, rows, "epoch", y, line, x)
         panel.plot(mean(row[x] for row in end), height, look["marker"], color=look["color"], markersize=5)

@@ -159,8 +159,8 @@ def write_plot(report: dict[str, Any], path: Path) -> None:
             }
             for entry, time in zip(epochs, seconds, strict=True)
         ]
-        name = f"{figures['label']}: {{end:.1f}} %"
-        learning_curve((by_examples, by_time), rows, itemgetter("accuracy"), looks[method], name)
+        look = {**looks[method], "label": figures["label"]}
+        learning_curve((by_examples, by_time), rows, itemgetter("accuracy"), look)
     for panel in (by_time, by_examples):
         accuracy_scale(panel)
     legend_below(figure, by_examples, "Final test accuracy")

@@ -362,6 +362,7 @@ def test_all_writes_every_result_and_one_report(finished):
     for study in STUDIES.values():
         assert f"({study.name}.png)" in report or study.name == "convergence"
         assert f"**{study.question}**" in report
+        assert len(study.reading) > 200 and f"How to read it: {study.reading}" in report
     assert all(f"({plot})" in report for plot in plots)
 
 

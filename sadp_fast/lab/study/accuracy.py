@@ -14,7 +14,6 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from .. import report
 from ..figures import Row, Table, by_value, legend_below, mean, one_line_each, panels, ranges, spread
 from ..methods import METHODS
 from . import study
@@ -84,12 +83,11 @@ def _percent(rows: list[Row]) -> list[float]:
 
 def _one_ratio(result: study.Result) -> Figure:
     """Every method in a line of its own: each seed, their mean and range."""
-    methods, names = study.by_method(result, result["accuracies"]), study.labels(result)
-    looks = report.styles(result["settings"]["methods"])
+    methods, looks = study.by_method(result, result["accuracies"]), study.looks(result)
     times = {m: mean(r["time_ratio"] for r in own) for m, own in methods.items() if m != "full"}
     beside = {m: f"  (time {time:.2f})" for m, time in times.items() if not math.isnan(time)}
     figure, panel = one_line_each(
-        [(names[m] + beside.get(m, ""), _percent(own), looks[m]["color"]) for m, own in methods.items()]
+        [(looks[m]["label"] + beside.get(m, ""), _percent(own), looks[m]["color"]) for m, own in methods.items()]
     )
     full = _percent(methods.get("full", []))
     if full:
@@ -108,12 +106,11 @@ def _by_ratio(result: study.Result) -> Figure:
     rows, ratios = result["accuracies"], result["settings"]["ratios"]
     timed = any(row["time_ratio"] is not None for row in rows)
     figure, (by_share, *by_time) = panels(1, 1 + timed, 6 + 6 * timed, 5.6)
-    names, looks = study.labels(result), report.styles(result["settings"]["methods"])
-    others = study.by_method(result, rows)
+    others, looks = study.by_method(result, rows), study.looks(result)
     full = _percent(others.pop("full", []))
     for panel in (by_share, *by_time) if full else ():
         panel.axhspan(min(full), max(full), color=FULL, alpha=0.12, linewidth=0)
-        panel.axhline(mean(full), color=FULL, linewidth=1.6, label=names["full"])
+        panel.axhline(mean(full), color=FULL, linewidth=1.6, label=looks["full"]["label"])
     for panel in by_time if full else ():
         panel.plot(1, mean(full), "o", color=FULL)
     counts = {len(full)} - {0}
@@ -121,7 +118,7 @@ def _by_ratio(result: study.Result) -> Figure:
     step = 0.2 * min(gaps, default=0.2) / max(1, len(others) - 1)  # side by side, so that no bar hides another
     tops: dict[float, tuple[float, float]] = {}  # the highest bar of each ratio, which the ratio is written over
     for i, (method, own) in enumerate(others.items()):
-        look, offset = {**looks[method], "label": names[method]}, step * (i - (len(others) - 1) / 2)
+        look, offset = looks[method], step * (i - (len(others) - 1) / 2)
         points = [(ratio, at, _percent(at)) for ratio, at in by_value(own, "ratio").items()]
         counts |= {len(at) for _, at, _ in points}
         ranges(by_share, [(1 - at[0]["planned_share"] + offset, values) for _, at, values in points], look)

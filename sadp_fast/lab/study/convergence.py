@@ -12,7 +12,6 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from .. import report
 from ..figures import Row, Table, accuracy_scale, learning_curve, legend_below, mean, optional, panels
 from . import study
 from .plan import Plan
@@ -44,15 +43,15 @@ def parts(plan: Plan, found: study.Found) -> dict[str, Any]:
 
 def draw(result: study.Result) -> list[tuple[str, Figure]]:
     """A figure for each ratio, full data in all of them."""
-    figures, names, looks = [], study.labels(result), report.styles(result["settings"]["methods"])
+    figures, looks = [], study.looks(result)
     for ratio in result["settings"]["ratios"]:
         methods = study.by_method(result, [row for row in result["curves"] if row["ratio"] in (ratio, 0.0)])
         if not methods:
             continue
         figure, axes = panels(2, 2, 11, 7.6)
         for method, rows in methods.items():
-            learning_curve((axes[0], axes[1]), rows, _percent, looks[method], f"{names[method]}: {{end:.1f}} %")
-            learning_curve((axes[2], axes[3]), rows, study.nested("test_loss"), looks[method], names[method])
+            learning_curve((axes[0], axes[1]), rows, _percent, looks[method])
+            learning_curve((axes[2], axes[3]), rows, study.nested("test_loss"), looks[method])
         for above, below in zip(axes[:2], axes[2:], strict=True):
             accuracy_scale(above)
             below.set(yscale="log", ylabel="Test loss (log scale)")

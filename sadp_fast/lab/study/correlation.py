@@ -82,9 +82,10 @@ def draw(result: study.Result) -> list[tuple[str, Figure]]:
     for panel in axes:
         _stretch(panel, values)
     legend_below(figure, axes[0])
+    seeds = {len(by_value(rows, "seed")) for rows in (training, sparse) if rows}
     figure.suptitle(
         f"Correlation of scores with the exact gradient norm of {study.measured_examples(result)} examples "
-        f"({study.seeds_text({len(by_value(training or sparse, 'seed'))})})\n{study.title(result)}"
+        f"({study.seeds_text(seeds)})\n{study.title(result)}"
     )
     return [("", figure)]
 

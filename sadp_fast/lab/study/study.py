@@ -194,10 +194,10 @@ def select(rows: Iterable[Row], **where: Any) -> list[Row]:
     return [row for row in rows if all(row[key] == value for key, value in where.items())]
 
 
-def labels(result: Result) -> dict[str, str]:
-    """The methods of a result by their names for tables and plots."""
-    settings = result["settings"]
-    return {method: report.label(method, settings["base"]["score"]) for method in settings["methods"]}
+def looks(result: Result) -> dict[str, dict[str, Any]]:
+    """Of each method of a result a line's style, and as "label" its name for tables and plots."""
+    score, styles = result["settings"]["base"]["score"], report.styles(result["settings"]["methods"])
+    return {method: {**style, "label": report.label(method, score)} for method, style in styles.items()}
 
 
 def by_method(result: Result, rows: list[Row]) -> dict[str, list[Row]]:
@@ -217,9 +217,9 @@ class Cell(NamedTuple):
 
 def by_cell(result: Result, rows: list[Row]) -> list[Cell]:
     """Ratio by ratio, the methods in the result's order."""
-    names = labels(result)
+    names = looks(result)
     return [
-        Cell(method, names[method], ratio, own)
+        Cell(method, names[method]["label"], ratio, own)
         for ratio, at_ratio in by_value(rows, "ratio").items()
         for method, own in by_method(result, at_ratio).items()
     ]

@@ -19,7 +19,7 @@ import torch
 
 from ...prune.batching import Drawn, pack, shuffled
 from ...prune.sampling import sample
-from .. import data, report, train
+from .. import data, train
 from ..config import TrainConfig
 from ..figures import GREY, Row, Table, by_value, legend_below, mean, optional, panels, ranges, spread
 from . import study
@@ -133,25 +133,25 @@ def draw(result: study.Result) -> list[tuple[str, Figure]]:
     """Time ratios beside their minimum, and what the rest of the time goes to."""
     figure, (ratios, overheads) = panels(1, 2, 13, 5.4)
     rows = [row for row in result["time_ratios"] if row["time_ratio"] is not None]
-    names, looks = study.labels(result), report.styles(result["settings"]["methods"])
+    looks = study.looks(result)
     ratios.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1.2, label="theoretical minimum, 1 - r")
     most = 0  # seeds
     for method, own in study.by_method(result, rows).items():
         if method != "full":
             points = [(share, [r["time_ratio"] for r in at]) for share, at in by_value(own, "planned_share").items()]
-            ranges(ratios, points, {**looks[method], "label": names[method]})
+            ranges(ratios, points, looks[method])
             most = max(most, *(len(values) for _, values in points))
     ratios.set(xlabel="1 - r (planned share of full training's examples)", ylabel="Training time / that of full data")
     highest = max([1.0, *(row["time_ratio"] for row in rows if row["method"] != "full")])
     ratios.set(xlim=(0, 1.02), ylim=(0, 1.08 * highest))
     ratios.set_title(f"Whole trainings: {study.seeds_text({most})}", fontsize=10)
     legend_below(figure, ratios)
-    _bars(overheads, result["overheads"], rows, names)
+    _bars(overheads, result["overheads"], rows, looks)
     figure.suptitle(f"Time of pruned training\n{study.title(result)}")
     return [("", figure)]
 
 
-def _bars(panel: Axes, overheads: list[Row], trained: list[Row], names: dict[str, str]) -> None:
+def _bars(panel: Axes, overheads: list[Row], trained: list[Row], looks: dict[str, dict[str, Any]]) -> None:
     """A bar for each method and ratio of what its parts take, and beside it what whole trainings took."""
     for i, row in enumerate(overheads):
         low, high = 0.0, 0.0  # what saves time by noise hangs below zero
@@ -169,7 +169,7 @@ def _bars(panel: Axes, overheads: list[Row], trained: list[Row], names: dict[str
         panel.bar([0], [0], color=colour, label=name)
     measured = "whole trainings (mean and range): time ratio - share of examples"
     panel.plot([], [], "D", color="black", markersize=4, label=measured)
-    ticks = [f"{names[row['method']]}\nr = {row['ratio']:g}" for row in overheads]
+    ticks = [f"{looks[row['method']]['label']}\nr = {row['ratio']:g}" for row in overheads]
     panel.set_xticks(range(len(ticks)), ticks, fontsize=8, rotation=90 if len(ticks) > 6 else 0)
     panel.set_ylabel("Overhead (% of a full-data training's time)")
     panel.legend(loc="upper right", frameon=False, fontsize=8)
