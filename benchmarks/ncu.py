@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-KERNELS = "_lif_forward_kernel|_lif_backward_kernel|^_backward_kernel|^_forward_kernel"
+KERNELS = "lif_forward_kernel|lif_backward_kernel|norm_backward_kernel|norm_forward_kernel"
 SMALL, LARGE = (16, 128, 512), (8, 32, 128, 28, 28)
 LONG, LONGEST = (64, 128, 2048), (1024, 128, 128)  # as in test_long_sequences.py
 LIF = tuple((shape, dtype) for shape in (SMALL, LARGE, LONG, LONGEST) for dtype in (torch.float32, torch.bfloat16))

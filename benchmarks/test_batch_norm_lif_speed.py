@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import sadp_fast
 from sadp_fast import surrogate
+from sadp_fast.nn.recorder import Call, Recorder
 from sadp_fast.ops.common.dynamics import Dynamics
 from sadp_fast.ops.lif.reference import multi_step
 
@@ -116,9 +117,17 @@ def norm_of(kind: LayerShape) -> nn.Module:
     return nn.BatchNorm2d(kind.channels).to("cuda" if CUDA else "cpu")
 
 
+class Energies(Recorder):
+    """What SADP asks of the node: the two energies of each example."""
+
+    def begin(self, call: Call) -> bool:
+        call.wants_energies = True
+        return True
+
+
 def fused(kind: LayerShape, statistics: bool = False) -> Layer:
     node = sadp_fast.BatchNormLIF(kind.channels, **NEURON, surrogate_function=surrogate.ATan(), step_mode="m")
-    node.to(device="cuda" if CUDA else "cpu").collect_statistics = statistics
+    node.to(device="cuda" if CUDA else "cpu").recorder = Energies() if statistics else None
     return layer(node, node, (lambda x: node(x, repeat=T)) if kind.first else node)
 
 

@@ -36,11 +36,11 @@ WARMUP, ROUNDS = 4, 7
 SUITE, TIME, MEMORY = "Training step", "SEW-ResNet18 training step", "its peak memory"
 NORM = "its BatchNorm + LIF work"
 NORM_KERNELS = (
-    "_channel_statistics_kernel",
-    "_constants_kernel",
-    "_forward_kernel",
-    "_backward_kernel",
-    "_finish_backward_kernel",
+    "channel_statistics_kernel",
+    "constants_kernel",
+    "norm_forward_kernel",
+    "norm_backward_kernel",
+    "finish_backward_kernel",
 )
 NORM_LAUNCHES = 20 * (len(NORM_KERNELS) + 1)  # in 20 layers; the backward kernel runs twice
 

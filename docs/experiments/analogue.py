@@ -9,20 +9,19 @@ seed, skips what is there, which has to be of the same settings, and prints the 
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from selection import one_setting, trained  # beside this file
+from selection import begin, kept, options_of, trained  # beside this file
 from torch import Tensor, nn
 
-from sadp_fast.lab import data, options, report
+from sadp_fast.lab import data
 from sadp_fast.lab.config import TrainConfig
+from sadp_fast.lab.figures import spread
 from sadp_fast.lab.models import plain, sew_resnet, vgg
-from sadp_fast.lab.study.figures import spread
-from sadp_fast.lab.study.store import environment
 from sadp_fast.lab.train import Trainer
 
 # Whose neurons are made by their module's `lif`.
@@ -55,29 +54,16 @@ def train(config: TrainConfig, dataset: data.Dataset) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="cifar10")
-    parser.add_argument("--data-dir")
-    parser.add_argument("--model", default="sew_resnet18", choices=tuple(FAMILIES))
-    parser.add_argument("--epochs", type=int, default=150)
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    asked = {"dataset": given.dataset, "model": given.model, "epochs": given.epochs, "device": device, "time_steps": 1}
-    base = TrainConfig(**options.with_defaults(asked, given.data_dir))
-    dataset = data.load(given.dataset, given.data_dir)
-    given.out.mkdir(parents=True, exist_ok=True)
+    given = options_of(__doc__, epochs=150).parse_args()
+    if given.model not in FAMILIES:
+        raise SystemExit(f"--model {given.model} has no network without spikes: choose one of {', '.join(FAMILIES)}")
     paths = {int(seed): given.out / f"analogue-s{int(seed)}.json" for seed in given.seeds.split(",")}
-    there = {str(path): json.loads(path.read_text())["config"] for path in paths.values() if path.exists()}
-    one_setting({"what is asked for": vars(base), **there})
-    runs = []
+    there = {str(path): json.loads(path.read_text()) for path in paths.values() if path.exists()}
+    base, dataset = begin(given, there, time_steps=1)
     for seed, path in paths.items():
-        if not path.exists():
-            config = TrainConfig(**{**vars(base), "seed": seed}).of("full")
-            run = {"name": "analogue", "config": vars(config), **environment(device), **train(config, dataset)}
-            report.write_json(run, path, indent=1)
-        runs.append(json.loads(path.read_text()))
+        config = replace(base, seed=seed).of("full")
+        kept(path, "analogue", config, partial(train, config, dataset))
+    runs = [json.loads(path.read_text()) for path in paths.values()]
     accuracies = [100 * run["test_accuracy"] for run in runs]
     print(f"{len(runs)} seeds: {spread(accuracies, 2)} %, {spread((run['seconds'] for run in runs), 1)} s")
 

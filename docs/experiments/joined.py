@@ -11,18 +11,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from sadp_fast.lab.config import TrainConfig
 from sadp_fast.lab.data import described, differ
 from sadp_fast.lab.report import write_json
 from sadp_fast.lab.study.registry import STUDIES
-from sadp_fast.lab.study.study import each_once
-from sadp_fast.lab.study.training_runs import run_name, set_time_ratios
+from sadp_fast.lab.study.study import each_once, run_name, set_time_ratios
 
 KEYS = ("settings", "data_set", "accuracies", "environments", "missing_runs")  # what is read of a study
 LISTS = ("methods", "ratios", "seeds")  # of the settings: what the studies may differ in
@@ -39,13 +36,6 @@ def read(folder: Path, keys: Sequence[str] = KEYS) -> dict[str, Any]:
 
 def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
     """The result of all their runs, with the missing ones named; raises ValueError where they do not fit together."""
-    bases = [result["settings"]["base"] for result in results]
-    known = {key: value for key, value in asdict(TrainConfig()).items() if any(key in base for base in bases)}
-    # A study lacks the settings that were added after it, whose defaults are what it had.
-    results = [
-        {**result, "settings": {**result["settings"], "base": {**known, **base}}}
-        for result, base in zip(results, bases, strict=True)
-    ]
     data_set: dict[str, Any] = {}
     for other in (result["data_set"] for result in results):
         if differ(data_set, other):
@@ -73,7 +63,7 @@ def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
         **first,
         "data_set": data_set,
         "settings": settings,
-        "environments": each_once([entry for result in results for entry in result["environments"]]),
+        "environments": each_once(entry for result in results for entry in result["environments"]),
         "missing_runs": [name for name in missing if name not in found],
         "accuracies": [rows[cell] for cell in sorted(rows, key=lambda cell: cell[2])],
     }

@@ -16,7 +16,8 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,11 @@ from torch import Tensor
 
 from sadp_fast.lab import data, options, report
 from sadp_fast.lab.config import TrainConfig
+from sadp_fast.lab.figures import one_line_each, save, spread
 from sadp_fast.lab.methods import METHODS
-from sadp_fast.lab.study.figures import one_line_each, save, spread
 from sadp_fast.lab.study.store import environment
 from sadp_fast.lab.train import EVALUATION_BATCH, Trainer, train_epoch
-from sadp_fast.nn.neuron import reset
+from sadp_fast.nn.node import reset
 from sadp_fast.prune import epoch as drawing
 from sadp_fast.prune.baselines import el2n_score
 from sadp_fast.prune.policies import POLICIES, Policy
@@ -194,14 +195,11 @@ def trained(trainer: Trainer) -> dict[str, Any]:
 
 
 def one_setting(configs: dict[str, dict[str, Any]]) -> None:
-    """Exit where configurations, by where they stand, differ in more than seed, device and what their methods change.
-
-    A file lacks the settings that are newer than it: they were at their defaults.
-    """
+    """Exit where configurations, by where they stand, differ in more than seed, device and what methods change."""
     known: dict[str, tuple[str, Any]] = {}
     for where, config in configs.items():
         own = {"seed", "device", "method", *METHODS[config["method"]].settings}
-        for key, value in {**asdict(TrainConfig()), **config}.items():
+        for key, value in config.items():
             first, other = (where, value) if key in own else known.setdefault(key, (where, value))
             if value != other:
                 sys.exit(f"{key} is {value!r} in {where}, but {other!r} in {first}: name another folder with --out")
@@ -236,42 +234,57 @@ def show(out: Path, data_set: str) -> None:
     print(save(figure, out / "selection.png"))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options_of(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """What this script and others ask for, with these defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="cifar10")
     parser.add_argument("--data-dir")
     parser.add_argument("--model", default="sew_resnet18")
-    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--epochs", type=int)
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def begin(given: argparse.Namespace, runs: dict[str, Any], **settings: Any) -> tuple[TrainConfig, data.Dataset]:
+    """What is asked for, with these settings, and its data; exits where runs, by their files, are of other settings."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    asked = {**{key: vars(given)[key] for key in ("dataset", "model", "epochs")}, "device": device, **settings}
+    base = TrainConfig(**options.with_defaults(asked, given.data_dir))
+    one_setting({"what is asked for": vars(base), **{path: run["config"] for path, run in runs.items()}})
+    return base, data.load(given.dataset, given.data_dir)
+
+
+def kept(path: Path, name: str, config: TrainConfig, train: Callable[[], dict[str, Any]]) -> bool:
+    """Whether the run had to be made; its file is there in any case."""
+    if path.exists():
+        return False
+    run = {"name": name, "config": vars(config), **environment(config.device), **train()}
+    report.write_json(run, path, indent=1)
+    return True
+
+
+def main() -> None:
+    parser = options_of(__doc__, epochs=16)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--ways", help="names, with semicolons between them (default: all)")
-    parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     chosen = ways(given.epochs)
     if given.ways is not None:
         if unknown := set(given.ways.split(";")) - set(chosen):
             parser.error(f"--ways: there is no {', '.join(sorted(unknown))}; there are {'; '.join(chosen)}")
         chosen = {name: chosen[name] for name in given.ways.split(";")}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch_size = {} if given.batch_size is None else {"batch_size": given.batch_size}
     # Without cutout, as the runs of the findings: it became CIFAR's default after them.
-    asked = {"dataset": given.dataset, "model": given.model, "epochs": given.epochs, "cutout": 0, "device": device}
-    if given.batch_size is not None:
-        asked["batch_size"] = given.batch_size
-    base = TrainConfig(**options.with_defaults(asked, given.data_dir))
-    dataset = data.load(given.dataset, given.data_dir)
-    given.out.mkdir(parents=True, exist_ok=True)
-    there = {path: run["config"] for path, run in runs_in(given.out).items()}
-    one_setting({"what is asked for": vars(base), **there})
+    base, dataset = begin(given, runs_in(given.out), cutout=0, **batch_size)
     for seed in map(int, given.seeds.split(",")):
         for name, (variant, patch) in chosen.items():
             path = given.out / f"{name.replace(' ', '_').replace(',', '')}-s{seed}.json"
-            if path.exists():
-                continue
-            config, start = TrainConfig(**{**vars(base), "seed": seed}).of(variant), time.monotonic()
-            result = train(config, dataset, patch)
-            run = {"name": name, "config": vars(config), **environment(device), **result}
-            report.write_json(run, path, indent=1)
-            print(f"{name}, seed {seed}: {100 * result['test_accuracy']:.2f} %, {time.monotonic() - start:.0f} s")
+            config, start = replace(base, seed=seed).of(variant), time.monotonic()
+            if kept(path, name, config, partial(train, config, dataset, patch)):
+                accuracy = json.loads(path.read_text())["test_accuracy"]
+                print(f"{name}, seed {seed}: {100 * accuracy:.2f} %, {time.monotonic() - start:.0f} s")
     show(given.out, dataset.name)
 
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .config import TrainConfig, base_method, read_variant
+from .config import TrainConfig, read_variant
 from .data import Dataset
+from .figures import Table, accuracy_scale, learning_curve, legend_below, optional, panels, save
 from .methods import METHODS
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.table import Table as RichTable
 
 NOTES = (
     "seconds: everything that training and pruning do, measured at epoch borders with the device synchronised; "
@@ -29,32 +32,10 @@ NOTES = (
     "relative_variance: an estimate, from the scores in place of the gradient norms, of the variance of the pruned "
     "epoch's gradient over that of uniform random pruning; mean over the pruned epochs, null where it is infinite.",
 )
-LABELS = {
-    "full": "full data",
-    "static_random": "static random",
-    "random": "dynamic random",
-    "loss": "loss",
-    "el2n": "EL2N",
-    "grad_norm": "gradient norm",
-    "infobatch": "InfoBatch",
-    "epsilon_greedy": "ε-greedy",
-}
-# Okabe and Ito's colours, which colour-blind readers can tell apart, and two greys.
-COLOURS = {
-    "full": "#555555",
-    "static_random": "#AAAAAA",
-    "random": "#E69F00",
-    "loss": "#009E73",
-    "el2n": "#56B4E9",
-    "grad_norm": "#000000",
-    "infobatch": "#D55E00",
-    "epsilon_greedy": "#CC79A7",
-    "sadp": "#0072B2",
-}
 # Variants of methods take Tol's muted colours in turn and are never solid; a second round has other dashes.
 _VARIANT_COLOURS = "#CC6677", "#332288", "#117733", "#882255", "#44AA99", "#999933", "#AA4499", "#88CCEE", "#DDCC77"
 _VARIANT_LINES = "--", "-.", ":"
-_MARKERS = "osD^vP*Xh<>pd8"
+_VARIANT_MARKERS = "osD^vP*Xh<>pd8"
 # Names of settings where a reader would not know the field's, or a shorter one will do.
 _SHORT = {"batch_size": "batch", "score_momentum": "momentum", "warmup_epochs": "warm-up", "tail_epochs": "tail"}
 
@@ -65,7 +46,7 @@ def label(variant: str, score: str) -> str:
     score: of the configuration that the methods share, which "sadp" has.
     """
     method, changes = read_variant(variant)
-    name = LABELS.get(method, f"SADP ({changes.pop('score', score)})")
+    name = METHODS[method].label.format(score=changes.pop("score", score))
     return ", ".join([name, *(_detail(key, value) for key, value in changes.items())])
 
 
@@ -77,19 +58,17 @@ def _detail(key: str, value: Any) -> str:
 
 def styles(variants: Iterable[str]) -> dict[str, dict[str, Any]]:
     """A line's colour, dashes and marker for each method or variant; a method's own are the same in every plot."""
-    found, count = {}, 0
+    found, turns = {}, itertools.count()
     for variant in variants:
-        marker = list(METHODS).index(base_method(variant))
         if variant in METHODS:
-            look = {"color": COLOURS[variant], "linestyle": "-", "marker": _MARKERS[marker]}
+            look = {"color": METHODS[variant].colour, "linestyle": "-", "marker": METHODS[variant].marker}
         else:
-            turn, colour = divmod(count, len(_VARIANT_COLOURS))
+            turn = next(turns)
             look = {
-                "color": _VARIANT_COLOURS[colour],
-                "linestyle": _VARIANT_LINES[turn % len(_VARIANT_LINES)],
-                "marker": _MARKERS[count % len(_MARKERS)],
+                "color": _VARIANT_COLOURS[turn % len(_VARIANT_COLOURS)],
+                "linestyle": _VARIANT_LINES[turn // len(_VARIANT_COLOURS) % len(_VARIANT_LINES)],
+                "marker": _VARIANT_MARKERS[turn % len(_VARIANT_MARKERS)],
             }
-            count += 1
         found[variant] = {**look, "markersize": 5, "linewidth": 1.6}
     return found
 
@@ -142,32 +121,19 @@ def title(report: dict[str, Any]) -> str:
     return f"{run} ({report['device']})"
 
 
-def table(report: dict[str, Any]) -> Table:
+def table(report: dict[str, Any]) -> RichTable:
     """The methods side by side, for a terminal."""
-    from rich.table import Table
-
-    result = Table(title=title(report), caption="Gradient variance: estimated from the scores; uniform pruning = 1.")
-    result.add_column("Method")
-    for heading in (
-        "Test\naccuracy",
-        "Examples\ntrained",
-        "Training\nseconds",
-        "Time\nratio",
-        "Theory\n1 - r",
-        "Gradient\nvariance",
-    ):
-        result.add_column(heading, justify="right")
-    for figures in report["methods"].values():
-        result.add_row(
-            figures["label"],
-            f"{100 * figures['test_accuracy']:.2f} %",
-            f"{figures['examples_trained']:,}",
-            f"{figures['training_seconds']:.1f}",
-            _optional(figures["time_ratio"]),
-            _optional(figures["theoretical_ratio"]),
-            _optional(figures["relative_variance"]),
-        )
-    return result
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "Method": lambda figures: figures["label"],
+        "Test\naccuracy": lambda figures: f"{100 * figures['test_accuracy']:.2f} %",
+        "Examples\ntrained": lambda figures: f"{figures['examples_trained']:,}",
+        "Training\nseconds": lambda figures: f"{figures['training_seconds']:.1f}",
+        "Time\nratio": lambda figures: optional(figures["time_ratio"], 2),
+        "Theory\n1 - r": lambda figures: optional(figures["theoretical_ratio"], 2),
+        "Gradient\nvariance": lambda figures: optional(figures["relative_variance"], 2),
+    }
+    note = "Gradient variance: estimated from the scores; uniform pruning = 1."
+    return Table.of(title(report), report["methods"].values(), columns, note).rich()
 
 
 def write_json(value: dict[str, Any], path: Path, indent: int | None = 2) -> None:
@@ -180,43 +146,26 @@ def write_json(value: dict[str, Any], path: Path, indent: int | None = 2) -> Non
 
 def write_plot(report: dict[str, Any], path: Path) -> None:
     """Test accuracy against training seconds and against examples trained, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     methods = report["methods"]
-    figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    by_time, by_examples = figure.subplots(1, 2, sharey=True)
+    figure, (by_time, by_examples) = panels(1, 2, 11.54, 4.85)
     looks = styles(methods)
     for method, figures in methods.items():
         epochs = figures["epochs"]
-        seconds = torch.tensor([entry["seconds"] for entry in epochs]).cumsum(0).tolist()
-        accuracy = [100 * entry["test_accuracy"] for entry in epochs]
-        look = {**looks[method], "marker": None, "label": f"{figures['label']}: {accuracy[-1]:.1f} %"}
-        for axes, x in ((by_time, seconds), (by_examples, [entry["examples_trained"] for entry in epochs])):
-            axes.plot(x, accuracy, **look)
-            axes.plot(x[-1], accuracy[-1], looks[method]["marker"], color=look["color"], markersize=5)
-    by_time.set(xlabel="Training time (s)", ylabel="Test accuracy (%)", xlim=(0, None))
-    by_examples.set(xlabel="Examples trained", xlim=(0, None))
-    by_examples.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    # The first tenth of the epochs, where accuracy leaps, would squeeze the rest.
-    settled = [
-        100 * entry["test_accuracy"] for f in methods.values() for entry in f["epochs"][len(f["epochs"]) // 10 :]
-    ]
-    by_time.set_ylim(max(0.0, min(settled) - 8), min(100.5, max(settled) + 2))
-    for axes in (by_time, by_examples):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    legend = {"frameon": False, "title": "final accuracy"}
-    if len(methods) <= 6:
-        by_examples.legend(loc="lower right", **legend)
-    else:
-        figure.set_figheight(4.2 + 0.12 * len(methods))
-        figure.legend(
-            *by_examples.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, **legend
-        )
+        seconds = itertools.accumulate(entry["seconds"] for entry in epochs)
+        rows = [
+            {
+                **{"seed": 0, "epoch": entry["epoch"], "examples": entry["examples_trained"], "seconds": time},
+                "accuracy": 100 * entry["test_accuracy"],
+            }
+            for entry, time in zip(epochs, seconds, strict=True)
+        ]
+        name = f"{figures['label']}: {{end:.1f}} %"
+        learning_curve((by_examples, by_time), rows, itemgetter("accuracy"), looks[method], name)
+    for panel in (by_time, by_examples):
+        accuracy_scale(panel)
+    legend_below(figure, by_examples, "Final test accuracy")
     figure.suptitle(title(report))
-    figure.savefig(path, metadata={"Software": None})
+    save(figure, path)
 
 
 def device_name(device: str) -> str:
@@ -243,7 +192,3 @@ def package_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _optional(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"

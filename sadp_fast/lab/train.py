@@ -19,11 +19,11 @@ from torch.nn.functional import cross_entropy
 
 from ..memory.packed_spikes import packed_spikes
 from ..memory.weight_casting import cast_weights_at_once
-from ..nn.neuron import reset
+from ..nn.node import reset
 from ..prune.graphed_step import GraphedStep
 from ..prune.probabilities import relative_variance
 from ..prune.sadp import SADP
-from ..statistics.exact import gradient_norms
+from ..statistics.exact_norms import gradient_norms
 from . import models
 from .augmentation import crop_flip_normalise, draw_augmentation, draw_mixup, mixup
 from .config import AMP, EXACT, TrainConfig, device_kind

@@ -1,11 +1,10 @@
-"""`sadp-fast train`: its options, the folder of a run, live progress, and the order in which things happen."""
+"""`sadp-fast train`: its options, the folder of a run, and the order in which things happen."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
 import json
-import math
 import os
 import shlex
 import sys
@@ -15,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import data, report, train
+from . import data, progress, report, train
 from .config import TrainConfig, base_method, device_kind, folder_name
 from .loggers import open_loggers
 from .methods import METHODS
@@ -24,7 +23,6 @@ from .settings import SettingError, add_options
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress as Bars
 
 
 def add_parser(commands: Any) -> None:
@@ -119,14 +117,14 @@ def _run(plan: Plan, dataset: data.Dataset, console: Console | None) -> dict[str
     """The histories of every method in turn, each run in a folder of its own."""
     histories = {}
     with ExitStack() as stack:
-        bars = stack.enter_context(_bars(console)) if console and console.is_terminal else None
+        bars = stack.enter_context(progress.bars(console)) if console and console.is_terminal else None
         for method in plan.methods:
             config, label = plan.config.of(method), report.label(method, plan.config.score)
             viewers: list[train.Progress] = []
             if bars:
-                viewers.append(_Bar(bars, label, config.epochs))
+                viewers.append(progress.Bar(bars, label, config.epochs))
             elif console:
-                viewers.append(_Lines(console, label, config.epochs))
+                viewers.append(progress.Lines(console, label, config.epochs))
             name = folder_name(method)
             viewers += open_loggers(plan.folder, name)
             histories[method] = train.run(config, dataset, plan.folder / name, viewers, plan.resume).history
@@ -246,58 +244,3 @@ def _begin(plan: Plan) -> Plan:
                 f"the run's folder {folder} cannot be made ({error}): name another with --out"
             ) from error
     return replace(plan, folder=folder)
-
-
-# -------------------------------------------------------------------------------------------------------- progress
-
-
-def _bars(console: Console) -> Bars:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        expand=True,
-    )
-
-
-class _Bar(train.Progress):
-    """A live line for one method."""
-
-    def __init__(self, bars: Bars, label: str, epochs: int) -> None:
-        self.bars, self.epochs = bars, epochs
-        self.loss = self.accuracy = math.nan
-        self.task = bars.add_task(label, total=epochs, status="")
-
-    def step(self, epoch: int, share: float, step: int, loss: float | None, kept: float) -> None:
-        self.loss = self.loss if loss is None else loss
-        self._show(epoch - 1 + share, epoch, step, kept)
-
-    def epoch(self, entry: dict[str, Any]) -> None:
-        self.loss, self.accuracy = entry["loss"], entry["test_accuracy"]
-        self._show(entry["epoch"], entry["epoch"], entry["steps"], 1 - entry["ratio"])
-
-    def _show(self, done: float, epoch: int, step: int, kept: float) -> None:
-        # Of constant width, or the bar would jump about.
-        where = f"epoch {epoch:>{len(str(self.epochs))}}/{self.epochs} step {step:4}"
-        status = f"{where} kept {kept:4.0%} loss {self.loss:6.3f} accuracy {self.accuracy:6.1%}"
-        self.bars.update(self.task, completed=done, status=status.replace("nan", "  -"))
-
-
-class _Lines(train.Progress):
-    """A plain line after each epoch, where the output is no terminal."""
-
-    def __init__(self, console: Console, label: str, epochs: int) -> None:
-        self.console, self.label, self.epochs = console, label, epochs
-
-    def epoch(self, entry: dict[str, Any]) -> None:
-        self.console.print(
-            f"{self.label}: epoch {entry['epoch']}/{self.epochs}, loss {entry['loss']:.3f}, "
-            f"accuracy {entry['test_accuracy']:.1%}, kept {1 - entry['ratio']:.0%}, {entry['seconds']:.2f} s",
-            soft_wrap=True,
-        )

@@ -3,40 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.batch_norm_lif.reference import Normalisation, gain, normalise
+from ..ops.common.dispatch import runs_directly
 from ..ops.common.spike_marks import mark, max_count
-from ..ops.lif.reference import GradientNormTap, squared_norm_per_example
-from .neuron import BaseNode, IFNode, LIFNode, ParametricLIFNode
+from ..ops.lif.reference import GradientNormTap, spike_count, squared_norm_per_example
+from .lif import IFNode, LIFNode, ParametricLIFNode
+from .node import BaseNode
+from .recorder import Call, Energies
 
 
-class CallEnergies(NamedTuple):
-    """Squared norms of one call, per example and summed over its steps, float32 [N].
-
-    ``output`` is that of the output (the number of spikes, where no residual was added), ``delta`` that of the loss
-    gradient in front of the normalisation, the normalisation's statistics held constant. Both are there after the
-    backward pass, and ``delta`` is NaN before.
-    """
-
-    output: Tensor
-    delta: Tensor
-
-
-class _BatchNormNode(BaseNode):
+class BatchNormNode(BaseNode):
     """What the neurons behind a batch normalisation share; the constructor's first half is nn.BatchNorm2d's.
 
     Attributes:
         weight, bias, running_mean, running_var, num_batches_tracked: as those of nn.BatchNorm2d, with the same names
             in the state_dict.
-        energies: with ``collect_statistics``, the ``CallEnergies`` of the last call ('m') or of each since the last
-            reset ('s').
-        energy_buffers: None, or two float32 [N] that the next calls' ``CallEnergies`` are written into, instead of new
-            tensors.
     """
 
     weight: Tensor | None
@@ -45,9 +31,18 @@ class _BatchNormNode(BaseNode):
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
 
-    def _init_batch_norm(
-        self, num_features: int, eps: float, momentum: float | None, affine: bool, track_running_stats: bool
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        step_mode: str = "m",
+        **neuron: Any,
     ) -> None:
+        super().__init__(step_mode=step_mode, **neuron)
         if num_features < 1:
             raise ValueError(f"num_features must be the number of channels, at least 1, got {num_features}")
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
@@ -58,25 +53,10 @@ class _BatchNormNode(BaseNode):
         self.register_buffer("running_var", torch.ones(num_features) if track_running_stats else None)
         batches = torch.tensor(0, dtype=torch.int64) if track_running_stats else None
         self.register_buffer("num_batches_tracked", batches)
-        self.energies: list[CallEnergies] = []
-        self.energy_buffers: tuple[Tensor, Tensor] | None = None
-
-    def reset(self) -> None:
-        """Return ``v`` to its initial float and forget ``v_seq`` and the statistics."""
-        super().reset()
-        self.energies = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The buffers are their owner's, for its batches of this module: a copy sees others.
-        return {**super().__getstate__(), "energy_buffers": None}
 
     @property
     def _uses_batch_statistics(self) -> bool:
         return self.training or self.running_mean is None
-
-    @property
-    def _updates_running_statistics(self) -> bool:
-        return self.training and self.track_running_stats
 
     def _check(self, x: Tensor, residual: Tensor | None, repeat: int | None) -> None:
         channel = 1 if repeat is not None or self.step_mode == "s" else 2
@@ -115,10 +95,16 @@ class _BatchNormNode(BaseNode):
                 statistics are those of one value per channel.
         """
         self._check(x, residual, repeat)
+        steps = (1,) if self.step_mode == "s" else () if repeat is None else (repeat,)
+        call = self._begin((*steps, *x.shape), x.device)
         surrogate = self._fused(x, residual, repeat)
-        if surrogate is None:
-            return self._unfused(x, residual, repeat)
-        return self._run_fused(x, residual, repeat, surrogate)
+        by_step = call is not None and call.by_step
+        if surrogate is not None and not by_step:
+            return self._run_fused(x, residual, repeat, surrogate, call)
+        out = self._unfused(x, residual, repeat, call, wide=surrogate is not None)
+        if surrogate is not None:
+            self.detach()  # as after a fused call: what is measured changes nothing
+        return out
 
     # ------------------------------------------------------------------------------------------------- fused path
 
@@ -151,104 +137,64 @@ class _BatchNormNode(BaseNode):
         return t is None or (t.dtype == torch.float32 and t.shape == (self.num_features,) and t.is_contiguous())
 
     def _normalisation(self) -> Normalisation:
-        return Normalisation(
-            self.eps,
-            self.momentum,
-            self.running_mean,
-            self.running_var,
-            self.num_batches_tracked,
-            use_batch=self._uses_batch_statistics,
-            update=self._updates_running_statistics,
-        )
+        running = (self.running_mean, self.running_var, self.num_batches_tracked)
+        uses = (self._uses_batch_statistics, self.training and self.track_running_stats)
+        return Normalisation(self.eps, self.momentum, *running, *uses)
 
-    def _run_fused(self, x: Tensor, residual: Tensor | None, repeat: int | None, surrogate: int) -> Tensor:
+    def _run_fused(
+        self, x: Tensor, residual: Tensor | None, repeat: int | None, surrogate: int, call: Call | None
+    ) -> Tensor:
         from ..ops.batch_norm_lif.op import batch_norm_lif
 
-        energies = self._new_energies(x.shape[0 if repeat is not None else 1], x.device)
         state = self._state
         # In evaluation x would otherwise be kept alive for the sake of a potential that takes half its memory or less.
-        want_v = state.keeps_v or not torch.is_grad_enabled()
-        out, potential = batch_norm_lif(
-            x,
-            residual,
-            self.weight,
-            self.bias,
-            self._normalisation(),
-            self.dynamics,
-            surrogate,
-            self.surrogate_function.alpha,  # type: ignore[union-attr]
-            reciprocal_tau=self._reciprocal_tau(x),
-            repeat=repeat,
-            want_v=want_v,
-            energies=energies,
-        )
+        want_v = not runs_directly() or state.keeps_v or not torch.is_grad_enabled()
+        neuron = (self.dynamics, surrogate, self.surrogate_function.alpha)  # type: ignore[union-attr]
+        options: dict[str, Any] = {"repeat": repeat, "want_v": want_v, "energies": self._new_energies(call)}
+        tensors, tau = (x, residual, self.weight, self.bias), self._reciprocal_tau(x)
+        out, potential = batch_norm_lif(*tensors, self._normalisation(), *neuron, reciprocal_tau=tau, **options)
         state.v = potential() if want_v else potential
+        if call is not None and call.counts:
+            fired = out if residual is None else out.detach() != residual
+            call.spikes = spike_count(fired)
         return _mark_sum(out, 1, residual)
 
-    def _new_energies(self, examples: int, device: torch.device) -> CallEnergies | None:
-        if not (self.collect_statistics and torch.is_grad_enabled()):
+    def _new_energies(self, call: Call | None) -> Energies | None:
+        """What the passes write their two energies into, where they are wanted."""
+        if call is None or not call.awaits_norms or (call.by_step and not call.wants_energies):
             return None
-        if self.energy_buffers is not None:
-            energies = CallEnergies(*self.energy_buffers)
-            if any(
-                t.shape != (examples,) or t.dtype != torch.float32 or t.device != device or not t.is_contiguous()
-                for t in energies
-            ):
-                raise ValueError(
-                    f"energy_buffers must be two contiguous float32 tensors [N] on {device} with N = {examples} "
-                    f"examples, got {[(t.dtype, tuple(t.shape), t.stride(), str(t.device)) for t in energies]}; set "
-                    "them for this batch, or to None"
-                )
-        elif torch.compiler.is_compiling():
-            raise RuntimeError(
-                "collect_statistics under torch.compile writes into existing tensors: set energy_buffers to two "
-                f"float32 tensors [N] with N = {examples} examples before"
-            )
-        else:
-            energies = CallEnergies(*torch.full((2, examples), torch.nan, device=device))
-        self.energies = [energies] if self.step_mode == "m" else [*self.energies, energies]
-        return energies
+        return call.energy_rows()
 
     # ----------------------------------------------------------------------------------------------- unfused path
 
-    def _unfused(self, x: Tensor, residual: Tensor | None, repeat: int | None) -> Tensor:
-        """The same by torch's batch normalisation and this package's neuron: any device, dtype, state and length."""
+    def _unfused(self, x: Tensor, residual: Tensor | None, repeat: int | None, call: Call | None, wide: bool) -> Tensor:
+        """The same by torch's batch normalisation and this package's neuron: any device, dtype, state and length.
+
+        ``wide``: whether half-precision input is normalised in float32, as the fused kernels do.
+        """
         single = self.step_mode == "s"
-        folds = not single and repeat is None
-        folded, norm = x.flatten(0, 1) if folds else x, self._normalisation()
-        y = normalise(folded, self.weight, self.bias, norm)
-        y = y.unflatten(0, x.shape[:2]) if folds else y.unsqueeze(0)
-        energies = self._new_energies(y.shape[1], x.device)
+        x_seq = x.unsqueeze(0) if single else x
+        folded, norm = x_seq.flatten(0, 1) if repeat is None else x, self._normalisation()
+        y = normalise(folded.float() if wide else folded, self.weight, self.bias, norm)
+        y = y.unflatten(0, x_seq.shape[:2]) if repeat is None else y.unsqueeze(0)
+        scale = None if call is None or not call.awaits_norms else gain(folded, self.weight, norm)
+        energies = self._new_energies(call)
         if energies is not None:
-            channel_scale = gain(folded, self.weight, norm)
-            y = GradientNormTap.apply(y, energies.delta, channel_scale, self._reciprocal_tau(y), self.v)
-        if single:
-            y = y.squeeze(0)
-        elif repeat is not None:
+            y = GradientNormTap.apply(y, energies.delta, scale, self._reciprocal_tau(y), self.v)
+        if repeat is not None:
             y = y.expand(repeat, *x.shape)
-        collect, self.collect_statistics = self.collect_statistics, False
-        try:
-            spikes = super().forward(y)
-        finally:
-            self.collect_statistics = collect
+        by_step = call if call is not None and call.by_step else None
+        if by_step is not None:
+            by_step.channel_scale = scale
+        spikes = self._run(y, by_step)
+        if call is not None and call.counts and by_step is None:
+            call.spikes = spike_count(spikes)
+        count = max_count(spikes)
+        spikes = spikes.to(x.dtype) if wide else spikes
         out = spikes if residual is None else spikes + residual
         if energies is not None:
-            energies.output.copy_(
-                squared_norm_per_example(out.detach().unsqueeze(0) if single else out.detach()).sum(0)
-            )
-        return _mark_sum(out, max_count(spikes), residual)
-
-    # ------------------------------------------------------------------------------------------------- statistics
-
-    @property
-    def spike_count(self) -> Tensor | None:
-        """Not kept: see ``energies``."""
-        return None
-
-    @property
-    def grad_norm_sq(self) -> Tensor | None:
-        """Not kept: see ``energies``."""
-        return None
+            energies.output.copy_(squared_norm_per_example(out.detach()).sum(0))
+        return _mark_sum(out.squeeze(0) if single else out, count, residual)
 
     def extra_repr(self) -> str:
         return (
@@ -263,7 +209,7 @@ def _mark_sum(out: Tensor, count: int | None, residual: Tensor | None) -> Tensor
     return out if count is None or most is None else mark(out, count + most)
 
 
-class BatchNormLIF(_BatchNormNode, LIFNode):
+class BatchNormLIF(BatchNormNode, LIFNode):
     """``nn.BatchNorm2d`` and a ``LIFNode`` behind it, ``out = LIF(norm(x)) (+ residual)``.
 
     On a GPU the forward pass reads x twice and writes the spikes, the backward pass reads x and the incoming gradient
@@ -279,99 +225,17 @@ class BatchNormLIF(_BatchNormNode, LIFNode):
     Args:
         num_features: channels C.
         eps, momentum, affine, track_running_stats: as of nn.BatchNorm2d.
-        tau, ... backend: as of ``LIFNode``.
+        step_mode: as of ``LIFNode``, but 'm' if left out.
+        neuron: the other arguments of ``LIFNode``, by name.
 
     Raises:
         TypeError, ValueError: an argument is not of the kind above.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        *,
-        tau: float = 2.0,
-        decay_input: bool = True,
-        v_threshold: float = 1.0,
-        v_reset: float | None = 0.0,
-        surrogate_function: Callable[[Tensor], Tensor] | None = None,
-        detach_reset: bool = False,
-        step_mode: str = "m",
-        store_v_seq: bool = False,
-        backend: str | None = None,
-    ) -> None:
-        LIFNode.__init__(
-            self,
-            tau,
-            decay_input,
-            v_threshold,
-            v_reset,
-            surrogate_function,
-            detach_reset,
-            step_mode,
-            store_v_seq,
-            backend,
-        )
-        self._init_batch_norm(num_features, eps, momentum, affine, track_running_stats)
 
-
-class BatchNormIF(_BatchNormNode, IFNode):
+class BatchNormIF(BatchNormNode, IFNode):
     """``BatchNormLIF`` with neurons that do not leak: ``nn.BatchNorm2d`` and an ``IFNode`` behind it."""
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        *,
-        v_threshold: float = 1.0,
-        v_reset: float | None = 0.0,
-        surrogate_function: Callable[[Tensor], Tensor] | None = None,
-        detach_reset: bool = False,
-        step_mode: str = "m",
-        store_v_seq: bool = False,
-        backend: str | None = None,
-    ) -> None:
-        IFNode.__init__(self, v_threshold, v_reset, surrogate_function, detach_reset, step_mode, store_v_seq, backend)
-        self._init_batch_norm(num_features, eps, momentum, affine, track_running_stats)
 
-
-class BatchNormParametricLIF(_BatchNormNode, ParametricLIFNode):
+class BatchNormParametricLIF(BatchNormNode, ParametricLIFNode):
     """``BatchNormLIF`` whose time constant is learned: ``nn.BatchNorm2d`` and a ``ParametricLIFNode`` behind it."""
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        *,
-        init_tau: float = 2.0,
-        decay_input: bool = True,
-        v_threshold: float = 1.0,
-        v_reset: float | None = 0.0,
-        surrogate_function: Callable[[Tensor], Tensor] | None = None,
-        detach_reset: bool = False,
-        step_mode: str = "m",
-        store_v_seq: bool = False,
-        backend: str | None = None,
-    ) -> None:
-        ParametricLIFNode.__init__(
-            self,
-            init_tau,
-            decay_input,
-            v_threshold,
-            v_reset,
-            surrogate_function,
-            detach_reset,
-            step_mode,
-            store_v_seq,
-            backend,
-        )
-        self._init_batch_norm(num_features, eps, momentum, affine, track_running_stats)

@@ -122,7 +122,11 @@ class Batch:
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Take its scores, after its backward pass; once."""
+        """Take its scores, after its backward pass; once.
+
+        The loop over the epoch does this by itself before the next batch; calling it is only needed where the scores
+        should be part of something, as of a CUDA graph (``GraphedStep``).
+        """
         if self._closed:
             return
         self.close()

@@ -18,6 +18,11 @@ class Drawn(NamedTuple):
     indices: Tensor
     weights: Tensor
 
+    @classmethod
+    def nothing(cls, device: torch.device) -> Drawn:
+        """No example."""
+        return cls(*(torch.empty(0, dtype=dtype, device=device) for dtype in (torch.int64, torch.float32)))
+
 
 class EpochBatches(NamedTuple):
     """Batches of one epoch: indices int64 [batches, B], weights float32 [batches, B], and how many rows are padding.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..native import library as _native
-from .sampling import current_stream
+from .sampling import current_stream, has_memory
 
 _LARGEST = 2.0**32  # what the largest known score is scaled to
 _SMALLEST = 2.0**-126  # the smallest normal float32: zeros, and scaled scores below it, count as this
@@ -50,7 +50,7 @@ def optimum(scores: Tensor, keep: float, *, mixed: float = 0.0, floor: float = 0
         optimum_share=1 - mixed,
         added=mixed * uniform,
     )
-    if scores.is_cuda and scores.dtype != torch.float64 and _native.has_cuda:
+    if scores.is_cuda and scores.dtype != torch.float64 and _native.has_cuda and has_memory(scores):
         index = scores.device.index
         blocks, words = _launch_shape(count, index)
         if blocks > 0:

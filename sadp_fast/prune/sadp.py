@@ -51,9 +51,8 @@ class SADP:
         epochs: how many epochs will be trained: the schedule's length.
         settings: how to prune; None means all defaults.
         device: where scores and draws live; None means the model's first parameter's device.
-        options: single settings by name, in the place of those above: ``prune_ratio``, ``score``, ``policy``,
-            ``smoothing``, ``weights``, ``score_momentum``, ``schedule``, ``warmup_epochs``, ``tail_epochs`` and
-            ``seed``, see ``Settings``.
+        options: single settings by name in the place of those above, such as ``prune_ratio`` and ``score``: all
+            fields of ``Settings``.
 
     Attributes:
         settings: how it prunes; nothing in them is None. What the next draw is made by.
@@ -99,20 +98,14 @@ class SADP:
                 "train the uncompiled model (its neurons are fused all the same), or use score='loss'"
             )
         if device is None:
-            parameter = next(model.parameters(), None)
-            device = "cpu" if parameter is None else parameter.device
+            device = next((parameter.device for parameter in model.parameters()), "cpu")
         self.model, self.device = model, torch.device(device)
-        self.scoring = Scoring(
-            score, model, self.num_examples, momentum=self.settings.score_momentum, device=self.device
-        )
+        self.scoring = Scoring(score, model, self.num_examples, self.settings.score_momentum, self.device)
         self.probabilities = torch.ones(self.num_examples, device=self.device)
         # Shares of the data that the epochs before each one keep, and all of them: `progress` is asked at every step.
         self._kept_before = list(accumulate((1 - ratio for ratio in self.ratios), initial=0.0))
         self._epoch, self._trained = 0, 0  # completed epochs, and the examples in them
-        self._carried = Drawn(
-            torch.empty(0, dtype=torch.int64, device=self.device),
-            torch.empty(0, dtype=torch.float32, device=self.device),
-        )
+        self._carried = Drawn.nothing(self.device)
         self._weighs_all = False
         self._running: Epoch | None = None  # the newest epoch that has begun and is not over
 
@@ -167,8 +160,7 @@ class SADP:
     def describe(self) -> str:
         """How each weight layer is measured, one line each; known after the first scored batch."""
         if self.scoring.score.source != "gradients" or self.passive:
-            why = ", since nothing is pruned" if self.passive else ""
-            return f"score={self.score!r} measures no layer{why}"
+            return f"score={self.score!r} measures no layer" + (", since nothing is pruned" if self.passive else "")
         layers = self.scoring.meter.layers
         if layers is None:
             return "the model's dataflow is read in the first scored batch"
@@ -188,8 +180,7 @@ class SADP:
             RuntimeError: all planned epochs are trained, or an epoch is still running.
             ValueError: a batch size below 1.
         """
-        self._check_idle()
-        self._check_left()
+        self._check_epoch()
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.scoring.share()
@@ -197,15 +188,10 @@ class SADP:
         if ratio > 0 and self.scoring.score.source != "none" and self._trained >= self.num_examples:
             self.scoring.look()
         self.probabilities, drawn = draw(self.scores, ratio, number, self.settings, self.scoring.score)
-        return DrawnEpoch(
-            drawn,
-            self._carried,
-            batch_size,
-            self.scoring,
-            pad=pad or number == len(self.ratios) - 1,  # nothing is carried out of the last epoch
-            scored=self.takes_scores(number) and self.scoring.has_layers(),
-            weighted=self._weighs_all or ratio > 0,
-        )
+        scored = self.takes_scores(number) and self.scoring.has_layers()
+        weighted = self._weighs_all or ratio > 0
+        pad = pad or number == len(self.ratios) - 1  # nothing is carried out of the last epoch
+        return DrawnEpoch(drawn, self._carried, batch_size, self.scoring, pad=pad, scored=scored, weighted=weighted)
 
     def train(self, epoch: DrawnEpoch) -> Generator[Batch, None, None]:
         """Yield the batches of an epoch that was just opened; it is over when the loop ends, in whatever way."""
@@ -221,7 +207,7 @@ class SADP:
 
     def follow(self, batches: Iterable[Any], batch_size: int, examples: int) -> Iterator[Any]:
         """Yield an ordinary epoch's batches as they are, of so many examples each and in all."""
-        self._check_left()
+        self._check_epoch()
         epoch = self._running = Epoch()
         try:
             for batch in batches:
@@ -276,11 +262,8 @@ class SADP:
     def skip_to(self, epoch: int) -> None:
         """Let this epoch, counted from 0, be the coming one, as if those before it had been trained.
 
-        For timings of single epochs. Scores and the count of trained examples stay as they are.
-
-        Raises:
-            RuntimeError: an epoch is still running.
-            ValueError: there is no such epoch.
+        For timings of single epochs: scores and the count of trained examples stay. Raises ValueError where there is no
+        such epoch, RuntimeError while another one is running.
         """
         if not 0 <= epoch < len(self.ratios):
             raise ValueError(f"epoch must be from 0 to {len(self.ratios) - 1}, got {epoch}: they are counted from 0")
@@ -288,10 +271,7 @@ class SADP:
         self._epoch = epoch
 
     def weigh_all(self) -> None:
-        """From the next epoch on, multiply losses by weights of 1 too, so that all batches run the same operations.
-
-        Without effect on ordinary training (prune_ratio = 0).
-        """
+        """From the next epoch on, multiply a pruned training's losses by weights of 1 too: batches then run alike."""
         self._weighs_all = not self.passive
 
     def _check_idle(self) -> None:
@@ -301,7 +281,8 @@ class SADP:
                 "build SADP anew"
             )
 
-    def _check_left(self) -> None:
+    def _check_epoch(self) -> None:
+        self._check_idle()
         if self._epoch >= len(self.ratios):
             raise RuntimeError(
                 f"all {len(self.ratios)} planned epochs are trained: build SADP with epochs= the number you train. "
@@ -362,14 +343,6 @@ class SADP:
             raise ValueError(f"give() is for score='given', but this SADP was built with score={self.score!r}")
         self._at_hand("give").give(scores)
 
-    def collect(self) -> None:
-        """Take the scores of the batch at hand, after its backward pass.
-        The loop over ``batches()`` or ``loader()`` does this by itself before the next batch; calling it is only needed
-        where the scores should be part of something, as of a CUDA graph (``GraphedStep``).
-        """
-        if self.batch is not None:
-            self.batch.collect()
-
     def _at_hand(self, method: str) -> Batch:
         if self.batch is None:
             raise RuntimeError(f"sadp.{method}() belongs inside a loop over sadp.loader(...) or sadp.batches(...)")
@@ -410,12 +383,11 @@ class SADP:
         own = self._config()
         for name, saved in state["config"].items():
             if own.get(name) != saved:
-                raise ValueError(
-                    f"this state was saved with {name}={saved!r}, but SADP was built with {own.get(name)!r}"
-                )
+                built = own.get(name)
+                raise ValueError(f"this state was saved with {name}={saved!r}, but SADP was built with {built!r}")
         if self._running is not None:
             self._running.leave()
-            self._running = None
+        self._running = None
         self._epoch, self._trained = int(state["epoch"]), int(state["examples_trained"])
         self._carried = Drawn(state["carried_indices"].to(self.device), state["carried_weights"].to(self.device))
         self.scoring.load(state["scores"])

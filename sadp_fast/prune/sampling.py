@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..native import library as _native
 
@@ -15,6 +16,30 @@ from ..native import library as _native
 def current_stream(device: int) -> int:
     """Handle of the current stream of a CUDA device."""
     return torch._C._cuda_getCurrentRawStream(device)  # what Triton asks; a tenth of torch.cuda.current_stream's time
+
+
+def has_memory(t: Tensor) -> bool:
+    """Whether t's elements can be read and written; not in FakeTensorMode, functionalize and other transforms."""
+    return _address_or_0(t) != 0 or t.numel() == 0
+
+
+def _address_or_0(t: Tensor) -> int:
+    if type(t) is not Tensor and isinstance(t, FakeTensor):  # the abstract class is slow to ask
+        return 0
+    try:
+        return t.data_ptr()
+    except RuntimeError:
+        return 0
+
+
+def _address(name: str, t: Tensor) -> int:
+    address = _address_or_0(t)
+    if address == 0 and t.numel() > 0:
+        raise RuntimeError(
+            f"{name} has no memory, which sample() works on: it is of FakeTensorMode, functionalize or another "
+            "transform of torch; call sample() outside of it, on plain tensors."
+        )
+    return address
 
 
 class Sample(NamedTuple):
@@ -53,7 +78,8 @@ def sample(p: Tensor, *, seed: int, epoch: int | Tensor = 0, capacity: int | Non
         TypeError: an argument of the wrong type or dtype.
         ValueError: an argument out of range; an entry of p that is NaN or outside [0, 1]. With a capacity on CUDA that
             last one cannot be raised without waiting: then `count` is -1 and the outputs are all padding.
-        RuntimeError: p is on a CUDA device and sadp_fast was built without CUDA; a CUDA error.
+        RuntimeError: p is on a CUDA device and sadp_fast was built without CUDA; a CUDA error; FakeTensorMode,
+            functionalize or another transform of torch is on, whose tensors have no memory.
     """
     _check_p(p)
     if type(seed) is not int:  # the abstract class is slow to ask
@@ -112,6 +138,7 @@ def _check_epoch(epoch: int | Tensor, p: Tensor) -> None:
             )
         if epoch.device != p.device:
             raise ValueError(f"epoch must be on p's device {p.device}, got {epoch.device}; pass epoch.to(p.device).")
+        _address("epoch", epoch)
     elif type(epoch) is not int and not isinstance(epoch, Integral):
         raise TypeError(
             f"epoch must be an integer or a 0-dim int64 tensor, got {type(epoch).__name__}; pass int(epoch)."
@@ -135,15 +162,16 @@ def _outputs(p: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 
 def _sample_cpu(p: Tensor, seed: int, epoch: int | Tensor, capacity: int | None) -> Sample:
-    source = (p.data_ptr(), p.dtype == torch.float64, p.numel())
+    source = (_address("p", p), p.dtype == torch.float64, p.numel())
     threads = torch.get_num_threads()
-    workspace = p.new_empty(_native.cpu_workspace(p.numel()), dtype=torch.int64)
-    selection = _native.cpu_select(*source, seed, int(epoch), threads, workspace.data_ptr())
+    workspace = torch.empty(_native.cpu_workspace(p.numel()), dtype=torch.int64, device="cpu")
+    base = _address("a new tensor", workspace)
+    selection = _native.cpu_select(*source, seed, int(epoch), threads, base)
     if selection.invalid != _native.NO_INVALID:
         raise _invalid(p, selection.invalid)
     length = selection.count if capacity is None else capacity
     indices, weights = _outputs(p, length)
-    _native.cpu_write(*source, selection, threads, workspace.data_ptr(), indices.data_ptr(), weights.data_ptr(), length)
+    _native.cpu_write(*source, selection, threads, base, indices.data_ptr(), weights.data_ptr(), length)
     return Sample(indices, weights, torch.tensor(selection.count, device=p.device))
 
 
@@ -156,12 +184,12 @@ def _launch_shape(n: int, device: int) -> tuple[Any, int]:
 
 def _sample_cuda(p: Tensor, seed: int, epoch: int | Tensor, capacity: int | None) -> Sample:
     """On p's device, which is the current one. Short on the host: that is what a draw of a million items waits for."""
-    n, device = p.numel(), p.device
+    source, n, device = _address("p", p), p.numel(), p.device
     shape, words = _launch_shape(n, device.index)
     workspace = torch.empty(words + 1, dtype=torch.int64, device=device)
-    count, base = workspace[words], workspace.data_ptr()
+    base, count = _address("a new tensor", workspace), workspace[words]
     number, pointer = (0, epoch.data_ptr()) if isinstance(epoch, Tensor) else (int(epoch), 0)
-    draw = (p.data_ptr(), p.dtype == torch.float64, n, seed, number, pointer, device.index, base)
+    draw = (source, p.dtype == torch.float64, n, seed, number, pointer, device.index, base)
     stream = current_stream(device.index)
     if capacity is None:
         _native.cuda_select(*draw, stream, shape)

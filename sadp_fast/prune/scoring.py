@@ -51,7 +51,7 @@ class Scoring:
     """
 
     def __init__(
-        self, score: Score, model: nn.Module, num_examples: int, *, momentum: float, device: torch.device
+        self, score: Score, model: nn.Module, num_examples: int, momentum: float, device: torch.device
     ) -> None:
         self.score, self.momentum = score, momentum
         self.meter = score.meter(model) or NoMeter()

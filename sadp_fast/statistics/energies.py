@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.batch_norm_lif import CallEnergies
-from ..nn.neuron import BaseNode, CallStatistics
+from ..nn.batch_norm_lif import BatchNormNode
+from ..nn.node import BaseNode
+from ..nn.recorder import Call, Recorder
 from ..ops.lif.reference import squared_norm_per_example
-from .dataflow import Probe, WeightLayer, batch_norm_scale, first_input, keeps_energies
-from .own_hook import OwnHook
+from .attachment import Attachment
+from .autograd_graph import Probe, WeightLayer, batch_norm_scale, first_input
 
 _Row = tuple[str, str]  # ("output" or "delta", neuron), or ("input" or "gradient", layer)
 
@@ -31,49 +32,43 @@ class EnergyTaps:
         layers: of it, as ``Probe.resolve`` has read them.
         steps: T, time steps that one call of the model's neurons covers.
         batch_size: B.
-        device: of the model.
 
     Attributes:
         energies: float32 [R, B]: NaN where nothing was measured in this batch, 0 where no gradient came to a layer's
             output, since the loss does not depend on it.
         layer_rows: int64 [2, L], which rows hold the energy of each layer's input and of the gradient at its output.
         multiplicity: float32 [L], ``patch_multiplicity`` of each layer.
+        is_open: whether calls with gradients are this batch's; others are not measured.
     """
 
-    def __init__(
-        self, model: nn.Module, layers: list[WeightLayer], *, steps: int, batch_size: int, device: torch.device
-    ) -> None:
+    def __init__(self, model: nn.Module, layers: list[WeightLayer], *, steps: int, batch_size: int) -> None:
         self.layers, self.steps, self.batch_size = layers, steps, batch_size
         self._model = model
+        device: Any = model.get_submodule(layers[0].name).weight.device
         names = {name for layer in layers for name in (layer.input_neuron, layer.output_neuron) if name is not None}
         self.neurons: dict[str, BaseNode] = {name: model.get_submodule(name) for name in sorted(names)}  # type: ignore[misc]
-        inputs: list[_Row] = [
-            ("output", layer.input_neuron) if layer.input_neuron else ("input", layer.name) for layer in layers
-        ]
-        deltas: list[_Row] = [
-            ("delta", layer.output_neuron) if layer.output_neuron else ("gradient", layer.name) for layer in layers
-        ]
-        own = [name for name, node in self.neurons.items() if keeps_energies(node)]
-        rows = {*inputs, *deltas, *(("output", name) for name in own), *(("delta", name) for name in own)}
-        self._row = {row: i for i, row in enumerate(sorted(rows, key=self._order))}
+        own = [name for name, node in self.neurons.items() if isinstance(node, BatchNormNode)]
+        rows = {*map(_input_row, layers), *map(_delta_row, layers)}
+        rows |= {(kind, name) for kind in ("output", "delta") for name in own}
+        # The statistics of one kind that `finish` sums are neighbours, and so are the rows of one other kind.
+        ordered = sorted(rows, key=lambda row: (row[0] in ("output", "delta") and row[1] not in own, row))
+        self._row = {row: i for i, row in enumerate(ordered)}
         # Rows begin at multiples of 16 bytes: kernels are compiled anew for addresses that are aligned in another way.
         stride = -(-batch_size // 4) * 4
         self.energies = torch.full((len(rows), stride), torch.nan, device=device)[:, :batch_size]
-        self._views = self.energies.unbind(0)
-        gradients = [row for (kind, _), row in self._row.items() if kind == "gradient"]  # neighbours
+        self._views = dict(zip(ordered, self.energies.unbind(0), strict=True))
+        gradients = [i for (kind, _), i in self._row.items() if kind == "gradient"]
         self._gradients = self.energies[gradients[0] : gradients[-1] + 1] if gradients else None
-        self.layer_rows = torch.tensor([[self._row[row] for row in side] for side in (inputs, deltas)], device=device)
+        self.layer_rows = torch.tensor(
+            [[self._row[row_of(layer)] for layer in layers] for row_of in (_input_row, _delta_row)], device=device
+        )
         self.multiplicity = torch.tensor([layer.multiplicity for layer in layers], device=device)
-        self._buffers = {name: (self._view("output", name), self._view("delta", name)) for name in own}
+        self._taps = {name: _NeuronTap(self, name) for name in self.neurons}
+        for name in own:
+            self._taps[name].rows = (self._views["output", name], self._views["delta", name])
+        self._reduced: set[_Row] = set()
         self.start()
-
-    def _order(self, row: _Row) -> tuple[bool, str, str]:
-        """The statistics of one kind that ``finish`` sums are neighbours."""
-        kind, name = row
-        return kind in ("output", "delta") and not keeps_energies(self.neurons[name]), kind, name
-
-    def _view(self, kind: str, name: str) -> Tensor:
-        return self._views[self._row[kind, name]]
+        self.stop()
 
     @classmethod
     def of_first_batch(
@@ -85,18 +80,12 @@ class EnergyTaps:
         """
 
         def known(name: str | None) -> str | None:
-            return name if name is not None and keeps_energies(model.get_submodule(name)) else None
+            return name if name in probe.recorders else None
 
-        taps = cls(
-            model,
-            [replace(x, input_neuron=known(x.input_neuron), output_neuron=known(x.output_neuron)) for x in layers],
-            steps=steps,
-            batch_size=batch_size,
-            device=model.get_submodule(layers[0].name).weight.device,  # type: ignore[arg-type]
-        )
-        for call in probe.neurons:
-            if call.name in taps.neurons and call.energies is not None:
-                taps._energies.setdefault(call.name, []).append(call.energies)
+        layers = [replace(x, input_neuron=known(x.input_neuron), output_neuron=known(x.output_neuron)) for x in layers]
+        taps = cls(model, layers, steps=steps, batch_size=batch_size)
+        for name, tap in taps._taps.items():
+            tap.calls = list(probe.recorders[name].calls)
         for layer in taps.layers:
             for call in probe.layers:
                 if call.name == layer.name and layer.input_neuron is None:
@@ -108,112 +97,62 @@ class EnergyTaps:
                     node.register_prehook(taps._gradient_hook(layer, call.scale, number))
         return taps
 
-    # ------------------------------------------------------------------------------------------------------- hooks
-
-    def hooks(self, active: Callable[[], bool]) -> list[torch.utils.hooks.RemovableHandle]:
-        """Register the forward hooks that measure while ``active()``; the caller removes them."""
-        handles = []
-
-        def register(name: str, hook: Callable[..., None]) -> None:
-            module = self._model.get_submodule(name)
-            handles.append(module.register_forward_hook(OwnHook(module, hook), with_kwargs=True))
-
-        for name in self.neurons:
-            register(name, self._neuron_hook(active, name))
+    def attach(self) -> Attachment:
+        """Put the recorders and hooks on the model that measure while this is open; the caller removes them."""
+        attachment = Attachment()
+        for name, node in self.neurons.items():
+            attachment.record(node, self._taps[name])
         for layer in self.layers:
             if layer.input_neuron is None:
-                register(layer.name, self._input_hook(active, layer))
+                attachment.hook(self._model.get_submodule(layer.name), self._while_open(self._saw_input, layer))
             if layer.output_neuron is None or layer.norm is not None:
-                register(layer.gradient_site, self._site_hook(active, layer))
-        return handles
+                attachment.hook(self._model.get_submodule(layer.gradient_site), self._while_open(self._saw_site, layer))
+        return attachment
 
-    def _neuron_hook(self, active: Callable[[], bool], name: str) -> Callable[..., None]:
-        def hook(node: BaseNode, _inputs: Any, _named: Any, output: Tensor) -> None:
-            if active():
-                self._saw_neuron(name, node, output)
-
-        return hook
-
-    def _input_hook(self, active: Callable[[], bool], layer: WeightLayer) -> Callable[..., None]:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], _output: Tensor) -> None:
-            if active():
-                self._saw_input(layer, first_input(inputs, named))
-
-        return hook
-
-    def _site_hook(self, active: Callable[[], bool], layer: WeightLayer) -> Callable[..., None]:
+    def _while_open(self, saw: Callable[..., None], layer: WeightLayer) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
-            if active():
-                self._saw_site(layer, module, first_input(inputs, named), output)
+            if self.is_open and torch.is_grad_enabled():
+                saw(layer, module, first_input(inputs, named), output)
 
         return hook
-
-    def settings(self) -> list[tuple[nn.Module, str, Any]]:
-        """(module, attribute, value) while the model runs: what is to measure, and what the hooks will set."""
-        found: list[tuple[nn.Module, str, Any]] = []
-        for name, node in self.neurons.items():
-            found.append((node, "collect_statistics", True))
-            if name in self._buffers:
-                found.append((node, "energy_buffers", self._buffers[name]))
-            else:
-                found.append((node, "channel_scale", node.channel_scale))
-        return found
 
     # --------------------------------------------------------------------------------------------------- one batch
 
     def start(self) -> None:
         """Begin a batch."""
-        self._batch = object()
-        self._calls: dict[str, list[CallStatistics]] = {}
-        self._written: set[str] = set()  # neurons whose first call writes its rows ...
-        self._energies: dict[str, list[CallEnergies]] = {}  # ... and all their other calls
-        self._reduced: set[_Row] = set()
+        self._batch, self.is_open = object(), True
+        self._reduced.clear()
+        for tap in self._taps.values():
+            tap.start()
         if self._gradients is not None:
             self._gradients.zero_()
 
-    def _saw_neuron(self, name: str, node: Any, output: Tensor) -> None:
-        multi_step = node.step_mode == "m"
-        examples = output.shape[1 if multi_step else 0]
-        if examples != self.batch_size:
-            remedy = (
-                "put time first, x.repeat(T, 1, ...) for T equal steps, or loop over the steps with step_mode='s'"
-                if multi_step
-                else "if that is [T, N, *], set step_mode='m'"
-            )
-            raise ValueError(
-                f"the neuron {name} (step_mode='{node.step_mode}') was called on {list(output.shape)}, which it reads "
-                f"as {'[T, N, *]' if multi_step else '[N, *]'} with N = {examples}, in a batch of {self.batch_size}: "
-                f"{remedy}; a model that splits its batches can use score='loss' or 'el2n'"
-            )
-        if name not in self._buffers:
-            self._calls.setdefault(name, []).append(node.calls[-1])
-        elif name in self._written:
-            self._energies.setdefault(name, []).append(node.energies[-1])
-        else:
-            self._written.add(name)
-            node.energy_buffers = None  # a second call in this batch must not overwrite the first
+    def stop(self) -> None:
+        """The batch's forward pass is over."""
+        self.is_open = False
 
-    def _saw_input(self, layer: WeightLayer, x: Tensor) -> None:
+    def _saw_input(self, layer: WeightLayer, _module: nn.Module, x: Tensor, _output: Tensor) -> None:
         self._reduce(("input", layer.name), x)
 
     def _saw_site(self, layer: WeightLayer, module: Any, x: Tensor, output: Tensor) -> None:
         scale = batch_norm_scale(module, x, output) if layer.norm is not None else None
-        if layer.output_neuron is None:
+        tap = None if layer.output_neuron is None else self._taps[layer.output_neuron]
+        if tap is not None and self.neurons[tap.name].recorder is tap:
+            tap.channel_scale = scale
+        elif output.requires_grad:
+            # Another recorder wants the norms of the gradient as it is: this one's are taken here.
             hook = self._gradient_hook(layer, scale, 0)
-            if output.requires_grad:
-                output.register_hook(lambda grad: hook((grad,)))
-        elif scale is not None:
-            self.neurons[layer.output_neuron].channel_scale = scale
+            output.register_hook(lambda grad: hook((grad,)))
 
     def _gradient_hook(
         self, layer: WeightLayer, scale: Tensor | None, number: int
     ) -> Callable[[tuple[Tensor, ...]], None]:
-        batch = self._batch
+        batch, row = self._batch, _delta_row(layer)
 
         def hook(grads: tuple[Tensor, ...]) -> None:
             # A backward pass that comes after its batch is over would write into another batch's row.
             if grads[number] is not None and batch is self._batch:
-                self._reduce(("gradient", layer.name), grads[number], scale)
+                self._reduce(row, grads[number], scale)
 
         return hook
 
@@ -224,14 +163,14 @@ class EnergyTaps:
         if scale is None and folded.is_cuda:
             from ..ops.score import op as ops  # Triton is imported where it is used, so that CPU users need no Triton
 
-            if ops.write_energy(folded, self._views[self._row[row]], row in self._reduced):
+            if ops.write_energy(folded, self._views[row], row in self._reduced):
                 self._reduced.add(row)
                 return
         self._add(row, squared_norm_per_example(folded, scale).sum(0))
 
     def _add(self, row: _Row, energy: Tensor) -> None:
         """Write an energy [B] into its row, or add it where the row was written in this batch."""
-        out = self._views[self._row[row]]
+        out = self._views[row]
         out.add_(energy) if row in self._reduced else out.copy_(energy)
         self._reduced.add(row)
 
@@ -241,32 +180,26 @@ class EnergyTaps:
         Raises:
             RuntimeError: a layer or a neuron was not called.
         """
-        called = {*self._calls, *self._written, *self._energies}
-        missing = [name for name in self.neurons if name not in called]
+        missing = [name for name, tap in self._taps.items() if not tap.calls]
         missing += [name for kind, name in self._row if kind == "input" and (kind, name) not in self._reduced]
         if missing:
             raise RuntimeError(
                 f"{', '.join(missing)} was called in the first batch but not in this one: scores need the same forward "
                 "pass for every batch; use score='loss' or 'el2n' for this model"
             )
-        for name, calls in self._energies.items():
-            for row, energies in zip(self._buffers[name], zip(*calls, strict=True), strict=True):
-                total = torch.stack([_none_as_zero(energy) for energy in energies]).sum(0)
-                row.add_(total) if name in self._written else row.copy_(total)
+        for tap in self._taps.values():
+            tap.sum_energies()
         self._sum_statistics()
 
     def _sum_statistics(self) -> None:
         """Sum the statistics of neurons that keep them by steps, neighbouring rows of equal T at once."""
         found = []
-        for row, (kind, name) in enumerate(self._row):
-            if kind in ("output", "delta") and name not in self._buffers:
-                attribute = "spike_count" if kind == "output" else "grad_norm_sq"
-                calls = [call for call in self._calls[name] if getattr(call, attribute) is not None]  # with gradients
-                values = [getattr(call, attribute) for call in calls]
-                if kind == "delta":
-                    values = [v if call.has_norms else _none_as_zero(v) for call, v in zip(calls, values, strict=True)]
+        for index, row in enumerate(self._row):
+            kind, name = row
+            if kind in ("output", "delta") and self._taps[name].rows is None and row not in self._reduced:
+                values = self._taps[name].by_step(kind)
                 if values:
-                    found.append((row, values[0] if len(values) == 1 else torch.cat(values)))
+                    found.append((index, values[0] if len(values) == 1 else torch.cat(values)))
         alike = groupby(enumerate(found), key=lambda x: (x[1][0] - x[0], x[1][1].shape[0], x[1][1].dtype))
         for _, group in alike:
             rows, tensors = zip(*(item for _, item in group), strict=True)
@@ -275,6 +208,85 @@ class EnergyTaps:
     def forget(self) -> None:
         """Set the energies back to NaN, once they are used."""
         self.energies.fill_(torch.nan)
+
+
+def _input_row(layer: WeightLayer) -> _Row:
+    return ("output", layer.input_neuron) if layer.input_neuron else ("input", layer.name)
+
+
+def _delta_row(layer: WeightLayer) -> _Row:
+    return ("delta", layer.output_neuron) if layer.output_neuron else ("gradient", layer.name)
+
+
+class _NeuronTap(Recorder):
+    """Measures one neuron for ``EnergyTaps``: its energies where it has a normalisation, else its statistics by step.
+
+    Args:
+        taps: whose neuron it is.
+        name: of the neuron.
+
+    Attributes:
+        rows: of a neuron with a normalisation, where the energies of a batch's first call are written.
+        calls: of the batch at hand.
+        channel_scale: of the normalisation in front of the neuron, see ``Call``.
+    """
+
+    rows: tuple[Tensor, Tensor] | None = None
+
+    def __init__(self, taps: EnergyTaps, name: str) -> None:
+        self._taps, self.name = taps, name
+
+    def start(self) -> None:
+        """Begin a batch."""
+        self.calls: list[Call] = []
+        self.channel_scale: Tensor | None = None
+        self._writes_rows = False  # whether the first call does
+
+    def begin(self, call: Call) -> bool:
+        if not (self._taps.is_open and call.awaits_norms):
+            return False
+        self._check(call)
+        if self.rows is None:
+            call.counts = True
+            if not call.shared:
+                call.channel_scale = self.channel_scale
+        else:
+            call.wants_energies = True
+            if not call.shared and not self.calls:  # else others read them too, or a call would overwrite another
+                call.write_energies_into(*self.rows)
+                self._writes_rows = True
+        self.calls.append(call)
+        return True
+
+    def _check(self, call: Call) -> None:
+        if call.examples == self._taps.batch_size:
+            return
+        multi_step = call.step_mode == "m"
+        shape, read_as = (call.shape, "[T, N, *]") if multi_step else (call.shape[1:], "[N, *]")
+        remedy = "if that is [T, N, *], set step_mode='m'"
+        if multi_step:
+            remedy = "put time first, x.repeat(T, 1, ...) for T equal steps, or loop over the steps with step_mode='s'"
+        raise ValueError(
+            f"the neuron {self.name} (step_mode='{call.step_mode}') was called on {list(shape)}, which it reads as "
+            f"{read_as} with N = {call.examples}, in a batch of {self._taps.batch_size}: {remedy}; a model that splits "
+            "its batches can use score='loss' or 'el2n'"
+        )
+
+    def sum_energies(self) -> None:
+        """Complete the rows, after the backward pass."""
+        calls = self.calls[1:] if self._writes_rows else self.calls
+        if self.rows is None or not calls:
+            return
+        for row, energies in zip(self.rows, zip(*(call.energies for call in calls), strict=True), strict=True):
+            total = torch.stack([_none_as_zero(energy) for energy in energies]).sum(0)
+            row.add_(total) if self._writes_rows else row.copy_(total)
+
+    def by_step(self, kind: str) -> list[Tensor]:
+        """Each call's statistics [T, N]: of kind "output" the spikes, of "delta" the gradient's squared norms."""
+        if kind == "output":
+            return [call.spike_count for call in self.calls if call.spike_count is not None]
+        norms = [(call, call.grad_norm_sq) for call in self.calls]
+        return [n if call.has_norms else _none_as_zero(n) for call, n in norms if n is not None]
 
 
 def energy_per_example(t: Tensor, steps: int, batch_size: int, channel_scale: Tensor | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """What measures the spike-aware score: which weight layers are scored, and the hooks that act on the running batch.
 
-The model's dataflow is read once, in the first batch that is scored (``dataflow``), and that batch is measured by
+The model's dataflow is read once, in the first batch that is scored (``autograd_graph``), and that batch is measured by
 reductions over the tensors seen in it; from the next one on, what the neurons' kernels know is taken from them
 (``energies``).
 """
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.weight_layers import trainable_layers, weight_parameters
-from .dataflow import Probe, WeightLayer
+from .attachment import Attachment
+from .autograd_graph import Probe, WeightLayer
 from .energies import EnergyTaps
 
 
@@ -41,10 +42,7 @@ class ScoreMeter:
         self._trainable: list[str] = []  # the weight layers that could be scored, when the dataflow was read
         self._probe: Probe | None = None  # reads the dataflow in the running epoch
         self._taps: EnergyTaps | None = None
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._in_forward = False  # whether a batch's forward pass is under way
-        self._measuring = False  # whether neurons collect statistics
-        self._before: list[tuple[nn.Module, str, Any]] = []  # how they were set before they did
+        self._attachment = Attachment()
 
     @property
     def reads_dataflow(self) -> bool:
@@ -61,46 +59,34 @@ class ScoreMeter:
             self.layers = self._taps = None  # layers were frozen or unfrozen: the dataflow is read anew
         if self.layers is None:
             self._probe = Probe(self.model)
-            self._hooks = self._probe.hooks()
+            self._attachment = self._probe.attach()
             return
         if self._taps is None or self._taps.batch_size != batch_size:
-            weight = self.model.get_submodule(self.layers[0].name).weight
-            self._taps = EnergyTaps(
-                self.model,
-                self.layers,
-                steps=self.steps,
-                batch_size=batch_size,
-                device=weight.device,  # type: ignore[arg-type]
-            )
-        self._hooks = self._taps.hooks(lambda: self._in_forward and torch.is_grad_enabled())
+            self._taps = EnergyTaps(self.model, self.layers, steps=self.steps, batch_size=batch_size)
+        self._attachment = self._taps.attach()
 
     def detach(self) -> None:
         """End the epoch: leave the model as it was."""
-        self._in_forward = False
-        self._switch(False)
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self.end_forward()
+        self._attachment.remove()
         self._probe = None
 
     def begin(self) -> EnergyTaps | None:
         """Begin a batch; what measures it, or None where its dataflow is to be read first."""
-        self._in_forward = True
         if self._probe is not None:
-            self._probe.forget()
+            self._probe.start()
         if self._taps is not None:
             self._taps.start()
-        self._switch(True)
         return self._taps
 
     def end_forward(self) -> None:
         """The batch's forward pass is over: neurons measure no other."""
-        self._in_forward = False
-        self._switch(False)
+        if self._taps is not None:
+            self._taps.stop()
 
     def close(self) -> None:
-        """The batch is over, whether its forward pass ran or was replayed; neurons stay ready for the next one."""
-        self._in_forward = False
+        """The batch is over, whether its forward pass ran or was replayed."""
+        self.end_forward()
 
     def abandon(self) -> None:
         """The batch's taps are half written, and a backward pass may write into them yet: no other batch uses them."""
@@ -111,18 +97,6 @@ class ScoreMeter:
         if self.layers is not None and self._taps is None:
             self.detach()
             self.attach(batch_size)
-
-    def _switch(self, on: bool) -> None:
-        if on == self._measuring:
-            return
-        self._measuring = on
-        measures = self._taps if self._probe is None else self._probe
-        settings = self._before
-        if on:
-            settings = [] if measures is None else measures.settings()
-            self._before = [(node, name, getattr(node, name)) for node, name, _ in settings]
-        for node, name, value in settings:
-            setattr(node, name, value)
 
     def read(self, loss: Tensor, batch_size: int) -> EnergyTaps:
         """Read the dataflow from the loss of the first scored batch, before its backward pass; what measures it.
@@ -180,7 +154,7 @@ class ScoreMeter:
             warnings.warn(
                 f"score='all' leaves out {', '.join(missed)}: only weights of Linear and Conv modules that are called "
                 "as modules, and that the loss depends on, are measured",
-                stacklevel=4,
+                stacklevel=6,
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from sadp_fast.lab import cli, data, loggers, models, options, report, train_command
+from sadp_fast.lab import cli, data, loggers, models, options, progress, report, train_command
 from sadp_fast.lab.config import SCORES, TrainConfig
 from sadp_fast.lab.methods import METHODS
 from sadp_fast.lab.settings import SettingError
@@ -270,7 +270,7 @@ def test_cifar_is_trained_with_cutout_unless_told_otherwise():
 def test_every_method_has_a_label_and_a_colour():
     labels = [report.label(method, "all") for method in METHODS]
     assert len(set(labels)) == len(labels)
-    assert report.COLOURS.keys() == METHODS.keys() and len(set(report.COLOURS.values())) == len(labels)
+    assert len({method.colour for method in METHODS.values()}) == len(labels)
 
 
 def test_variants_have_labels_and_looks_of_their_own():
@@ -352,7 +352,7 @@ def test_plot_shows_every_method_with_units(monkeypatch):
     by_time, by_examples = figures[0].axes
     assert by_time.get_xlabel() == "Training time (s)" and by_time.get_ylabel() == "Test accuracy (%)"
     assert by_examples.get_xlabel() == "Examples trained"
-    labels = [text.get_text() for text in by_examples.get_legend().get_texts()]
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
     assert [label.split(":")[0] for label in labels] == ["full data", "SADP (all)"]
     assert figures[0].get_suptitle() == "digits, mlp, T = 2, r = 0.3 (CPU, 1 thread)"
     seconds = by_time.lines[0].get_xdata()
@@ -463,14 +463,14 @@ def test_events_become_as_many_frames_as_time_steps(model):
 
 def stop(monkeypatch, when) -> None:
     """Ctrl-C as soon as `when` holds of a line's label and history entry."""
-    shown = train_command._Lines.epoch
+    shown = progress.Lines.epoch
 
     def epoch(self, entry):
         shown(self, entry)
         if when(self.label, entry["epoch"]):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_command._Lines, "epoch", epoch)
+    monkeypatch.setattr(progress.Lines, "epoch", epoch)
 
 
 @pytest.mark.parametrize("place", [("full data", 2), ("SADP (all)", 3)])
@@ -601,8 +601,8 @@ def test_live_progress_in_a_terminal(monkeypatch):
 def test_bar_keeps_its_width():
     from rich.console import Console
 
-    with train_command._bars(Console(file=io.StringIO())) as bars:
-        bar = train_command._Bar(bars, "SADP", 20)
+    with progress.bars(Console(file=io.StringIO())) as bars:
+        bar = progress.Bar(bars, "SADP", 20)
         entry = {"epoch": 10, "steps": 45, "ratio": 0.625, "loss": 0.25, "test_accuracy": 0.975}
         shown = []
         for call in (

@@ -11,7 +11,8 @@ from unfused import Unfused, unfused
 from sadp_fast import SADP, BatchNormLIF, models
 from sadp_fast.lab.models.spikformer import SpikingSelfAttention
 from sadp_fast.memory.packed_spikes import packed_spikes
-from sadp_fast.nn.neuron import LIFNode, reset
+from sadp_fast.nn.lif import LIFNode
+from sadp_fast.nn.node import reset
 from sadp_fast.surrogate import ATan
 
 SHAPES = {"image": (1, 8, 8), "colour": (3, 16, 12), "events": (3, 2, 9, 8)}

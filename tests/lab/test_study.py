@@ -21,14 +21,14 @@ from sadp_fast import SADP, BatchNormLIF, inclusion_probabilities, models, reset
 from sadp_fast.lab import cli, data, train
 from sadp_fast.lab.config import TrainConfig
 from sadp_fast.lab.sources import sources
-from sadp_fast.lab.study import command, deadline, plan, runs, timing, trajectory, variance
-from sadp_fast.lab.study.markdown import write_report
+from sadp_fast.lab.study import command, plan, runs, timing, variance
+from sadp_fast.lab.study import measure as measuring
 from sadp_fast.lab.study.measure import EXACT, SCORES, measure, pearson, sparsity, spearman
-from sadp_fast.lab.study.progress import Display
-from sadp_fast.lab.study.registry import STUDIES
+from sadp_fast.lab.study.progress import Deadline, Display, OutOfTime
+from sadp_fast.lab.study.registry import STUDIES, write_report
 from sadp_fast.lab.study.store import Store, StudyError, training_identity
 from sadp_fast.lab.study.study import title
-from sadp_fast.statistics.exact import gradient_norms
+from sadp_fast.statistics.exact_norms import gradient_norms
 
 for package in ("sklearn", "scipy", "rich", "matplotlib"):
     pytest.importorskip(package)
@@ -160,10 +160,10 @@ def test_variance_is_that_of_its_formula(policy):
 
 def test_every_shown_epoch_has_its_stale_scores():
     for epochs in (1, 2, 8, 60, 100):
-        measured, shown = trajectory.measured_epochs(epochs), trajectory.shown_epochs(epochs)
+        measured, shown = measuring.measured_epochs(epochs), measuring.shown_epochs(epochs)
         assert shown[-1] == epochs and set(shown) <= set(measured) and measured[0] == 1
         for epoch in shown:
-            assert all(epoch - age in measured for age in trajectory.AGES if epoch - age >= 1)
+            assert all(epoch - age in measured for age in measuring.AGES if epoch - age >= 1)
 
 
 def test_overheads_add_up_to_the_time_ratio():
@@ -175,7 +175,7 @@ def test_overheads_add_up_to_the_time_ratio():
         "drawing": 20.0,
         "steps": 100,
     }
-    shares = timing._shares(parts, 0.7)
+    shares = timing.shares(parts, 0.7)
     pruned_epoch = 30 * 3.0 + 10.0 + 20.0
     assert 0.3 + sum(shares.values()) == pytest.approx(pruned_epoch / 200.0)
     assert shares.keys() == timing.PARTS.keys()
@@ -240,31 +240,18 @@ def test_conditions_are_what_decides_a_result():
     )
 
 
-def test_runs_older_than_a_setting_are_found():
-    """A field added to TrainConfig counts as its default, which is how the older run was made."""
-    config = TrainConfig(lr=0.5).of("sadp")
-    newer = {"score_momentum", "weight_decay", "augment", "cutout", "mixup"}
-    older = {key: value for key, value in config.conditions().items() if key not in newer}
+def test_runs_are_found_by_what_decides_them():
+    """Not by their names, nor by how a default is written."""
+    config = TrainConfig(epochs=40, lr=0.5).of("sadp")
     store = Store(Path("here"))
-    store.produce("name", {"kind": "training", "config": older}, "cpu", lambda folder: {"history": [1]})
-    assert store.read("name", training_identity(config), ("history",))["history"] == [1]
-    assert store.read("another", training_identity(config), ("history",))["history"] == [1]  # names are for people
+    store.produce("name", training_identity(config), "cpu", lambda folder: {"history": [1]})
+    for asked in (config, replace(config, weights="none"), replace(config, warmup_epochs=2, tail_epochs=0)):
+        for name in ("name", "another"):
+            assert store.read(name, training_identity(asked), ("history",))["history"] == [1]
     changes = {"score_momentum": 0.5, "weight_decay": 0.0, "cutout": 4, "augment": "none", "mixup": 0.5, "lr": 0.1}
-    for name, value in changes.items():
+    for name, value in {**changes, "weights": "unbiased"}.items():
         other = replace(config, **{name: value})
         assert store.read("name", training_identity(other), ("history",)) is None
-
-
-def test_runs_with_open_settings_are_found():
-    """None counts as the default that it stands for, however the run is asked for."""
-    config = TrainConfig(epochs=40).of("sadp")
-    store, open_ones = Store(Path("here")), {"weights": None, "warmup_epochs": None, "tail_epochs": None}
-    identity = training_identity(config)
-    identity["config"] |= open_ones
-    store.produce("name", identity, "cpu", lambda folder: {"history": [1]})
-    for asked in (config, replace(config, weights="none"), replace(config, warmup_epochs=2, tail_epochs=0)):
-        assert store.read("name", training_identity(asked), ("history",))["history"] == [1]
-    assert store.read("name", training_identity(replace(config, weights="unbiased")), ("history",)) is None
 
 
 def test_a_run_is_found_again_and_damage_is_reported():
@@ -293,7 +280,7 @@ CELLS = ["--seeds", "0,1", "--ratios", "0.3", "--methods", "full,random,sadp"]
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setattr(command, "QUICK", TINY)
+    monkeypatch.setattr(plan, "QUICK", TINY)
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +288,7 @@ def finished(tmp_path_factory, one_thread):
     """A folder in which `study all` has run."""
     folder = tmp_path_factory.mktemp("studies") / "all"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(command, "QUICK", TINY)
+        monkeypatch.setattr(plan, "QUICK", TINY)
         assert cli.main(["study", "all", *FAST, *CELLS, "--out", str(folder)]) == 0
     return folder
 
@@ -604,7 +591,7 @@ def varied(tmp_path_factory):
     """A folder with variants of methods; full data for half of the epochs."""
     folder = tmp_path_factory.mktemp("variants") / "here"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(command, "QUICK", TINY)
+        monkeypatch.setattr(plan, "QUICK", TINY)
         arguments = [*FAST, "--epochs", "4"]  # the last one counts
         for study in ("accuracy", "convergence", "time"):
             assert cli.main(["study", study, *arguments, *VARIED, "--seeds", "0,1", "--out", str(folder)]) == 0
@@ -704,7 +691,7 @@ def test_a_run_is_named_as_it_was_asked_for(variant):
     """What follows from other settings, as the warm-up from the epochs, is no setting of its own."""
     base = TrainConfig(epochs=60)
     ratio = 0.0 if variant.startswith("full") else 0.5
-    assert command._run_of(training_identity(base.of(variant)), base) == (variant, ratio, 0)
+    assert plan.run_of(training_identity(base.of(variant)), base) == (variant, ratio, 0)
 
 
 class Clock:
@@ -763,7 +750,7 @@ def test_a_study_stops_in_time(monkeypatch, capsys):
 
 def test_a_deadline(monkeypatch):
     clock = Clock(monkeypatch)
-    never, soon = deadline.Deadline(), deadline.Deadline(1.0)
+    never, soon = Deadline(), Deadline(1.0)
     assert never.allows(1e9) and not never.reached
     assert soon.allows(60.0) and not soon.reached
     clock.now = 4.0
@@ -778,7 +765,7 @@ def test_a_deadline(monkeypatch):
     watch.epoch({"epoch": 3})
     assert soon.longest_epoch == 18.0 and not soon.reached
     clock.now = 52.0
-    with pytest.raises(deadline.OutOfTime):  # the last epoch took 9 s, and 8 are left
+    with pytest.raises(OutOfTime):  # the last epoch took 9 s, and 8 are left
         watch.epoch({"epoch": 4})
     assert soon.reached and not soon.allows(9.0) and soon.allows(8.0)
     soon.watch(1).epoch({"epoch": 1})  # the last epoch: there is nothing to stop
@@ -888,11 +875,11 @@ def test_a_study_that_another_process_begins_meanwhile_is_found(monkeypatch):
 
     def iterdir(self):
         monkeypatch.setattr(Path, "iterdir", listed)
-        command._remember(began)
+        plan.remember(began)
         return listed(self)
 
     monkeypatch.setattr(Path, "iterdir", iterdir)
-    assert command._remembered(Path("here"))["methods"] == ["full"]
+    assert plan.remembered(Path("here"))["methods"] == ["full"]
 
 
 ERRORS = [
@@ -949,7 +936,7 @@ def test_errors_are_one_line(arguments, message, capsys):
     Path("damaged").mkdir()
     Path("damaged/study.json").write_text('{"base": {')
     Path("study").mkdir()
-    command._remember(plan.Plan(TrainConfig(), ("full",), (0.5,), (0,), plan.Size(), None, Path("study")))
+    plan.remember(plan.Plan(TrainConfig(), ("full",), (0.5,), (0,), plan.Size(), None, Path("study")))
     begun = Path("study/study.json").read_text()
     given = arguments if "--device" in arguments else [*arguments, "--device", "cpu"]
     assert cli.main(["study", *given, "--quiet"]) == 2

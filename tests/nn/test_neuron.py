@@ -19,7 +19,9 @@ from torch.autograd import forward_ad
 
 import sadp_fast.surrogate as surrogates
 from sadp_fast.nn.batch_norm_lif import BatchNormLIF
-from sadp_fast.nn.neuron import IFNode, LIFNode, ParametricLIFNode, neurons, reset
+from sadp_fast.nn.lif import IFNode, LIFNode, ParametricLIFNode
+from sadp_fast.nn.node import neurons, reset
+from sadp_fast.nn.recorder import CallRecorder
 
 
 @pytest.fixture
@@ -996,7 +998,7 @@ def test_statistics_off_and_after_reset(path):
     node = LIFNode(step_mode="m", backend=path.backend)
     x = leaf(current(3, 2, 15), path)
     node(x).sum().backward()
-    assert node.spike_count is None and node.grad_norm_sq is None and node.calls == []
+    assert node.spike_count is None and node.grad_norm_sq is None and node.recorder is None
     node.collect_statistics = True
     node.reset()
     node(x)
@@ -1020,7 +1022,7 @@ def test_two_calls_before_the_backward_pass(path):
     for factor, x in zip((1.0, 10.0), xs, strict=True):
         node.reset()
         losses.append((node(x) * factor).sum())
-        calls += node.calls
+        calls += node.recorder.calls
     sum(losses).backward()
     for x, call in zip(xs, calls, strict=True):
         expected = x.grad.double().square().sum(-1)
@@ -1030,11 +1032,11 @@ def test_two_calls_before_the_backward_pass(path):
 
 
 def test_one_layer_used_twice_in_one_forward_pass(path):
-    """Gradients cross the calls; the statistics in 'm' are the last call's, each call's are in ``calls``."""
+    """Gradients cross the calls; the statistics in 'm' are the last call's."""
     node = statistics_node(path)
     x = leaf(current(6, 2, 15), path)
     first = node(x[:3])
-    first_call = node.calls[0]
+    first_call = node.recorder.calls[0]
     second = node(x[3:])
     (first.sum() + second.sum()).backward()
     expected = x.grad.double().square().sum(-1)
@@ -1054,19 +1056,39 @@ def test_statistics_of_large_examples(path):
             assert torch.equal(node.spike_count, spikes.detach().sum(-1).int())
 
 
+class Scaled(CallRecorder):
+    """Norms of the gradient times a scale, as behind a normalisation."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def begin(self, call):
+        call.channel_scale = self.scale
+        return super().begin(call)
+
+
+def scaled_node(path, step_mode, scale):
+    node = LIFNode(step_mode=step_mode, backend=path.backend)
+    node.recorder = Scaled(scale)
+    return node
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("step_mode", ["s", "m"])
 def test_channel_scale(step_mode, channels_last, path):
-    node = statistics_node(path, step_mode)
-    node.channel_scale = torch.tensor([0.5, -2.0, 3.0], device=path.device)
+    scale = torch.tensor([0.5, -2.0, 3.0], device=path.device)
+    node = scaled_node(path, step_mode, scale)
     x = current(2, 2, 3, 4, 5)
     if channels_last:
         x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (2, 2))
     x = x.to(path.device).requires_grad_()
     spikes = run(node, x)
     (spikes * weights(spikes)).sum().backward()
-    scaled = (x.grad * node.channel_scale.view(3, 1, 1)).double()
-    torch.testing.assert_close(node.grad_norm_sq.double(), scaled.square().sum((2, 3, 4)), rtol=1e-5, atol=1e-12)
+    scaled = (x.grad * scale.view(3, 1, 1)).double()
+    torch.testing.assert_close(
+        node.recorder.grad_norm_sq.double(), scaled.square().sum((2, 3, 4)), rtol=1e-5, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("kind", ["strided", "expanded", "float64"])
@@ -1076,14 +1098,16 @@ def test_channel_scale_in_any_layout(kind, path):
         scale = scale[:1].expand(3)
     elif kind == "float64":
         scale = scale.double()
-    node = statistics_node(path)
+    node = scaled_node(path, "m", None)
     x = leaf(current(2, 2, 3, 4), path)
     for scaled_by in (torch.ones(3, device=path.device), scale):  # the launch is prepared by the first
-        node.channel_scale, x.grad = scaled_by, None
+        node.recorder.scale, x.grad = scaled_by, None
         node.reset()
         node(x).sum().backward()
         scaled = (x.grad * scaled_by.view(3, 1)).double()
-        torch.testing.assert_close(node.grad_norm_sq.double(), scaled.square().sum((2, 3)), rtol=1e-5, atol=1e-12)
+        torch.testing.assert_close(
+            node.recorder.grad_norm_sq.double(), scaled.square().sum((2, 3)), rtol=1e-5, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("step_mode", ["s", "m"])
@@ -1126,7 +1150,7 @@ def test_reset_and_neurons_of_a_model(path):
     assert list(neurons(model)) == ["1.0", "2"]
     assert neurons(model)["2"] is model[2]
     reset(model)
-    assert (model[1][0].v, model[1][0].calls, model[2].v) == (0.0, [], 0.2)
+    assert (model[1][0].v, model[1][0].recorder.calls, model[2].v) == (0.0, [], 0.2)
 
 
 def test_constants_can_be_set_afterwards():

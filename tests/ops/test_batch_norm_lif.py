@@ -42,8 +42,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from unfused import Unfused
 
-from sadp_fast import BatchNormIF, BatchNormLIF, BatchNormParametricLIF, reset, surrogate
+from sadp_fast import BatchNormIF, BatchNormLIF, BatchNormParametricLIF, LIFNode, reset, surrogate
 from sadp_fast.memory.packed_spikes import packed_spikes
+from sadp_fast.nn.recorder import Recorder
 from sadp_fast.ops.batch_norm_lif import configuration, launch
 from sadp_fast.ops.batch_norm_lif import op as ops
 from sadp_fast.ops.common.dynamics import Dynamics
@@ -155,6 +156,11 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
     return t.contiguous()
 
 
+def energies_of(layer):
+    """Of the calls with gradients that the layer has recorded."""
+    return [] if layer.recorder is None else [call.energies for call in layer.recorder.calls if call.awaits_norms]
+
+
 def leaf(t: Tensor, device: str, wants: bool = True) -> Tensor:
     """A copy with the same strides."""
     copied = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
@@ -251,7 +257,7 @@ def run(layer, x, residual, repeat, upstream, device) -> Result:
         x.grad.cpu(),
         {name: parameter.grad.cpu() for name, parameter in layer.named_parameters()},
         None if residual is None else residual.grad.cpu(),
-        tuple(t.cpu() for t in layer.energies[0]),
+        tuple(t.cpu() for t in energies_of(layer)[0]),
         {name: buffer.cpu() for name, buffer in layer.named_buffers()},
     )
 
@@ -462,7 +468,7 @@ def test_energies_where_only_a_learned_tau_wants_a_gradient(backend, kernel_devi
     layer = make(6, PLIF, backend=backend, affine=False).to(kernel_device)
     layer.collect_statistics = True
     layer(input_current((3, 4, 6, 5)).to(kernel_device)).sum().backward()
-    assert (layer.energies[0].delta > 0).all()
+    assert (energies_of(layer)[0].delta > 0).all()
 
 
 @pytest.mark.parametrize("alpha", [0.7, 2.0])
@@ -576,7 +582,7 @@ def test_layouts_of_the_incoming_gradient(kind, layout, repeat, kernel_device):
         layer.collect_statistics = True
         x_in = x.clone().requires_grad_()
         layer(x_in, repeat=repeat).backward(g)
-        results.append((x_in.grad, layer.weight.grad, layer.bias.grad, *layer.energies[0]))
+        results.append((x_in.grad, layer.weight.grad, layer.bias.grad, *energies_of(layer)[0]))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
     assert results[0][0].abs().max() > 1e-3
@@ -817,7 +823,7 @@ def test_partial_requires_grad(wants, training, kernel_device):
         out = layer(x)
         (out * torch.arange(6, device=kernel_device)).sum().backward()
         results.append([t.grad for t in (x, layer.weight, layer.bias)])
-        assert torch.isfinite(layer.energies[0].delta).all()
+        assert torch.isfinite(energies_of(layer)[0].delta).all()
     for flag, grad, full in zip(wants, *results, strict=True):
         assert (grad is not None) == flag
         assert grad is None or torch.equal(grad, full)
@@ -848,7 +854,7 @@ def test_what_was_saved_may_come_back_in_another_layout(case, kernel_device):
         with hooks:
             out = node(leaf, repeat=3 if case == "repeated" else None)
         gradients = torch.autograd.grad(out, [leaf, node.weight, node.bias], g)
-        results.append([out.detach(), *gradients, *node.energies[0]])
+        results.append([out.detach(), *gradients, *energies_of(node)[0]])
     for plain, repacked in zip(*results, strict=True):
         torch.testing.assert_close(repacked, plain, rtol=1e-6, atol=1e-6)
 
@@ -885,7 +891,7 @@ def test_nobody_wants_a_gradient(kernel_device):
     layer.collect_statistics = True
     out = layer(input_current((3, 4, 5, 6)).to(kernel_device))
     assert not out.requires_grad and layer.v.grad_fn is None
-    assert torch.isnan(torch.stack(layer.energies[0])).all()
+    assert torch.isnan(torch.stack(energies_of(layer)[0])).all()
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
@@ -898,7 +904,7 @@ def test_no_grad(training, context, kernel_device):
         out = layer(x)
         v = layer.v
     assert torch.equal(out, other(x)) and torch.equal(v, other.v)
-    assert not out.requires_grad and layer.energies == []
+    assert not out.requires_grad and energies_of(layer) == []
 
 
 def test_what_the_backward_pass_keeps(kernel_device):
@@ -959,10 +965,10 @@ def test_backward_twice_gives_the_same(kernel_device):
     x = input_current((3, 4, 5, 6)).to(kernel_device).requires_grad_()
     out = layer(x).sum()
     out.backward(retain_graph=True)
-    first, delta = x.grad.clone(), layer.energies[0].delta.clone()
+    first, delta = x.grad.clone(), energies_of(layer)[0].delta.clone()
     x.grad = None
     out.backward()
-    assert torch.equal(x.grad, first) and torch.equal(layer.energies[0].delta, delta)
+    assert torch.equal(x.grad, first) and torch.equal(energies_of(layer)[0].delta, delta)
 
 
 # ----------------------------------------------------------------------------------------------------------- energies
@@ -975,20 +981,21 @@ def test_energies_are_written_by_the_backward_pass(backend, repeat, kernel_devic
     x = input_current((4, 3, 5, 6)).to(kernel_device).requires_grad_()
     x_in = x if repeat is None else x[0]
     layer(x_in, repeat=repeat)
-    assert layer.energies == []  # not asked for
+    assert energies_of(layer) == []  # not asked for
     layer.reset()
     layer.collect_statistics = True
     out = layer(x_in, repeat=repeat)
-    (energies,) = layer.energies
+    (energies,) = energies_of(layer)
     assert energies.output.shape == energies.delta.shape == (3,) and energies.delta.dtype == torch.float32
     assert torch.isnan(energies.delta).all()
     if backend == "triton":
         assert torch.isnan(energies.output).all()
-    assert layer.energies[0] is energies
+    assert energies_of(layer)[0] is energies
     out.sum().backward()
     assert torch.equal(energies.output, out.detach().sum((0, 2, 3)))
     assert (energies.delta > 0).all()
-    assert layer.spike_count is None and layer.grad_norm_sq is None
+    assert torch.equal(layer.spike_count, out.detach().sum((2, 3)).int())
+    assert torch.equal(layer.grad_norm_sq, energies.delta.unsqueeze(0))
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -1015,7 +1022,7 @@ def test_energies_by_their_definition(repeat, training, backend, kernel_device):
     out = Unfused(layer).node(y if repeat is None else y.expand(repeat, *y.shape)) + residual
     (out * factor).sum().backward()
     delta = x_in.grad.square().sum((0, 2, 3) if repeat is None else (1, 2))
-    (energies,) = layer.energies
+    (energies,) = energies_of(layer)
     torch.testing.assert_close(energies.delta, delta, rtol=1e-4, atol=0)
     torch.testing.assert_close(energies.output, out.detach().square().sum((0, 2, 3)), rtol=1e-6, atol=0)
 
@@ -1027,40 +1034,61 @@ def test_energies_where_only_the_initial_potential_wants_a_gradient(backend, ker
     v = torch.zeros(2, 5, 6, device=kernel_device, requires_grad=True)
     layer.v = v
     layer(input_current((1, 2, 5, 6)).to(kernel_device)).sum().backward()
-    assert v.grad.norm() > 0 and (layer.energies[0].delta > 0).all()
+    assert v.grad.norm() > 0 and (energies_of(layer)[0].delta > 0).all()
+
+
+class Rows(Recorder):
+    """Energies in rows of its own, and nothing else."""
+
+    def __init__(self, output, delta):
+        self.rows, self.calls = (output, delta), []
+
+    def begin(self, call):
+        call.write_energies_into(*self.rows)
+        self.calls.append(call)
+        return True
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_energy_buffers(backend, kernel_device):
+def test_rows_for_energies(backend, kernel_device):
     """Written into; columns of a larger tensor too, call after call."""
     layer = make(5, backend=backend).to(kernel_device)
-    layer.collect_statistics = True
     store = torch.full((2, 3, 4), torch.nan, device=kernel_device)
     factor = torch.arange(6, device=kernel_device)
     for call in range(2):
         layer.reset()
-        layer.energy_buffers = (store[0, call], store[1, call])
+        layer.recorder = Rows(store[0, call], store[1, call])
         x = input_current((3, 4, 5, 6), seed=call).to(kernel_device).requires_grad_()
         (layer(x) * factor).sum().backward()
-        assert layer.energies[0].output.data_ptr() == store[0, call].data_ptr()
+        assert energies_of(layer)[0].output.data_ptr() == store[0, call].data_ptr()
+        assert layer.recorder.calls[0].spike_count is None
         fresh = make(5, backend=backend).to(kernel_device)
         fresh.collect_statistics = True
         (fresh(x) * factor).sum().backward()
-        assert torch.equal(store[:, call], torch.stack(fresh.energies[0]))
+        assert torch.equal(store[:, call], torch.stack(energies_of(fresh)[0]))
         assert torch.isnan(store[:, call + 1 :]).all()
-    with pytest.raises(
-        ValueError, match=r"energy_buffers must be two contiguous float32 tensors \[N\] .*N = 3 examples"
-    ):
+    with pytest.raises(ValueError, match=r"into two contiguous float32 tensors \[N\] .*N = 3 examples"):
         layer(input_current((3, 3, 5, 6)).to(kernel_device))
-    layer.energy_buffers = (torch.zeros(4, dtype=torch.float64, device=kernel_device),) * 2
-    with pytest.raises(ValueError, match=r"energy_buffers .*float64.*set them for this batch, or to None"):
+    layer.recorder = Rows(*(torch.zeros(4, dtype=torch.float64, device=kernel_device),) * 2)
+    with pytest.raises(ValueError, match=r"float64.*hand in rows for this batch"):
         layer(x)
-    layer.energy_buffers = tuple(torch.zeros(4, 2, device=kernel_device).unbind(1))
-    with pytest.raises(ValueError, match=r"energy_buffers must be two contiguous"):
+    layer.recorder = Rows(*torch.zeros(4, 2, device=kernel_device).unbind(1))
+    with pytest.raises(ValueError, match=r"into two contiguous float32 tensors \[N\]"):
         layer(x)
-    layer.energy_buffers = None
+    layer.recorder = None
+    layer.collect_statistics = True
     layer(x)
-    assert layer.energies[0].output.shape == (4,)
+    assert energies_of(layer)[0].output.shape == (4,)
+
+
+@pytest.mark.parametrize("name", ["calls", "energies", "energy_buffers", "channel_scale"])
+def test_attributes_of_old_say_what_has_taken_their_place(name):
+    for node in (make(5), LIFNode()):
+        with pytest.raises(AttributeError, match=rf"{name} is gone: .*(recorder)"):
+            getattr(node, name)
+        with pytest.raises(AttributeError, match=rf"{name} is gone: .*(recorder)"):
+            setattr(node, name, None)
+        assert not hasattr(node, name)
 
 
 @pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
@@ -1102,10 +1130,10 @@ def test_an_infinite_tau_has_a_gradient_of_zero(backend, kernel_device):
     assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
-def test_energies_under_compile_want_buffers(kernel_device):
+def test_energies_under_compile_want_memory(kernel_device):
     layer = make(5, backend="torch").to(kernel_device)
     layer.collect_statistics = True
-    with pytest.raises(Exception, match="set energy_buffers to two float32 tensors"):
+    with pytest.raises(Exception, match=r"run one forward pass with this \[T, N\] = \(3, 2\) uncompiled first"):
         torch.compile(layer, backend="aot_eager", fullgraph=True)(input_current((3, 2, 5, 6)).to(kernel_device))
 
 
@@ -1115,16 +1143,16 @@ def test_energies_of_several_calls(kernel_device):
     layer.collect_statistics = True
     x = input_current((3, 4, 5, 6)).to(kernel_device).requires_grad_()
     layer(x).sum().backward()
-    first = layer.energies[0]
+    first = energies_of(layer)[0]
     layer.reset()
-    assert layer.energies == []
+    assert energies_of(layer) == []
     layer(x)
-    assert len(layer.energies) == 1 and layer.energies[0] is not first
+    assert len(energies_of(layer)) == 1 and energies_of(layer)[0] is not first
     layer.reset()
     layer.step_mode = "s"
     sum(layer(step) for step in x).sum().backward()
-    assert len(layer.energies) == 3
-    assert all((e.delta > 0).all() and (e.output >= 0).all() for e in layer.energies)
+    assert len(energies_of(layer)) == 3
+    assert all((e.delta > 0).all() and (e.output >= 0).all() for e in energies_of(layer))
 
 
 # -------------------------------------------------------------------------------------------------------------- state
@@ -1285,7 +1313,7 @@ def test_unfused_path(case, training, kernel_device, fused_calls):
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert fused_calls == []
-    assert len(layer.energies) == (steps if single else 1) and (layer.energies[0].delta > 0).all()
+    assert len(energies_of(layer)) == (steps if single else 1) and (energies_of(layer)[0].delta > 0).all()
     assert (layer.v_seq is not None) == layer.store_v_seq
     if layer.store_v_seq:
         assert layer.v_seq.shape == values.shape
@@ -1606,5 +1634,5 @@ def test_more_than_two_to_the_31_elements(layout):
         expected = (grad_y - indirect) * gain.reshape(-1, 1, 1) * truth.clear
         torch.testing.assert_close(x.grad[:, n : n + 1].double() * truth.clear, expected, rtol=1e-2, atol=1e-4)
         delta = (grad_y * gain.reshape(-1, 1, 1)).square().sum()
-        torch.testing.assert_close(layer.energies[0].delta[n].double(), delta, rtol=1e-3, atol=0)
-        assert layer.energies[0].output[n] == out[:, n].sum(dtype=torch.float32)
+        torch.testing.assert_close(energies_of(layer)[0].delta[n].double(), delta, rtol=1e-3, atol=0)
+        assert energies_of(layer)[0].output[n] == out[:, n].sum(dtype=torch.float32)

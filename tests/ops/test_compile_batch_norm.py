@@ -91,7 +91,7 @@ class Compiler:
         from test_compile import local_memory, memory_accesses
 
         constants = launch._constants
-        name = launch._kernel.__name__.strip("_").removesuffix("_kernel")
+        name = launch._kernel.__name__.removeprefix("norm_").removesuffix("_kernel")
         cut = constants["HOW"].cut if "HOW" in constants else constants.get("CUT")
         if name == "backward":
             does = constants["HOW"].does

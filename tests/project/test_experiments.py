@@ -118,10 +118,7 @@ def test_results_of_several_folders_are_joined(tmp_path, monkeypatch, capsys):
         rows = [row for row in whole["accuracies"] if (row["method"] == "random") == (part == "random")]
         lists = {key: list(dict.fromkeys(row[key[:-1]] for row in rows)) for key in ("methods", "ratios", "seeds")}
         lists["ratios"] = [ratio for ratio in lists["ratios"] if ratio > 0]
-        base = {key: value for key, value in whole["settings"]["base"].items() if key != "mixup"}
-        if part == "random":  # the other one was made before there was this setting
-            base["mixup"] = 0.0
-        result = {**whole, "settings": {**whole["settings"], **lists, "base": base}, "accuracies": rows}
+        result = {**whole, "settings": {**whole["settings"], **lists}, "accuracies": rows}
         for row in rows if part == "random" else []:  # without full data there is nothing to compare its time with
             row["time_ratio"] = None
         result["missing_runs"] = [f"{row['method']}, r = {row['ratio']:g}, seed {row['seed']}" for row in rows[:1]]
@@ -138,7 +135,7 @@ def test_results_of_several_folders_are_joined(tmp_path, monkeypatch, capsys):
 
     assert sorted(row["time_ratio"] for row in joined["accuracies"]) == pytest.approx(ratios)
     assert cells(joined) == cells(whole) and (tmp_path / "out" / "accuracy.png").exists()
-    assert joined["settings"]["base"] == {**whole["settings"]["base"], "mixup": 0.0}
+    assert joined["settings"]["base"] == whole["settings"]["base"]
     assert joined["missing_runs"] == [] and joined["environments"] == whole["environments"]
     assert sorted(joined["settings"]["methods"]) == sorted(whole["settings"]["methods"])
     assert joined["settings"]["ratios"] == whole["settings"]["ratios"] and "91.34 ± 0.18" in capsys.readouterr().out

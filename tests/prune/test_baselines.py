@@ -227,7 +227,7 @@ def test_scores_are_averaged_over_epochs(data, score, device):
 
 def test_average_of_an_example_that_occurs_twice_has_no_order():
     for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]):
-        scoring = Scoring(Given(), Net(), 4, momentum=0.5, device=torch.device("cpu"))
+        scoring = Scoring(Given(), Net(), 4, 0.5, torch.device("cpu"))
         scoring.values.copy_(torch.tensor([4.0, torch.nan, 8.0, 1.0]))
         indices = torch.tensor([0, 0, 1, 2])[order]
         scores = torch.tensor([2.0, 6.0, 3.0, torch.inf])[order]
@@ -367,6 +367,6 @@ def test_the_gradient_norms_of_training_are_those_of_the_weights_before_the_step
     trainer.step(row, 1e-2)
     next(rows)
     x = trainer.inputs(digits.train_images, row)
-    expected = sadp_fast.statistics.exact.gradient_norms(before, x, digits.train_labels[row], trainer.criterion)
+    expected = sadp_fast.statistics.exact_norms.gradient_norms(before, x, digits.train_labels[row], trainer.criterion)
     assert torch.equal(trainer.sadp.scores[row], expected) and expected.min() > 0
     rows.close()

@@ -692,15 +692,18 @@ def test_neurons_are_left_as_they_were(data):
     sadp = SADP(model, N, epochs=8, warmup_epochs=2)
     node = model[0][3]
     scales = []
-    handle = node.register_forward_hook(lambda node, inputs, output: scales.append(node.channel_scale))
+    run = node._run
+    node._run = lambda x, call: scales.append(call and call.channel_scale) or run(x, call)
     for _ in range(2):
         for row in sadp.batches(16):
             sadp.loss(criterion, model(data.tensors[0][row]), data.tensors[1][row]).backward()
-            assert node.channel_scale is None and not node.collect_statistics
+            count = len(scales)
+            model(data.tensors[0][row])
+            assert scales.pop() is None and len(scales) == count and not node.collect_statistics  # not measured
             sadp_fast.reset(model)
-    handle.remove()
-    assert scales[-1].shape == (16,)  # the normalisation's scale is lent to the neuron for the forward pass ...
-    assert node.channel_scale is None and not node.collect_statistics and not node._forward_hooks  # ... and taken back
+    del node._run
+    assert scales[-1].shape == (16,)  # the normalisation's scale is known in the batch's forward pass ...
+    assert node.recorder is None and not node.collect_statistics and not node._forward_hooks  # ... and nothing is left
 
 
 # ----------------------------------------------------------------------------------------------- the criterion's mean

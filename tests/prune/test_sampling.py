@@ -4,6 +4,7 @@ The statistical tests use fixed seeds, so each gives the same verdict at every r
 one with which a correct implementation would fail had the seeds been chosen at random.
 """
 
+import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from sadp_fast import inclusion_probabilities
 from sadp_fast.prune import sampling
 from sadp_fast.prune.sampling import Sample, sample
 
@@ -121,19 +125,19 @@ def test_epoch_zero_is_tritons_randint4x(kernel_device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 63, 64, 65, 127, 128, 129, 4097, 32768, 65537, 3_000_001])
-def test_equals_the_oracle_to_the_bit(n, dtype, device):
-    p = probabilities(n, dtype)
-    assert_same_bits(sample(p.to(device), seed=3, epoch=11), *oracle(p, 3, 11))
+def test_equals_the_oracle_to_the_bit(dtype, device):
+    for n in (0, 1, 2, 3, 4, 5, 63, 64, 65, 127, 128, 129, 4097, 32768, 65537, 3_000_001):
+        p = probabilities(n, dtype)
+        assert_same_bits(sample(p.to(device), seed=3, epoch=11), *oracle(p, 3, 11))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**32, 0x299F31D0A4093822, 2**64 - 1])
-@pytest.mark.parametrize("epoch", [0, 1, 2**32 - 1, 2**32, 2**63 - 1, -1])
-def test_every_bit_of_seed_and_epoch_counts(seed, epoch, device):
-    p = probabilities(777).to(device)
-    expected = oracle(p, seed, epoch)
-    assert_same_bits(sample(p, seed=seed, epoch=epoch), *expected)
-    assert_same_bits(sample(p, seed=seed, epoch=torch.tensor(epoch, device=device)), *expected)
+def test_every_bit_of_seed_and_epoch_counts(seed, device):
+    for epoch in (0, 1, 2**32 - 1, 2**32, 2**63 - 1, -1):
+        p = probabilities(777).to(device)
+        expected = oracle(p, seed, epoch)
+        assert_same_bits(sample(p, seed=seed, epoch=epoch), *expected)
+        assert_same_bits(sample(p, seed=seed, epoch=torch.tensor(epoch, device=device)), *expected)
 
 
 @settings(max_examples=200, deadline=None)
@@ -299,18 +303,18 @@ def test_epochs_and_seeds_are_independent():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("room", [-5000, -1000, -1, 0, 1, 70, 40_000])
-def test_capacity_pads_or_keeps_the_first(room, dtype, device):
-    p = probabilities(20_001, dtype)
-    indices, weights = oracle(p, 6)
-    capacity = max(len(indices) + room, 0)
-    drawn = sample(p.to(device), seed=6, capacity=capacity)
-    kept = min(capacity, len(indices))
-    assert drawn.indices.shape == drawn.weights.shape == (capacity,)
-    assert drawn.count.item() == len(indices)
-    np.testing.assert_array_equal(drawn.indices[:kept].cpu().numpy(), indices[:kept])
-    np.testing.assert_array_equal(drawn.weights[:kept].cpu().numpy(), weights[:kept])
-    assert (drawn.indices[kept:] == -1).all() and (drawn.weights[kept:] == 0).all()
+def test_capacity_pads_or_keeps_the_first(dtype, device):
+    for room in (-5000, -1000, -1, 0, 1, 70, 40_000):
+        p = probabilities(20_001, dtype)
+        indices, weights = oracle(p, 6)
+        capacity = max(len(indices) + room, 0)
+        drawn = sample(p.to(device), seed=6, capacity=capacity)
+        kept = min(capacity, len(indices))
+        assert drawn.indices.shape == drawn.weights.shape == (capacity,)
+        assert drawn.count.item() == len(indices)
+        np.testing.assert_array_equal(drawn.indices[:kept].cpu().numpy(), indices[:kept])
+        np.testing.assert_array_equal(drawn.weights[:kept].cpu().numpy(), weights[:kept])
+        assert (drawn.indices[kept:] == -1).all() and (drawn.weights[kept:] == 0).all()
 
 
 @pytest.mark.parametrize("capacity", [None, 0, 7])
@@ -352,20 +356,19 @@ def test_wrong_arguments(arguments, error, message):
         sample(**{"p": torch.ones(3), "seed": 0, **arguments})
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [math.nan, -1e-30, 1 + 2**-20, math.inf, -math.inf])
-@pytest.mark.parametrize("index", [0, 130, 70_000])
-def test_no_probability_names_the_first_culprit(value, index, dtype, device):
-    p = probabilities(70_001, dtype)
-    p[index:] = 2.0
-    p[index] = value
-    with pytest.raises(
-        ValueError, match=rf"p\[{index}\] is {p[index].item()}, not a probability; .*\[0, 1\]".replace("+", r"\+")
-    ):
-        sample(p.to(device), seed=0)
-    if device == "cpu":
-        with pytest.raises(ValueError, match=rf"p\[{index}\]"):
-            sample(p, seed=0, capacity=10)
+def test_no_probability_names_the_first_culprit(value, device):
+    for index, dtype in itertools.product((0, 130, 70_000), DTYPES):
+        p = probabilities(70_001, dtype)
+        p[index:] = 2.0
+        p[index] = value
+        with pytest.raises(
+            ValueError, match=rf"p\[{index}\] is {p[index].item()}, not a probability; .*\[0, 1\]".replace("+", r"\+")
+        ):
+            sample(p.to(device), seed=0)
+        if device == "cpu":
+            with pytest.raises(ValueError, match=rf"p\[{index}\]"):
+                sample(p, seed=0, capacity=10)
 
 
 def test_a_cuda_tensor_without_a_cuda_build_names_the_remedy(monkeypatch):
@@ -522,3 +525,51 @@ def test_cuda_reaches_two_to_the_31():
     p.fill_(1.0)  # the largest sum of thresholds there is, 2^63
     drawn = sample(p, seed=3, capacity=10)
     assert drawn.count.item() == n and drawn.indices.tolist() == list(range(10)) and (drawn.weights == 1).all()
+
+
+# --- tensors without memory -------------------------------------------------------------------------------------------
+
+NO_MEMORY = r"has no memory, which sample\(\) works on: .*call sample\(\) outside of it, on plain tensors"
+
+
+@pytest.mark.parametrize("capacity", [None, 4])
+def test_fake_tensors_are_refused(device, capacity):
+    """Ours and what is made on the way: an error, not the end of the process."""
+    mode, real = FakeTensorMode(), torch.rand(7, device=device)
+    fake, epoch = mode.from_tensor(real), mode.from_tensor(torch.tensor(3, device=device))
+    with pytest.raises(RuntimeError, match=f"^p {NO_MEMORY}"):
+        sample(fake, seed=1, capacity=capacity)
+    with pytest.raises(RuntimeError, match=f"^epoch {NO_MEMORY}"):
+        sample(real, seed=1, epoch=epoch, capacity=capacity)
+    with mode:
+        with pytest.raises(RuntimeError, match=f"^p {NO_MEMORY}"):
+            sample(fake, seed=1, capacity=capacity)
+        with pytest.raises(RuntimeError, match=f"^a new tensor {NO_MEMORY}"):
+            sample(real, seed=1, capacity=capacity)
+
+
+@pytest.mark.parametrize("transform", [torch.func.functionalize, torch.vmap, torch.func.grad])
+def test_transforms_are_refused(device, transform):
+    real = torch.rand(2, 7, device=device)
+    with pytest.raises(RuntimeError, match=f"^p {NO_MEMORY}"):
+        transform(lambda p: sample(p.flatten()[:7], seed=1, capacity=4).weights.sum())(real)
+    if transform is torch.func.functionalize:
+        with pytest.raises(RuntimeError, match=f"^a new tensor {NO_MEMORY}"):
+            transform(lambda _: sample(real[0], seed=1, capacity=4).weights)(real)
+
+
+def test_probabilities_of_fake_and_transformed_tensors(device):
+    """These need no memory: the path of torch operations."""
+    scores = torch.rand(9, device=device)
+    with FakeTensorMode() as mode:
+        p = inclusion_probabilities(mode.from_tensor(scores), 3.0)
+    assert (p.shape, p.dtype, p.device) == (scores.shape, torch.float32, scores.device)
+    functional = torch.func.functionalize(lambda s: inclusion_probabilities(s, 3.0))
+    torch.testing.assert_close(functional(scores), inclusion_probabilities(scores, 3.0))
+
+
+def test_draws_inside_of_modes_that_keep_memory(device):
+    p = torch.rand(50, device=device)
+    with FlopCounterMode(display=False):
+        drawn = sample(p, seed=2)
+    assert_same_bits(drawn, *oracle(p, 2))

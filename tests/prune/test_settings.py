@@ -12,11 +12,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sadp_fast
-from sadp_fast import SADP, inclusion_probabilities
+from sadp_fast import SADP, Policy, Score, Settings, inclusion_probabilities
 from sadp_fast.prune.loader import PrunedLoader
-from sadp_fast.prune.policies import POLICIES, Policy
-from sadp_fast.prune.scores import SCORES, AllLayers, Score
-from sadp_fast.prune.settings import Settings
+from sadp_fast.prune.policies import POLICIES
+from sadp_fast.prune.scores import SCORES, AllLayers
 
 
 @pytest.fixture
@@ -259,12 +258,14 @@ def test_a_loader_takes_any_source_of_epochs(data):
     assert sadp.epoch == 4
 
 
-def test_a_loader_keeps_every_option_that_does_not_choose_batches(data):
+def test_a_loader_keeps_every_option_that_does_not_choose_batches(data, monkeypatch):
     ordinary = DataLoader(data, batch_size=16, num_workers=2, timeout=30, prefetch_factor=3, in_order=False)
     sadp = SADP(Net(), N, epochs=4, score="random")
-    inner = sadp.loader(ordinary)._with_own_batches()
+    built, options = DataLoader.__init__, {}
+    monkeypatch.setattr(DataLoader, "__init__", lambda self, *a, **o: options.update(o) or built(self, *a, **o))
+    sadp.loader(ordinary)
     for name in ("num_workers", "timeout", "prefetch_factor", "in_order", "collate_fn", "pin_memory"):
-        assert getattr(inner, name) == getattr(ordinary, name)
+        assert options[name] == getattr(ordinary, name)
 
 
 def test_copies_train_alike(data):
@@ -282,3 +283,11 @@ def train_rows(sadp, model, data):
         sadp.loss(criterion, 3 * model(data.tensors[0][row]), data.tensors[1][row]).backward()
         sadp_fast.reset(model)
         yield row
+
+
+def test_an_epoch_of_the_loaders_own_does_not_overtake_a_drawn_one(data):
+    sadp = SADP(Net(), N, epochs=4, prune_ratio=0.0)
+    rows, loader = sadp.batches(16), sadp.loader(DataLoader(data, batch_size=16))
+    next(rows)
+    with pytest.raises(RuntimeError, match="still running"):
+        next(iter(loader))

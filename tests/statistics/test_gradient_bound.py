@@ -11,7 +11,7 @@ from torch import nn
 
 from sadp_fast import SADP, BatchNormParametricLIF, reset
 from sadp_fast.lab import models
-from sadp_fast.statistics.exact import gradient_norms
+from sadp_fast.statistics.exact_norms import gradient_norms
 from sadp_fast.surrogate import PiecewiseQuadratic
 
 STEPS, BATCH, EXAMPLES = 4, 32, 128

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ...nn.neuron import LIFNode
+from ...nn.lif import LIFNode
 from ...nn.surrogate import ATan
 from .layers import Layers, PerStep, classifier, convolution, lif
 

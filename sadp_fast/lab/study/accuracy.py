@@ -1,165 +1,145 @@
-"""Accuracy at the end of training, for every method and ratio, against full data and random pruning."""
+"""Accuracy at the end of training, for every method and ratio, against full data and random pruning.
+
+Test accuracy after the last epoch (not the best epoch). As many epochs for every method whose name gives no other; r is
+the mean share of examples left out over all epochs, full-data epochs included. Full data for fewer epochs stands at the
+share of a full training's examples that it leaves out. Differences are between runs of the same seed, which share their
+first weights; those to random are to dynamic random that trains as many examples. ± is the standard deviation over
+seeds.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import report
-from .figures import Table, legend_below, mean, one_line_each, panels, save, spread
+from ..figures import Row, Table, by_value, legend_below, mean, one_line_each, panels, ranges, spread
+from ..methods import METHODS
+from . import study
 from .plan import Plan
-from .runs import Runs
-from .study import Files, Study, title
-from .training_runs import RUN, by_ratio, counts_text, labels, training_runs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+QUESTION = "What accuracy is left at the end of training, for how much less time?"
+FULL = METHODS["full"].colour
 
-class Accuracy(Study):
-    name = "accuracy"
-    paper = "Fig. 1d"
-    question = "What accuracy is left at the end of training, for how much less time?"
-    reading = (
-        "Test accuracy after the last epoch (not the best epoch). As many epochs for every method whose name "
-        "gives no other; r is the mean share of examples left out over all epochs, full-data epochs included. Full "
-        "data for fewer epochs stands at the share of a full training's examples that it leaves out. Differences are "
-        "between runs of the same seed, which share their first weights; those to random are to dynamic random that "
-        "trains as many examples. ± is the standard deviation over seeds."
-    )
 
-    def requests(self, plan: Plan) -> int:
-        return len(plan.cells()) * len(plan.seeds)
+asks = study.training_asks
 
-    def collect(self, runs: Runs) -> dict[str, Any]:
-        files = Files()
-        rows = training_runs(runs, files)
-        ends = [
+
+def parts(plan: Plan, found: study.Found) -> dict[str, Any]:
+    """How every training run ended."""
+    return {
+        "accuracies": [
             {
-                **{key: row[key] for key in RUN},
+                **{key: row[key] for key in study.RUN},
                 "test_accuracy": row["history"][-1]["test_accuracy"],
                 "best_test_accuracy": max(entry["test_accuracy"] for entry in row["history"]),
                 "examples": row["history"][-1]["examples_trained"],
             }
-            for row in rows
+            for row in study.training_rows(plan, found)
         ]
-        return {**files.header(self.name, runs.plan), "accuracies": ends}
-
-    def plots(self, result: dict[str, Any], folder: Path) -> list[tuple[Path, str]]:
-        one = len(result["settings"]["ratios"]) == 1
-        figure = _one_ratio(result) if one else _by_ratio(result)
-        return [(save(figure, folder / "accuracy.png"), self.question)]
-
-    def tables(self, result: dict[str, Any]) -> list[Table]:
-        rows, names = result["accuracies"], labels(result)
-        full = {r["seed"]: r for r in rows if r["method"] == "full"}
-        random = {(r["planned_share"], r["seed"]): r for r in rows if r["method"] == "random"}
-        lines = []
-        for method, ratio in sorted({(r["method"], r["ratio"]) for r in rows}, key=by_ratio(result)):
-            own = [r for r in rows if (r["method"], r["ratio"]) == (method, ratio)]
-
-            def gap(references: list[dict[str, Any] | None], own: list[dict[str, Any]] = own) -> str:
-                pairs = zip(own, references, strict=True)
-                return spread((a["test_accuracy"] - b["test_accuracy"] for a, b in pairs if b), 2, 100)
-
-            to_random = [random.get((r["planned_share"], r["seed"])) for r in own]
-            lines.append(
-                (
-                    names[method],
-                    f"{ratio:g}",
-                    str(len(own)),
-                    spread((r["test_accuracy"] for r in own), 2, 100),
-                    gap([full.get(r["seed"]) for r in own]) if method != "full" else "-",
-                    gap(to_random) if method != "random" else "-",
-                    f"{mean(r['examples_share'] for r in own):.3f}",
-                    spread((r["seconds"] for r in own), 1),
-                    spread((r["time_ratio"] for r in own), 3),
-                )
-            )
-        return [
-            Table(
-                "Test accuracy after the last epoch",
-                (
-                    *("method", "r", "seeds", "accuracy (%)", "to full data", "to random"),
-                    *("examples / full data", "seconds", "time / full data"),
-                ),
-                lines,
-                "Differences in points, between runs of the same seed; to random: to dynamic random with as many "
-                "examples. ± is the standard deviation over the seeds.",
-            )
-        ]
+    }
 
 
-def _one_ratio(result: dict[str, Any]) -> Figure:
+def tables(result: study.Result) -> list[Table]:
+    """Accuracies, what they are beside full data's and random pruning's, examples and time."""
+    rows = result["accuracies"]
+    full = {r["seed"]: r for r in study.select(rows, method="full")}
+    random = {(r["planned_share"], r["seed"]): r for r in study.select(rows, method="random")}
+
+    def gap(cell: study.Cell, reference: str, of: Callable[[Row], Row | None]) -> str:
+        pairs = [(row, of(row)) for row in cell.rows if cell.method != reference]
+        return spread((a["test_accuracy"] - b["test_accuracy"] for a, b in pairs if b), 2, 100)
+
+    columns: dict[str, Callable[[study.Cell], str]] = {
+        "method": lambda cell: cell.label,
+        "r": lambda cell: f"{cell.ratio:g}",
+        "seeds": lambda cell: str(len(cell.rows)),
+        "accuracy (%)": lambda cell: spread((r["test_accuracy"] for r in cell.rows), 2, 100),
+        "to full data": lambda cell: gap(cell, "full", lambda r: full.get(r["seed"])),
+        "to random": lambda cell: gap(cell, "random", lambda r: random.get((r["planned_share"], r["seed"]))),
+        "examples / full data": lambda cell: f"{mean(r['examples_share'] for r in cell.rows):.3f}",
+        "seconds": lambda cell: spread((r["seconds"] for r in cell.rows), 1),
+        "time / full data": lambda cell: spread((r["time_ratio"] for r in cell.rows), 3),
+    }
+    note = (
+        "Differences in points, between runs of the same seed; to random: to dynamic random with as many examples. ± "
+        "is the standard deviation over the seeds."
+    )
+    return [Table.of("Test accuracy after the last epoch", study.by_cell(result, rows), columns, note)]
+
+
+def draw(result: study.Result) -> list[tuple[str, Figure]]:
+    """Of one ratio a line for each method, of several a curve over them."""
+    return [("", _one_ratio(result) if len(result["settings"]["ratios"]) == 1 else _by_ratio(result))]
+
+
+def _percent(rows: list[Row]) -> list[float]:
+    return [100 * row["test_accuracy"] for row in rows]
+
+
+def _one_ratio(result: study.Result) -> Figure:
     """Every method in a line of its own: each seed, their mean and range."""
-    rows, names = result["accuracies"], labels(result)
-    methods = [m for m in result["settings"]["methods"] if any(r["method"] == m for r in rows)]
-    looks, counts, lines, timed = report.styles(result["settings"]["methods"]), set(), [], False
-    for method in methods:
-        own = [r for r in rows if r["method"] == method]
-        values, colour = [100 * r["test_accuracy"] for r in own], looks[method]["color"]
-        time = mean(r["time_ratio"] for r in own)
-        beside = "" if method == "full" or math.isnan(time) else f"  (time {time:.2f})"
-        timed |= bool(beside)
-        lines.append((names[method] + beside, values, colour))
-        counts.add(len(own))
-    figure, panel = one_line_each(lines)
-    full = [100 * r["test_accuracy"] for r in rows if r["method"] == "full"]
+    methods, names = study.by_method(result, result["accuracies"]), study.labels(result)
+    looks = report.styles(result["settings"]["methods"])
+    times = {m: mean(r["time_ratio"] for r in own) for m, own in methods.items() if m != "full"}
+    beside = {m: f"  (time {time:.2f})" for m, time in times.items() if not math.isnan(time)}
+    figure, panel = one_line_each(
+        [(names[m] + beside.get(m, ""), _percent(own), looks[m]["color"]) for m, own in methods.items()]
+    )
+    full = _percent(methods.get("full", []))
     if full:
-        panel.axvspan(min(full), max(full), color=report.COLOURS["full"], alpha=0.12, linewidth=0)
+        panel.axvspan(min(full), max(full), color=FULL, alpha=0.12, linewidth=0)
     panel.set_xlabel("Test accuracy after the last epoch (%)")
     base, (ratio,) = result["settings"]["base"], result["settings"]["ratios"]
-    heading = f"Accuracy after {base['epochs']} epochs at r = {ratio:g} (marks: seeds; {counts_text(counts)})"
-    figure.suptitle("\n".join([heading, title(result)] + ["time: over that of full data"] * timed), fontsize=10)
+    counts = study.seeds_text({len(own) for own in methods.values()})
+    heading = f"Accuracy after {base['epochs']} epochs at r = {ratio:g} (marks: seeds; {counts})"
+    note = ["time: over that of full data"] if beside else []
+    figure.suptitle("\n".join([heading, study.title(result), *note]), fontsize=10)
     return figure
 
 
-def _by_ratio(result: dict[str, Any]) -> Figure:
+def _by_ratio(result: study.Result) -> Figure:
     """Accuracy over the share of examples left out, and over time where full data says what that is measured by."""
     rows, ratios = result["accuracies"], result["settings"]["ratios"]
-    timed = any(r["time_ratio"] is not None for r in rows)
+    timed = any(row["time_ratio"] is not None for row in rows)
     figure, (by_share, *by_time) = panels(1, 1 + timed, 6 + 6 * timed, 5.6)
-    names, looks = labels(result), report.styles(result["settings"]["methods"])
-    full = [100 * r["test_accuracy"] for r in rows if r["method"] == "full"]
-    if full:
-        for panel in (by_share, *by_time):
-            panel.axhspan(min(full), max(full), color=report.COLOURS["full"], alpha=0.12, linewidth=0)
-            panel.axhline(mean(full), color=report.COLOURS["full"], linewidth=1.6, label=names["full"])
-        for panel in by_time:
-            panel.plot(1, mean(full), "o", color=report.COLOURS["full"])
-    others = [m for m in result["settings"]["methods"] if any(r["method"] == m for r in rows) and m != "full"]
+    names, looks = study.labels(result), report.styles(result["settings"]["methods"])
+    others = study.by_method(result, rows)
+    full = _percent(others.pop("full", []))
+    for panel in (by_share, *by_time) if full else ():
+        panel.axhspan(min(full), max(full), color=FULL, alpha=0.12, linewidth=0)
+        panel.axhline(mean(full), color=FULL, linewidth=1.6, label=names["full"])
+    for panel in by_time if full else ():
+        panel.plot(1, mean(full), "o", color=FULL)
     counts = {len(full)} - {0}
     gaps = [b - a for a, b in pairwise(ratios)]
-    tops: dict[float, tuple[float, float]] = {}  # the highest bar of each ratio, which the ratio is written over
     step = 0.2 * min(gaps, default=0.2) / max(1, len(others) - 1)  # side by side, so that no bar hides another
-    for i, method in enumerate(others):
-        look, offset = looks[method], step * (i - (len(others) - 1) / 2)
-        for panel in (by_share, *by_time):
-            points = []
-            for ratio in sorted({r["ratio"] for r in rows if r["method"] == method}):
-                own = [r for r in rows if r["method"] == method and r["ratio"] == ratio]
-                share = 1 - own[0]["planned_share"] + offset
-                x = share if panel is by_share else mean(r["time_ratio"] for r in own)
-                if math.isnan(x):
-                    continue
-                counts.add(len(own))
-                values = [100 * r["test_accuracy"] for r in own]
-                points.append((x, mean(values)))
-                panel.plot([x, x], [min(values), max(values)], color=look["color"], linewidth=2.5, alpha=0.5)
-                if panel is not by_share and ratio > 0:
-                    tops[ratio] = max(tops.get(ratio, (0.0, 0.0)), (max(values), x))
-            if points:
-                panel.plot(*zip(*points, strict=True), **look, label=names[method])
+    tops: dict[float, tuple[float, float]] = {}  # the highest bar of each ratio, which the ratio is written over
+    for i, (method, own) in enumerate(others.items()):
+        look, offset = {**looks[method], "label": names[method]}, step * (i - (len(others) - 1) / 2)
+        points = [(ratio, at, _percent(at)) for ratio, at in by_value(own, "ratio").items()]
+        counts |= {len(at) for _, at, _ in points}
+        ranges(by_share, [(1 - at[0]["planned_share"] + offset, values) for _, at, values in points], look)
+        times = [(ratio, mean(r["time_ratio"] for r in at), values) for ratio, at, values in points]
+        times = [(ratio, time, values) for ratio, time, values in times if not math.isnan(time)]
+        for panel in by_time:
+            ranges(panel, [(time, values) for _, time, values in times], look)
+        for ratio, time, values in times:
+            tops[ratio] = max(tops.get(ratio, (0.0, 0.0)), (max(values), time))
     accuracy = "Test accuracy after the last epoch (%)"
     by_share.set(xlabel="Share of full training's examples left out (r, for as many epochs)", ylabel=accuracy)
     by_share.set_xticks(ratios)
     for panel in by_time:
         panel.set(xlabel="Training time / that of full data (numbers: r)", ylabel=accuracy)
-        for ratio, (top, x) in tops.items():
-            panel.annotate(f"{ratio:g}", (x, top), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+        for ratio, (top, time) in tops.items():
+            if ratio > 0:
+                panel.annotate(f"{ratio:g}", (time, top), (0, 3), textcoords="offset points", ha="center", fontsize=8)
     legend_below(figure, by_share)
     epochs = result["settings"]["base"]["epochs"]
-    figure.suptitle(f"Accuracy after {epochs} epochs (bars: {counts_text(counts)})\n{title(result)}")
+    figure.suptitle(f"Accuracy after {epochs} epochs (bars: {study.seeds_text(counts)})\n{study.title(result)}")
     return figure

@@ -1,14 +1,27 @@
-"""What a study runs."""
+"""What a study runs: decided by the options of a call and by what its folder remembers of earlier ones."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from .. import config, data
 from ..config import TrainConfig, base_method
+from ..methods import METHODS
+from ..options import with_defaults
+from .store import Store, StudyError, as_json, training_identity, write_json
 
 # In the order in which tables and plots show them; a method that only `--methods` names comes last.
 DEFAULT_METHODS = ("full", "random", "infobatch", "loss", "sadp")
+_RUN = ("method", "prune_ratio", "seed", "device")  # what differs between runs
+# What a folder's runs have in common; all calls on one folder agree on it.
+_BASE = [field.name for field in fields(TrainConfig) if field.name not in _RUN]
 
 
 @dataclass(frozen=True)
@@ -28,7 +41,9 @@ class Size:
     timed_steps: int = 40
 
 
+# A whole study in minutes on two CPU cores: a smaller network, fewer epochs and seeds.
 QUICK = Size(examples=128, thresholds=(0.5, 1.0, 2.0), sparsity_epochs=3, timed_steps=20)
+QUICK_BASE = {"model": "mlp", "epochs": 8}
 
 
 @dataclass(frozen=True)
@@ -66,3 +81,145 @@ class Plan:
     def pruned(self) -> list[str]:
         """The methods that prune."""
         return [method for method in self.methods if base_method(method) != "full"]
+
+    def settings(self) -> dict[str, Any]:
+        """What every result says of the plan."""
+        return {
+            "base": {key: getattr(self.base, key) for key in _BASE},
+            **{key: list(getattr(self, key)) for key in ("methods", "ratios", "seeds")},
+            "size": asdict(self.size),
+        }
+
+
+def planned(given: dict[str, Any]) -> Plan:
+    """The plan of a new folder, or of one where a study was begun, with the options of this call."""
+    folder, report_only = _folder(given), given.get("report_only", False)
+    if folder and report_only and not (folder / "study.json").exists():
+        option = "--resume" if "resume" in given else "--out"
+        raise StudyError(f"{folder} holds no study to report: check {option}")
+    known = remembered(folder) if folder else None
+    if "resume" in given and known is None:
+        raise StudyError(f"{folder} holds no study to resume: check the folder, or begin one with --out")
+    if known is None and report_only:
+        raise StudyError("--report-only needs the folder of a study: name it with --out or --resume")
+    device = given.get("device", "cuda" if torch.cuda.is_available() else "cpu")
+    asked = {key: given[key] for key in _BASE if key in given}
+    quick, data_dir = given.get("quick", False), given.get("data_dir")
+    began: dict[str, Any]
+    if folder is None or known is None:
+        options = with_defaults({**(QUICK_BASE if quick else {}), **asked, "device": device}, data_dir)
+        if options["dataset"] in data.EVENTS:
+            options.setdefault("time_steps", data.EVENT_STEPS)
+        base, size = TrainConfig(**options), QUICK if quick else Size()
+        began = {"methods": DEFAULT_METHODS, "ratios": (0.3, 0.5, 0.7), "seeds": (0, 1) if quick else (0, 1, 2)}
+        folder = folder or Path("runs") / f"study-{base.dataset}-{base.model}-{datetime.now():%Y%m%d-%H%M%S}"
+    else:
+        base, size = replace(known["base"], device=device), known["size"]
+        data_dir = given.get("data_dir", known["data_dir"])
+        if quick and size != QUICK:
+            raise StudyError(f"--quick is given, but the study in {folder} is not a quick one: leave it out")
+        for key, value in asked.items():
+            if getattr(base, key) != value:
+                raise StudyError(
+                    f"--{key.replace('_', '-')} is {value}, but the study in {folder} has {getattr(base, key)}: "
+                    "leave the option out, or name a new folder"
+                )
+        began = _with_finished(known, base, folder)
+    methods, ratios, seeds = (tuple(given.get(key, began[key])) for key in ("methods", "ratios", "seeds"))
+    return Plan(base, methods, tuple(sorted(ratios)), seeds, size, data_dir, folder, report_only)
+
+
+def _folder(given: dict[str, Any]) -> Path | None:
+    places = [given[key] for key in ("out", "resume") if key in given]
+    if len(places) > 1:
+        raise StudyError(f"{places[0]} and {places[1]} both name the study's folder: give one of them")
+    return Path(places[0]).expanduser() if places else None
+
+
+# --------------------------------------------------------------------------------------- what a folder remembers
+
+
+def remembered(folder: Path) -> dict[str, Any] | None:
+    """What is written in a folder of a study; None for a folder that is new or empty."""
+    path = folder / "study.json"
+    if not path.exists():
+        if folder.exists() and not folder.is_dir():
+            raise StudyError(f"{folder} is a file: name a new folder with --out")
+        holds = folder.exists() and any(not path.name.startswith(".study.json") for path in folder.iterdir())
+        if not holds:
+            return None
+        if not path.exists():  # looked for again: another process may have written it before the folder was listed
+            raise StudyError(f"{folder} is not empty and holds no study: name a new folder with --out")
+    try:
+        written = json.loads(path.read_text())
+        size: dict[str, Any] = written["size"]
+        size["thresholds"] = tuple(size["thresholds"])
+        return {
+            "base": TrainConfig(**written["base"]),
+            "size": Size(**size),
+            **{key: written[key] for key in ("methods", "ratios", "seeds", "data_dir")},
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StudyError(f"{path} is damaged ({error}): restore it, or name a new folder with --out") from error
+
+
+def remember(plan: Plan) -> None:
+    """Write down what the folder's runs have in common, and what was asked for so far."""
+    known = remembered(plan.folder) or {"methods": (), "ratios": (), "seeds": ()}
+    content = {
+        "base": asdict(plan.base),
+        "size": asdict(plan.size),
+        "methods": _ordered([*known["methods"], *plan.methods]),
+        "ratios": sorted({*known["ratios"], *plan.ratios}),
+        "seeds": sorted({*known["seeds"], *plan.seeds}),
+        "data_dir": plan.data_dir and str(Path(plan.data_dir).expanduser().absolute()),
+    }
+    try:
+        write_json(content, plan.folder / "study.json", indent=1)
+    except OSError as error:
+        raise StudyError(f"the folder {plan.folder} cannot be made ({error}): name another with --out") from error
+
+
+def new_methods(plan: Plan) -> set[str]:
+    """The plan's methods that its folder neither was asked for nor holds."""
+    known = remembered(plan.folder)
+    return set(plan.methods) - set(_with_finished(known, plan.base, plan.folder)["methods"] if known else ())
+
+
+def _with_finished(known: dict[str, Any], base: TrainConfig, folder: Path) -> dict[str, Any]:
+    """The methods, ratios and seeds that were asked for, and those of finished runs, copied ones included."""
+    runs = [run for file in Store(folder).files() if (run := run_of(file["identity"], base))]
+    return {
+        "methods": _ordered([*known["methods"], *(method for method, _, _ in runs)]),
+        "ratios": sorted({*known["ratios"], *(ratio for _, ratio, _ in runs if ratio > 0)}),
+        "seeds": sorted({*known["seeds"], *(seed for _, _, seed in runs)}),
+    }
+
+
+def run_of(identity: dict[str, Any], base: TrainConfig) -> tuple[str, float, int] | None:
+    """The variant, ratio and seed by which a run differs from the conditions of a study; None for another study's."""
+    found = identity.get("config", {})
+    if identity.get("kind") != "training" or found.get("method") not in METHODS:
+        return None
+    method, ratio, seed = found["method"], found["prune_ratio"], found["seed"]
+    base = replace(base, prune_ratio=ratio, seed=seed)
+    asked = base.of(method)
+    # What the study leaves open follows from the run's own epochs and policy.
+    own = asdict(replace(asked, **{key: found[key] for key in ("epochs", "policy") if key in found}).settled())
+    plain = {key: own[key] if value is None else value for key, value in asdict(asked).items()}
+    changes = {
+        key: found[key]
+        for key in config.SETTINGS
+        if key in config.settings_of(method) and key in found and found[key] != plain[key]
+    }
+    if None in changes.values():  # a default that only a whole study can have
+        return None
+    variant = config.write_variant(method, changes)
+    return (variant, ratio, seed) if identity == as_json(training_identity(base.of(variant))) else None
+
+
+def _ordered(methods: Iterable[str]) -> list[str]:
+    """Each once: a method's variants behind it, the methods as `DEFAULT_METHODS` has them, and others last."""
+    order = [*DEFAULT_METHODS, *(method for method in METHODS if method not in DEFAULT_METHODS)]
+    once = list(dict.fromkeys(methods))
+    return sorted(once, key=lambda method: (order.index(base_method(method)), ":" in method, once.index(method)))

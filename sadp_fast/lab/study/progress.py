@@ -1,13 +1,15 @@
-"""Live progress of a study: all its runs, and the one that is under way."""
+"""What watches a study's runs: a display of all of them and of the one under way, and a deadline that stops in time."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .. import train
+from ..progress import Bar, Lines, bars
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,6 +19,7 @@ class Display:
     """Bars in a terminal, a line after each epoch elsewhere, nothing without a console.
 
     Attributes:
+        done: how many of the runs are there, found or run.
         viewers: of the running run, for `train.run`.
     """
 
@@ -26,68 +29,78 @@ class Display:
         self._bars: Any = None
 
     @contextmanager
-    def open(self) -> Iterator[Display]:
+    def open(self) -> Iterator[None]:
         """Show bars while the study runs."""
         if self.console is None or not self.console.is_terminal:
-            yield self
+            yield
             return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[status]}"))
-        with Progress(*columns, MofNCompleteColumn(), TimeElapsedColumn(), console=self.console) as bars:
-            self._bars = bars
-            self._all = bars.add_task("all runs", total=self.total, status="")
-            yield self
+        with bars(self.console) as self._bars:
+            self._all = self._bars.add_task("all runs", total=self.total, status=f"0/{self.total}")
+            yield
 
     def advance(self) -> None:
-        """One more of the runs is there, found or run."""
+        """One more of the runs is there."""
         self.done += 1
         if self._bars:
-            self._bars.update(self._all, completed=self.done)
+            self._bars.update(self._all, completed=self.done, status=f"{self.done}/{self.total}")
 
     @contextmanager
     def run(self, name: str, epochs: int, *others: train.Progress) -> Iterator[None]:
         """A run of so many epochs is under way, with other viewers beside this one."""
-        viewer = _Viewer(self, name, epochs) if self.console else None
-        self.viewers = [*others, *([viewer] if viewer else [])]
+        if self.console is None:
+            self.viewers = [*others]
+            yield
+            return
+        viewer = Bar(self._bars, name, epochs) if self._bars else Lines(self.console, name, epochs)
+        self.viewers = [*others, viewer]
         try:
             yield
         finally:
-            self.viewers = []
-            if self._bars and viewer:
+            if isinstance(viewer, Bar):
                 self._bars.remove_task(viewer.task)
-        if self.console and viewer:
-            self.console.print(viewer.summary(), soft_wrap=True)
+        result = "" if math.isnan(viewer.accuracy) else f", accuracy {viewer.accuracy:.1%}"
+        self.console.print(f"{self.done + 1}/{self.total} {name}: done{result}", soft_wrap=True)
 
 
-class _Viewer(train.Progress):
-    def __init__(self, display: Display, name: str, epochs: int) -> None:
-        self.display, self.name, self.epochs = display, name, epochs
-        self.loss = self.accuracy = math.nan
-        self.bars = display._bars
-        self.task = self.bars.add_task(name, total=epochs, status="") if self.bars else None
+class OutOfTime(Exception):
+    """A run stopped after a whole epoch, which its checkpoint holds, because the next one would end too late."""
+
+
+class Deadline:
+    """When to stop; without `minutes` never.
+
+    Attributes:
+        reached: whether a run was left out or stopped for it.
+        longest_epoch: seconds of the longest epoch watched so far, evaluation and checkpoint included.
+    """
+
+    def __init__(self, minutes: float | None = None) -> None:
+        self._end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        self.reached, self.longest_epoch = False, 0.0
+
+    def allows(self, seconds: float) -> bool:
+        """Whether what takes so long would end in time; if not, the deadline counts as reached."""
+        in_time = time.monotonic() + seconds <= self._end
+        self.reached |= not in_time
+        return in_time
+
+    def watch(self, epochs: int) -> train.Progress:
+        """A viewer of a run of so many epochs, from now on, that raises OutOfTime between two of them."""
+        return _Watch(self, epochs)
+
+
+class _Watch(train.Progress):
+    def __init__(self, deadline: Deadline, epochs: int) -> None:
+        self.deadline, self.epochs = deadline, epochs
+        self.last: float | None = None
 
     def step(self, epoch: int, share: float, step: int, loss: float | None, kept: float) -> None:
-        self.loss = self.loss if loss is None else loss
-        self._show(epoch - 1 + share)
+        self.last = self.last or time.monotonic()  # from the first step on: what is compiled before is no epoch
 
     def epoch(self, entry: dict[str, Any]) -> None:
-        self.loss, self.accuracy = entry["loss"], entry["test_accuracy"]
-        self._show(entry["epoch"], refresh=True)  # however short the epoch was
-        if not self.bars and self.display.console:
-            self.display.console.print(
-                f"{self.name}: epoch {entry['epoch']}/{self.epochs}, loss {self.loss:.3f}, accuracy "
-                f"{self.accuracy:.1%}",
-                soft_wrap=True,
-            )
-
-    def _show(self, done: float, refresh: bool = False) -> None:
-        if self.bars:
-            status = f"loss {self.loss:6.3f} accuracy {self.accuracy:6.1%}".replace("nan", "  -")
-            self.bars.update(self.task, completed=round(done, 2), status=status, refresh=refresh)
-
-    def summary(self) -> str:
-        """A line that stays."""
-        where = f"{self.display.done + 1}/{self.display.total}"
-        result = "" if math.isnan(self.accuracy) else f", accuracy {self.accuracy:.1%}"
-        return f"{where} {self.name}: done{result}"
+        now = time.monotonic()
+        took, self.last = now - (self.last or now), now
+        self.deadline.longest_epoch = max(self.deadline.longest_epoch, took)
+        # By the last one: where epochs on all data follow pruned ones, the first of them may end a little too late.
+        if entry["epoch"] < self.epochs and not self.deadline.allows(took):
+            raise OutOfTime

@@ -11,11 +11,10 @@ from typing import Any
 from .. import train
 from ..config import TrainConfig, folder_name
 from ..data import Dataset, described, differ, load
-from . import trajectory
-from .deadline import Deadline, OutOfTime
+from .measure import Trajectory, measured_epochs
 from .plan import Plan
-from .progress import Display
-from .store import Store, StudyError, conditions_of, read_file, training_identity
+from .progress import Deadline, Display, OutOfTime
+from .store import Store, StudyError, damaged, read_file, refusing, training_identity
 
 # By which a folder's runs are of the data at hand; those of other studies may lie among them.
 _DATA = ("dataset", "image_size", "split_by", "time_steps")
@@ -51,7 +50,7 @@ class Runs:
         )
         for path in self.store.paths():
             file = read_file(path)
-            config, found = conditions_of(file["identity"].get("config", {})), file.get("data_set", {})
+            config, found = file["identity"].get("config", {}), file.get("data_set", {})
             if all(config.get(key) == getattr(base, key) for key in _DATA) and differ(found, loaded.identity):
                 raise StudyError(
                     f"the run file {path} is of another data set ({described(found)}) than the one at hand "
@@ -71,65 +70,50 @@ class Runs:
 
         found = self._get(name, training_identity(config), ("data_set", "history"), config.epochs, run)
         if found is not None and len(found["history"]) != config.epochs:
-            raise StudyError(
-                f"the run file {self.store.path(name, found['identity'])} is damaged (it has {len(found['history'])} "
-                f"of {config.epochs} epochs): delete it, and the same command runs it again"
-            )
+            path = self.store.path(name, found["identity"])
+            raise damaged(path, f"it has {len(found['history'])} of {config.epochs} epochs")
         return found
 
-    def trajectory(self, seed: int) -> dict[str, Any] | None:
-        """Scores and exact norms over a full-data training; see `trajectory.trajectory`."""
-        epochs = self.plan.base.epochs
-        return self._trajectory(seed, None, epochs, trajectory.measured_epochs(epochs))
+    def trajectory(self, seed: int, threshold: float | None = None) -> dict[str, Any] | None:
+        """Scores and exact norms over a full-data training; see `measure.Trajectory`.
 
-    def at_threshold(self, threshold: float, seed: int) -> dict[str, Any] | None:
-        """The same after a shorter training of a network with another firing threshold."""
-        epochs = min(self.plan.size.sparsity_epochs, self.plan.base.epochs)
-        return self._trajectory(seed, threshold, epochs, [epochs])
-
-    def _trajectory(
-        self, seed: int, threshold: float | None, epochs: int, measured: list[int]
-    ) -> dict[str, Any] | None:
+        threshold: after a shorter training of a network with this firing threshold.
+        """
+        epochs, kind = self.plan.base.epochs, "scores"
+        measured = measured_epochs(epochs)
+        if threshold is not None:
+            epochs, kind = min(self.plan.size.sparsity_epochs, epochs), f"scores-threshold{threshold:g}"
+            measured = [epochs]
         config = replace(self.plan.config("full", 0.0, seed), epochs=epochs)
-        examples = self.plan.size.examples
-        identity = trajectory.identity(config, threshold, measured, examples)
-        kind = "scores" if threshold is None else f"scores-threshold{threshold:g}"
-        return self._get(
-            f"{config.dataset}-{config.model}-{kind}-s{seed}",
-            identity,
-            trajectory.CONTENT,
-            epochs,
-            lambda folder: trajectory.trajectory(
-                config, self.data, threshold, measured, examples, folder, self.display.viewers
-            ),
-        )
+        asked = Trajectory(config, threshold, measured, self.plan.size.examples)
 
-    def timing(self, method: str, run: Callable[[TrainConfig, Dataset], dict[str, Any]]) -> dict[str, Any] | None:
-        """Where the time of one method goes, on this device; `run` measures it.
+        def run(folder: Path) -> dict[str, Any]:
+            return asked.run(self.data, folder, self.display.viewers)
+
+        name = f"{config.dataset}-{config.model}-{kind}-s{seed}"
+        return self._get(name, asked.identity(), ("data_set", "snapshots"), epochs, run)
+
+    def timing(self, method: str, measure: Callable[[TrainConfig, Dataset], dict[str, Any]]) -> dict[str, Any] | None:
+        """Where the time of one method goes, on this device, as "timing".
 
         At the plan's ratio nearest to 0.5, if no other has been measured: parts hardly depend on it.
         """
-        ratios = sorted(self.plan.ratios, key=lambda ratio: (abs(ratio - 0.5), ratio))
-        for ratio in ratios:
-            found = self._timing(method, ratio, None)
+        asked = []
+        for ratio in sorted(self.plan.ratios, key=lambda ratio: (abs(ratio - 0.5), ratio)):
+            config = self.plan.config(method, ratio, 0)
+            name = f"{config.dataset}-{config.model}-timing-{folder_name(method)}-r{config.prune_ratio:g}"
+            identity = {"kind": "timing", "config": config.conditions(), "steps": self.plan.size.timed_steps}
+            found = self.store.read(name, identity, ("timing",))
             if found is not None:
                 return found
-        return self._timing(method, ratios[0], run)
+            asked.append((name, identity, config))
+        name, identity, config = asked[0]
 
-    def _timing(
-        self, method: str, ratio: float, run: Callable[[TrainConfig, Dataset], dict[str, Any]] | None
-    ) -> dict[str, Any] | None:
-        config = self.plan.config(method, ratio, 0)
-        name = f"{config.dataset}-{config.model}-timing-{folder_name(method)}-r{config.prune_ratio:g}"
-        identity = {"kind": "timing", "config": config.conditions(), "steps": self.plan.size.timed_steps}
-        if run is None:
-            return self.store.read(name, identity, ("timing",))
-
-        def measured(_folder: Path) -> dict[str, Any]:
+        def run(_folder: Path) -> dict[str, Any]:
             self._prepare(config)
-            return {"data_set": self.data.identity, "timing": run(config, self.data)}
+            return {"data_set": self.data.identity, "timing": measure(config, self.data)}
 
-        return self._get(name, identity, ("timing",), 1, measured)
+        return self._get(name, identity, ("timing",), 1, run)
 
     def _get(
         self,
@@ -163,8 +147,6 @@ class Runs:
         """Compile a method's kernels before its clock starts; once a process."""
         alike = replace(config, prune_ratio=0.0, seed=0)
         if alike not in self._warm:
-            try:
+            with refusing():
                 train.prepare(config, self.data)
-            except ValueError as error:
-                raise StudyError(str(error)) from error
             self._warm.add(alike)

@@ -9,13 +9,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +25,15 @@ from ..sources import sources
 
 class StudyError(RuntimeError):
     """A study cannot be run or shown; the message is one sentence that says why and the remedy."""
+
+
+@contextmanager
+def refusing(what: str = "") -> Iterator[None]:
+    """Settings that are refused in this block are a StudyError, which begins with what they are of."""
+    try:
+        yield
+    except ValueError as error:
+        raise StudyError(f"{what}{error}") from error
 
 
 def environment(device: str, trained_by: list[str] | None = None) -> dict[str, Any]:
@@ -64,21 +71,20 @@ class Store:
         return self.folder / "unfinished" / self.path(name, identity).stem
 
     def read(self, name: str, identity: dict[str, Any], content: tuple[str, ...]) -> dict[str, Any] | None:
-        """The finished run, or None where there is none; raises StudyError for a damaged file.
+        """The finished run, under whatever name, or None where there is none; raises StudyError for a damaged file.
 
         content: keys that such a file holds, beside identity, device and versions.
         """
         path = self.path(name, identity)
-        if not path.exists():  # an older file, or one of the same run under another of its names
-            others = sorted(path.parent.glob("*.json"))
-            path = next((p for p in others if same(read_file(p)["identity"], identity)), path)
+        if not path.exists():
+            path = next(path.parent.glob(f"*-{path.stem.rpartition('-')[2]}.json"), path)
         if not path.exists():
             return None
         value = read_file(path)
         lacking = [key for key in content if key not in value]
-        if lacking or not same(value["identity"], identity):
+        if lacking or value["identity"] != as_json(identity):
             why = f"it lacks {lacking[0]!r}" if lacking else "it is of another configuration than its name says"
-            raise StudyError(f"the run file {path} is damaged ({why}): delete it, and the same command runs it again")
+            raise damaged(path, why)
         return value
 
     def produce(
@@ -95,7 +101,7 @@ class Store:
         value["wall_seconds"] = time.monotonic() - start if whole else None
         write_json(value, path, indent=None)
         shutil.rmtree(unfinished, ignore_errors=True)
-        return json.loads(json.dumps(value))
+        return as_json(value)
 
     @contextmanager
     def claim(self, name: str, identity: dict[str, Any], wait: bool) -> Iterator[bool]:
@@ -126,8 +132,8 @@ class Store:
         As long as those that differ in the seed alone; else by the slowest of the same kind and its planned examples.
         """
 
-        def seedless(identity: dict[str, Any]) -> dict[str, Any]:
-            return {**identity, "config": {**identity["config"], "seed": 0}}
+        def seedless(identity: dict[str, Any]) -> Any:
+            return as_json({**identity, "config": {**identity["config"], "seed": 0}})
 
         def work(identity: dict[str, Any]) -> float:
             return identity["config"]["epochs"] * (1 - identity["config"]["prune_ratio"])
@@ -138,7 +144,7 @@ class Store:
             for file in self.files()
             if file["identity"]["kind"] == identity["kind"] and file["device"] == name and file.get("wall_seconds")
         ]
-        alike = [took for other, took in seconds if same(seedless(other), seedless(identity))]
+        alike = [took for other, took in seconds if seedless(other) == seedless(identity)]
         return max(alike or [took * work(identity) / work(other) for other, took in seconds], default=None)
 
     def paths(self) -> list[Path]:
@@ -150,21 +156,9 @@ class Store:
         return [read_file(path) for path in self.paths()]
 
 
-def same(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """Whether a file's identity is the one wanted."""
-    return {**found, "config": conditions_of(found.get("config", {}))} == json.loads(json.dumps(wanted))
-
-
-def conditions_of(found: dict[str, Any]) -> dict[str, Any]:
-    """A file's configuration as it is written today: settings newer than the file, and those left open, as defaults."""
-    if not found.keys() <= asdict(TrainConfig()).keys():
-        return found
-    return TrainConfig(**found).conditions()
-
-
-def short(value: float) -> float | None:
-    """Six significant digits of it for a JSON file; None where it is not finite."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+def as_json(value: dict[str, Any]) -> Any:
+    """What a JSON file gives back of it."""
+    return json.loads(json.dumps(value))
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -174,10 +168,13 @@ def read_file(path: Path) -> dict[str, Any]:
         if not all(key in value for key in ("identity", "device", "versions")):
             raise ValueError("identity, device and versions are not all there")
     except (OSError, ValueError, TypeError) as error:
-        raise StudyError(
-            f"the run file {path} is damaged ({error}): delete it, and the same command runs it again"
-        ) from error
+        raise damaged(path, error) from error
     return value
+
+
+def damaged(path: Path, why: object) -> StudyError:
+    """The error for a run file that cannot be used."""
+    return StudyError(f"the run file {path} is damaged ({why}): delete it, and the same command runs it again")
 
 
 def _is_at(file: IO[str], path: Path) -> bool:

@@ -1,106 +1,152 @@
-"""What every study is: runs in, a result for JSON out, and that result as plots and tables."""
+"""What every study is: the runs that it asks for, a result for JSON made of them, and that result as tables and plots.
+
+Behind it, what several studies share: rows of figures grouped by what they are of, and the training runs of a plan.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import reduce
 from itertools import combinations
+from operator import getitem, methodcaller
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from .. import report
 from ..config import TrainConfig
 from ..data import described, differ
-from .figures import Table
+from ..figures import Row, Table, by_value, mean, save
 from .plan import Plan
-from .runs import Runs
-from .store import StudyError
+from .runs import Runs, StudyError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Result = dict[str, Any]
 
 
 class NothingFinished(StudyError):
     """There is no finished run to show."""
 
 
-@dataclass
-class Files:
-    """The run files that a result is made of, each behind its name, and the names of those that are not there."""
+@dataclass(frozen=True)
+class Ask:
+    """One run that a study shows.
 
-    found: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-
-    def take(self, file: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
-        """Remember the file, or that it is missing."""
-        if file is None:
-            self.missing.append(name)
-        else:
-            self.found.append((name, file))
-        return file
-
-    def header(self, study: str, plan: Plan) -> dict[str, Any]:
-        """What every result begins with; raises NothingFinished, and StudyError for files of different data sets."""
-        if not self.found:
-            raise NothingFinished(f"{plan.folder} holds no finished run for the study {study}: leave --report-only out")
-        where = [{key: file[key] for key in ("device", "versions")} for _, file in self.found]
-        return {
-            "study": study,
-            "data_set": self._data_set(),
-            "settings": {
-                "base": {
-                    key: value
-                    for key, value in asdict(plan.base).items()
-                    if key not in ("method", "prune_ratio", "seed", "device")
-                },
-                "methods": list(plan.methods),
-                "ratios": list(plan.ratios),
-                "seeds": list(plan.seeds),
-                "size": asdict(plan.size),
-            },
-            "environments": each_once(where),
-            "missing_runs": self.missing,
-        }
-
-    def _data_set(self) -> dict[str, Any]:
-        """What the files know of their data set, all together."""
-        runs: list[tuple[str, dict[str, Any]]] = []  # one of each
-        for name, file in self.found:
-            if not any(file["data_set"] == known for _, known in runs):
-                runs.append((name, file["data_set"]))
-        for (name, one), (other_name, other) in combinations(runs, 2):
-            if differ(one, other):
-                raise StudyError(
-                    f"the runs are of different data sets, '{name}' of one ({described(one)}) and '{other_name}' of "
-                    f"another ({described(other)}): keep those of each in a folder of their own"
-                )
-        return {key: value for _, known in runs for key, value in known.items()}
-
-
-def each_once(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries in their order, equal ones once."""
-    return [entry for i, entry in enumerate(entries) if entry not in entries[:i]]
-
-
-class Study:
-    """One result of the paper."""
+    Attributes:
+        name: by which a result says that it is missing.
+        take: gets the run's file from the runs of a plan; None where there is none.
+        where: what the study knows it by.
+    """
 
     name: str
-    paper: str  # the figure that it reproduces
-    question: str
-    reading: str  # how to read plots and tables, and what they cannot say
-    trains_cells = True  # whether it trains every method at every ratio of the plan
+    take: Callable[[Runs], dict[str, Any] | None]
+    where: dict[str, Any]
 
-    def requests(self, plan: Plan) -> int:
-        """How many runs it asks for."""
-        raise NotImplementedError
 
-    def collect(self, runs: Runs) -> dict[str, Any]:
-        """Run what is not there yet; the result, ready for JSON."""
-        raise NotImplementedError
+Found = list[tuple[Ask, dict[str, Any]]]  # the runs that are there, each with its file
 
-    def plots(self, result: dict[str, Any], folder: Path) -> list[tuple[Path, str]]:
-        """Write PNGs; each with a caption."""
-        raise NotImplementedError
 
-    def tables(self, result: dict[str, Any]) -> list[Table]:
+class Module(Protocol):
+    """What a study's module has; its docstring says, behind the first line, how to read plots and tables."""
+
+    QUESTION: str
+    __doc__: str | None
+
+    def asks(self, plan: Plan, /) -> list[Ask]:
+        """The runs of a plan that it shows."""
+
+    def parts(self, plan: Plan, found: Found, /) -> dict[str, Any]:
+        """What its result says of those that are there, by the keys of the result."""
+
+    def draw(self, result: Result, /) -> list[tuple[str, Figure]]:
+        """The figures of a result, each behind what its file's name ends in."""
+
+    def tables(self, result: Result, /) -> list[Table]:
         """The figures behind the plots."""
-        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Study:
+    """One result of the paper.
+
+    Attributes:
+        name: in commands and files.
+        paper: the figure that it reproduces.
+        module: what it asks and answers.
+    """
+
+    name: str
+    paper: str
+    module: Module
+
+    @property
+    def question(self) -> str:
+        """That it answers."""
+        return self.module.QUESTION
+
+    @property
+    def reading(self) -> str:
+        """How to read plots and tables, and what they cannot say."""
+        return " ".join((self.module.__doc__ or "").partition("\n")[2].split())
+
+    def collect(self, runs: Runs) -> Result:
+        """Run what is not there yet; the result, ready for JSON. Raises NothingFinished, and StudyError."""
+        found: Found = []
+        missing = []
+        for ask in self.module.asks(runs.plan):
+            file = ask.take(runs)
+            runs.display.advance()
+            if file is None:
+                missing.append(ask.name)
+            else:
+                found.append((ask, file))
+        if not found:
+            where = runs.plan.folder
+            raise NothingFinished(f"{where} holds no finished run for the study {self.name}: leave --report-only out")
+        return {
+            "study": self.name,
+            "data_set": _data_set(found),
+            "settings": runs.plan.settings(),
+            "environments": each_once({key: file[key] for key in ("device", "versions")} for _, file in found),
+            "missing_runs": missing,
+            **self.module.parts(runs.plan, found),
+        }
+
+    def tables(self, result: Result) -> list[Table]:
+        """The figures behind the plots."""
+        return self.module.tables(result)
+
+    def plots(self, result: Result, folder: Path) -> list[tuple[Path, str]]:
+        """Write PNGs; each with a caption, the first line of its title."""
+        return [
+            (save(figure, folder / f"{self.name}{suffix}.png"), figure.get_suptitle().partition("\n")[0])
+            for suffix, figure in self.module.draw(result)
+        ]
+
+
+def _data_set(found: Found) -> dict[str, Any]:
+    """What the files know of their data set, all together; raises StudyError where they are of different ones."""
+    told: dict[str, tuple[str, dict[str, Any]]] = {}  # of each that they tell, the first run
+    for ask, file in found:
+        told.setdefault(str(file["data_set"]), (ask.name, file["data_set"]))
+    for (name, one), (other_name, other) in combinations(told.values(), 2):
+        if differ(one, other):
+            raise StudyError(
+                f"the runs are of different data sets, '{name}' of one ({described(one)}) and '{other_name}' of "
+                f"another ({described(other)}): keep those of each in a folder of their own"
+            )
+    return {key: value for _, known in told.values() for key, value in known.items()}
+
+
+def each_once(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries in their order, equal ones once."""
+    once: list[dict[str, Any]] = []
+    for entry in entries:
+        if entry not in once:
+            once.append(entry)
+    return once
 
 
 # How a figure's head names a regularisation of all its runs; one that is the default goes without saying.
@@ -113,18 +159,125 @@ REGULARISATION = {
 }
 
 
-def measured_examples(result: dict[str, Any]) -> int:
+def title(result: Result) -> str:
+    """Data set, network, T, regularisation and device, for a figure's head."""
+    base, plain = result["settings"]["base"], asdict(TrainConfig())
+    said = [text.format(base[key]) for key, text in REGULARISATION.items() if base.get(key, plain[key]) != plain[key]]
+    devices = sorted({entry["device"] for entry in result["environments"]})
+    what = [result["data_set"]["name"], base["model"], f"T = {base['time_steps']}", *said]
+    return f"{', '.join(what)} ({', '.join(devices)})"
+
+
+def measured_examples(result: Result) -> int:
     """Of how many training examples gradient norms were taken: the data set may have fewer than were asked for."""
     return min(result["settings"]["size"]["examples"], result["data_set"]["train_examples"])
 
 
-def title(result: dict[str, Any]) -> str:
-    """Data set, network, T, regularisation and device, for a figure's head."""
-    base = result["settings"]["base"]
-    plain = asdict(TrainConfig())
-    said = [
-        text.format(base[name]) for name, text in REGULARISATION.items() if base.get(name, plain[name]) != plain[name]
+def seeds_text(counts: Iterable[int]) -> str:
+    """What bands and bars are: "mean and range of 3 seeds", or "one seed"; methods may have run with different ones."""
+    low, high = min(counts), max(counts)
+    if low != high:
+        return f"mean and range of {low} to {high} seeds"
+    return "one seed" if high == 1 else f"mean and range of {high} seeds"
+
+
+# ------------------------------------------------------------------------------------------------- rows of figures
+
+
+def nested(*keys: str) -> Callable[[Row], Any]:
+    """Reads row[key][key]..."""
+    return lambda row: reduce(getitem, keys, row)
+
+
+def select(rows: Iterable[Row], **where: Any) -> list[Row]:
+    """The rows with these values."""
+    return [row for row in rows if all(row[key] == value for key, value in where.items())]
+
+
+def labels(result: Result) -> dict[str, str]:
+    """The methods of a result by their names for tables and plots."""
+    settings = result["settings"]
+    return {method: report.label(method, settings["base"]["score"]) for method in settings["methods"]}
+
+
+def by_method(result: Result, rows: list[Row]) -> dict[str, list[Row]]:
+    """The rows of each method that has some, in the result's order."""
+    found = {method: select(rows, method=method) for method in result["settings"]["methods"]}
+    return {method: own for method, own in found.items() if own}
+
+
+class Cell(NamedTuple):
+    """The rows of one method at one ratio."""
+
+    method: str
+    label: str
+    ratio: float
+    rows: list[Row]
+
+
+def by_cell(result: Result, rows: list[Row]) -> list[Cell]:
+    """Ratio by ratio, the methods in the result's order."""
+    names = labels(result)
+    return [
+        Cell(method, names[method], ratio, own)
+        for ratio, at_ratio in by_value(rows, "ratio").items()
+        for method, own in by_method(result, at_ratio).items()
     ]
-    devices = sorted({entry["device"] for entry in result["environments"]})
-    what = [result["data_set"]["name"], base["model"], f"T = {base['time_steps']}", *said]
-    return f"{', '.join(what)} ({', '.join(devices)})"
+
+
+# --------------------------------------------------------------------------------------------------- training runs
+
+# What every study's JSON says of a training run; see `training_rows`.
+RUN = ("method", "ratio", "seed", "device", "planned_share", "examples_share", "seconds", "time_ratio")
+
+
+def training_asks(plan: Plan) -> list[Ask]:
+    """Every method at every ratio: a whole table for one seed first, and methods side by side in time."""
+    return [
+        Ask(
+            run_name(method, ratio, seed),
+            methodcaller("training", method, ratio, seed),
+            {"method": method, "ratio": ratio, "seed": seed},
+        )
+        for seed in plan.seeds
+        for method, ratio in plan.cells()
+    ]
+
+
+def run_name(method: str, ratio: float, seed: int) -> str:
+    """By which a result says that a run is missing."""
+    return f"{method}, r = {ratio:g}, seed {seed}"
+
+
+def training_rows(plan: Plan, found: Found) -> list[Row]:
+    """Every training run that is there.
+
+    Each has its "method", "ratio", "seed", "device" and "history", and beside full-data training for the plan's epochs:
+    "planned_share" and "examples_share" of its examples, and "time_ratio" to it on the same kind of device (None
+    without one).
+    """
+    rows = []
+    for ask, file in found:
+        history, count = file["history"], file["data_set"]["train_examples"]
+        rows.append(
+            {
+                **ask.where,
+                "device": file["device"],
+                "planned_share": round((1 - ask.where["ratio"]) * len(history) / plan.base.epochs, 6),
+                "examples_share": history[-1]["examples_trained"] / (count * plan.base.epochs),
+                "seconds": sum(entry["seconds"] for entry in history),
+                "history": history,
+            }
+        )
+    set_time_ratios(rows)
+    return rows
+
+
+def set_time_ratios(rows: list[Row]) -> None:
+    """Set each run's "time_ratio" to full-data training on the same kind of device; None where there is none."""
+    full = {
+        device: mean(r["seconds"] for r in own)
+        for device, own in by_value(select(rows, method="full"), "device").items()
+    }
+    for row in rows:
+        row["time_ratio"] = row["seconds"] / full[row["device"]] if row["device"] in full else None

@@ -1,10 +1,19 @@
-"""How close the time of pruned training comes to 1 - r, and where the rest goes."""
+"""How close the time of pruned training comes to 1 - r, and where the rest goes.
+
+Time ratio: training seconds over those of full-data training (mean over seeds, same device). The theoretical minimum is
+the share of examples kept. Parts are timed apart from training: single steps without weights, with weights and with
+scores, in turn, at one of the ratios, and what is done once an epoch; steps count by the number that a ratio keeps.
+What they do not explain of the measured ratio is what timings of whole trainings vary by, and work at the border
+between epochs. Parts are of pruned epochs; in full-data epochs only scoring is done.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
-from typing import Any
+from functools import partial
+from operator import methodcaller
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,12 +21,15 @@ from ...prune.batching import Drawn, pack, shuffled
 from ...prune.sampling import sample
 from .. import data, report, train
 from ..config import TrainConfig
-from .figures import Table, legend_below, mean, panels, save, seeds_text, spread
+from ..figures import GREY, Row, Table, by_value, legend_below, mean, optional, panels, ranges, spread
+from . import study
 from .plan import Plan
-from .runs import Runs
-from .study import Files, Study, title
-from .training_runs import RUN, labels, training_runs
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+QUESTION = "How close does the time ratio come to 1 - r, and where does the rest go?"
 REPEATS = 5
 # Parts of an epoch beyond its share of a full-data epoch, with colours; from below.
 PARTS = {
@@ -87,122 +99,26 @@ def _epoch(trainer: train.Trainer, config: TrainConfig, steps: int) -> tuple[flo
     return drawn - start, (end - first) / (done - 1) if done > 1 else end - drawn
 
 
-class Time(Study):
-    name = "time"
-    paper = "Fig. 3"
-    question = "How close does the time ratio come to 1 - r, and where does the rest go?"
-    reading = (
-        "Time ratio: training seconds over those of full-data training (mean over seeds, same device). The theoretical "
-        "minimum is the share of examples kept. Parts are timed apart from training: single steps without weights, "
-        "with weights and with scores, in turn, at one of the ratios, and what is done once an epoch; steps "
-        "count by the number that a ratio keeps. What they do not explain of the measured ratio is what timings of "
-        "whole trainings vary by, and work at the border between epochs. Parts are of pruned epochs; in full-data "
-        "epochs only scoring is done."
-    )
-
-    def requests(self, plan: Plan) -> int:
-        return len(plan.cells()) * len(plan.seeds) + len(plan.pruned())
-
-    def collect(self, runs: Runs) -> dict[str, Any]:
-        plan, files = runs.plan, Files()
-        trained = training_runs(runs, files)
-        ratios, parts = [{key: row[key] for key in RUN} for row in trained], []
-        for method in plan.pruned():
-            file = runs.timing(method, lambda config, data: measure_parts(config, data, plan.size.timed_steps))
-            files.take(file, f"timing of {method}")
-            runs.display.advance()
-            for ratio in plan.ratios if file else ():
-                where = {"method": method, "ratio": ratio, "device": file["device"]}  # type: ignore[index]
-                epochs = plan.config(method, ratio, 0).epochs / plan.base.epochs
-                shares = _shares(file["timing"], ratio)  # type: ignore[index]
-                parts.append({**where, **{part: epochs * share for part, share in shares.items()}})
-        return {**files.header(self.name, plan), "time_ratios": ratios, "overheads": parts}
-
-    def plots(self, result: dict[str, Any], folder: Path) -> list[tuple[Path, str]]:
-        figure, (ratios, parts) = panels(1, 2, 13, 5.4)
-        rows = [r for r in result["time_ratios"] if r["method"] != "full" and r["time_ratio"] is not None]
-        ratios.plot([0, 1], [0, 1], "--", color="#555555", linewidth=1.2, label="theoretical minimum, 1 - r")
-        counts = {0}
-        names, looks = labels(result), report.styles(result["settings"]["methods"])
-        for method in result["settings"]["methods"]:
-            points = []
-            for share in sorted({r["planned_share"] for r in rows if r["method"] == method}):
-                values = [r["time_ratio"] for r in rows if r["method"] == method and r["planned_share"] == share]
-                counts.add(len(values))
-                points.append((share, mean(values)))
-                colour = looks[method]["color"]
-                ratios.plot([share] * 2, [min(values), max(values)], color=colour, linewidth=2.5, alpha=0.5)
-            if points:
-                ratios.plot(*zip(*points, strict=True), **looks[method], label=names[method])
-        ratios.set(
-            xlabel="1 - r (planned share of full training's examples)", ylabel="Training time / that of full data"
-        )
-        top = 1.08 * max([1.0, *(r["time_ratio"] for r in rows)])
-        ratios.set(xlim=(0, 1.02), ylim=(0, top))
-        legend_below(figure, ratios)
-        ratios.set_title(f"Whole trainings: {seeds_text(max(counts))}", fontsize=10)
-        self._bars(parts, result)
-        figure.suptitle(f"Time of pruned training\n{title(result)}")
-        return [(save(figure, folder / "time.png"), self.question)]
-
-    @staticmethod
-    def _bars(panel: Any, result: dict[str, Any]) -> None:
-        rows, names, ticks = result["overheads"], labels(result), []
-        for i, row in enumerate(rows):
-            low, high = 0.0, 0.0  # what saves time by noise hangs below zero
-            for part, (_, colour) in PARTS.items():
-                share = 100 * row[part]
-                panel.bar(i, share, 0.7, bottom=high if share >= 0 else low, color=colour)
-                high, low = high + max(share, 0.0), low + min(share, 0.0)
-            whole = [
-                100 * (r["time_ratio"] - r["examples_share"])
-                for r in result["time_ratios"]
-                if (r["method"], r["ratio"]) == (row["method"], row["ratio"]) and r["time_ratio"] is not None
-            ]
-            if whole:
-                panel.plot([i, i], [min(whole), max(whole)], color="black", linewidth=1)
-                panel.plot(i, mean(whole), "D", color="black", markersize=4)
-            ticks.append(f"{names[row['method']]}\nr = {row['ratio']:g}")
-        panel.axhline(0, color="#555555", linewidth=0.8)
-        for name, colour in PARTS.values():
-            panel.bar([0], [0], color=colour, label=name)
-        measured = "whole trainings (mean and range): time ratio - share of examples"
-        panel.plot([], [], "D", color="black", markersize=4, label=measured)
-        panel.set_xticks(range(len(rows)), ticks, fontsize=8, rotation=90 if len(rows) > 6 else 0)
-        panel.set_ylabel("Overhead (% of a full-data training's time)")
-        panel.legend(loc="upper right", frameon=False, fontsize=8)
-        low, high = panel.get_ylim()
-        panel.set_ylim(low, high + 0.35 * (high - low))
-        panel.set_title("Overhead beyond the share of examples", fontsize=10)
-
-    def tables(self, result: dict[str, Any]) -> list[Table]:
-        overheads = {(r["method"], r["ratio"]): r for r in result["overheads"]}
-        lines, names = [], labels(result)
-        cells = {(r["method"], r["ratio"]): None for r in result["time_ratios"]}
-        for method, ratio in cells:
-            own = [r for r in result["time_ratios"] if (r["method"], r["ratio"]) == (method, ratio)]
-            parts = overheads.get((method, ratio), {})
-            lines.append(
-                (
-                    names[method],
-                    f"{own[0]['planned_share']:g}",
-                    f"{mean(r['examples_share'] for r in own):.3f}",
-                    spread((r["time_ratio"] for r in own), 3),
-                    *(f"{100 * parts[part]:.1f}" if part in parts else "-" for part in PARTS),
-                )
-            )
-        parts_names = tuple(f"{name} (%)" for name, _ in PARTS.values())
-        return [
-            Table(
-                "Training time over that of full data, and overheads in % of a full-data training",
-                ("method", "1 - r", "share of examples", "time ratio", *parts_names),
-                lines,
-                "± is the standard deviation over the seeds. Overheads within a few tenths are noise of the timing.",
-            )
-        ]
+def asks(plan: Plan) -> list[study.Ask]:
+    """The training runs, and of each method that prunes a timing of its parts."""
+    measure = partial(measure_parts, steps=plan.size.timed_steps)
+    timings = [study.Ask(f"timing of {m}", methodcaller("timing", m, measure), {"method": m}) for m in plan.pruned()]
+    return [*study.training_asks(plan), *timings]
 
 
-def _shares(timing: dict[str, Any], ratio: float) -> dict[str, float]:
+def parts(plan: Plan, found: study.Found) -> dict[str, Any]:
+    """Time ratios of the trainings, and what the parts of each method come to at every ratio."""
+    trained = study.training_rows(plan, [(ask, file) for ask, file in found if "ratio" in ask.where])
+    overheads = []
+    for ask, file in found:
+        for ratio in plan.ratios if "ratio" not in ask.where else ():
+            epochs = plan.config(ask.where["method"], ratio, 0).epochs / plan.base.epochs
+            of_parts = {part: epochs * share for part, share in shares(file["timing"], ratio).items()}
+            overheads.append({**ask.where, "ratio": ratio, "device": file["device"], **of_parts})
+    return {"time_ratios": [{key: row[key] for key in study.RUN} for row in trained], "overheads": overheads}
+
+
+def shares(timing: dict[str, Any], ratio: float) -> dict[str, float]:
     """Every part's seconds in an epoch of (1 - ratio) of the steps, as shares of a full-data epoch's seconds."""
     epoch, kept = timing["full_step"] * timing["steps"], (1 - ratio) * timing["steps"]
     return {
@@ -211,3 +127,73 @@ def _shares(timing: dict[str, Any], ratio: float) -> dict[str, float]:
         "selection": timing["selection"] / epoch,
         "drawing": timing["drawing"] / epoch,
     }
+
+
+def draw(result: study.Result) -> list[tuple[str, Figure]]:
+    """Time ratios beside their minimum, and what the rest of the time goes to."""
+    figure, (ratios, overheads) = panels(1, 2, 13, 5.4)
+    rows = [row for row in result["time_ratios"] if row["time_ratio"] is not None]
+    names, looks = study.labels(result), report.styles(result["settings"]["methods"])
+    ratios.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1.2, label="theoretical minimum, 1 - r")
+    most = 0  # seeds
+    for method, own in study.by_method(result, rows).items():
+        if method != "full":
+            points = [(share, [r["time_ratio"] for r in at]) for share, at in by_value(own, "planned_share").items()]
+            ranges(ratios, points, {**looks[method], "label": names[method]})
+            most = max(most, *(len(values) for _, values in points))
+    ratios.set(xlabel="1 - r (planned share of full training's examples)", ylabel="Training time / that of full data")
+    highest = max([1.0, *(row["time_ratio"] for row in rows if row["method"] != "full")])
+    ratios.set(xlim=(0, 1.02), ylim=(0, 1.08 * highest))
+    ratios.set_title(f"Whole trainings: {study.seeds_text({most})}", fontsize=10)
+    legend_below(figure, ratios)
+    _bars(overheads, result["overheads"], rows, names)
+    figure.suptitle(f"Time of pruned training\n{study.title(result)}")
+    return [("", figure)]
+
+
+def _bars(panel: Axes, overheads: list[Row], trained: list[Row], names: dict[str, str]) -> None:
+    """A bar for each method and ratio of what its parts take, and beside it what whole trainings took."""
+    for i, row in enumerate(overheads):
+        low, high = 0.0, 0.0  # what saves time by noise hangs below zero
+        for part, (_, colour) in PARTS.items():
+            share = 100 * row[part]
+            panel.bar(i, share, 0.7, bottom=high if share >= 0 else low, color=colour)
+            high, low = high + max(share, 0.0), low + min(share, 0.0)
+        own = study.select(trained, method=row["method"], ratio=row["ratio"])
+        whole = [100 * (r["time_ratio"] - r["examples_share"]) for r in own]
+        if whole:
+            panel.plot([i, i], [min(whole), max(whole)], color="black", linewidth=1)
+            panel.plot(i, mean(whole), "D", color="black", markersize=4)
+    panel.axhline(0, color=GREY, linewidth=0.8)
+    for name, colour in PARTS.values():
+        panel.bar([0], [0], color=colour, label=name)
+    measured = "whole trainings (mean and range): time ratio - share of examples"
+    panel.plot([], [], "D", color="black", markersize=4, label=measured)
+    ticks = [f"{names[row['method']]}\nr = {row['ratio']:g}" for row in overheads]
+    panel.set_xticks(range(len(ticks)), ticks, fontsize=8, rotation=90 if len(ticks) > 6 else 0)
+    panel.set_ylabel("Overhead (% of a full-data training's time)")
+    panel.legend(loc="upper right", frameon=False, fontsize=8)
+    low, high = panel.get_ylim()
+    panel.set_ylim(low, high + 0.35 * (high - low))
+    panel.set_title("Overhead beyond the share of examples", fontsize=10)
+
+
+def tables(result: study.Result) -> list[Table]:
+    """Time ratios, and what their parts take."""
+
+    def part(name: str, cell: study.Cell) -> str:
+        found = study.select(result["overheads"], method=cell.method, ratio=cell.ratio)
+        return optional(found[0][name] if found else None, 1, 100)
+
+    rows, order = result["time_ratios"], result["settings"]["methods"]
+    cells = sorted(study.by_cell(result, rows), key=lambda cell: (cell.ratio > 0, order.index(cell.method)))
+    columns: dict[str, Callable[[study.Cell], str]] = {
+        "method": lambda cell: cell.label,
+        "1 - r": lambda cell: f"{cell.rows[0]['planned_share']:g}",
+        "share of examples": lambda cell: f"{mean(r['examples_share'] for r in cell.rows):.3f}",
+        "time ratio": lambda cell: spread((r["time_ratio"] for r in cell.rows), 3),
+        **{f"{name} (%)": partial(part, key) for key, (name, _) in PARTS.items()},
+    }
+    heading = "Training time over that of full data, and overheads in % of a full-data training"
+    note = "± is the standard deviation over the seeds. Overheads within a few tenths are noise of the timing."
+    return [Table.of(heading, cells, columns, note)]

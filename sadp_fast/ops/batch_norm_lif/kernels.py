@@ -155,7 +155,7 @@ _UNSPECIALISED = ("examples", "channel_blocks", "tiles", "team", "teams")
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
-def _channel_statistics_kernel(
+def channel_statistics_kernel(
     x_ptr,
     count_ptr,  # how many values a program has seen of each of its channels, [slots]
     partial_ptr,  # their mean and their sum of squared deviations from it, see _pair
@@ -229,7 +229,7 @@ DRIVE_SHIFT = tl.constexpr(3)
 # stored. For that the partial sums are loaded one by one, as what may be unaligned is; with four at a time each result
 # would go through shared memory once more (on an H100 0.4 and 0.6 us of 4).
 @triton.jit(do_not_specialize=("slots", "elements"), do_not_specialize_on_alignment=("count_ptr", "partial_ptr"))
-def _constants_kernel(
+def constants_kernel(
     count_ptr,
     partial_ptr,
     running_mean_ptr,
@@ -363,7 +363,7 @@ def _forward_steps(x, residual, out, tile, drive, norm, membrane, STEPS: tl.cons
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
-def _forward_kernel(
+def norm_forward_kernel(
     x_ptr,
     residual_ptr,
     out_ptr,
@@ -493,7 +493,7 @@ def _backward_steps(x, grad, grad_x, tile, deviation, v, norm, membrane, STEPS: 
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
-def _backward_kernel(
+def norm_backward_kernel(
     x_ptr,
     grad_ptr,
     grad_x_ptr,
@@ -598,7 +598,7 @@ PARTS = tl.constexpr(16)
     do_not_specialize=("slots", "elements", "examples", "energy_parts", "norm_parts"),
     do_not_specialize_on_alignment=("sums_ptr",),
 )
-def _finish_backward_kernel(
+def finish_backward_kernel(
     sums_ptr,
     constants_ptr,
     reciprocal_tau_ptr,

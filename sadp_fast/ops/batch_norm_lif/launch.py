@@ -25,11 +25,11 @@ from .configuration import TUNING, BackwardHow, Configuration, Does, Fires, Forw
 from .kernels import (
     EXAMPLES,
     GROUP,
-    _backward_kernel,
-    _channel_statistics_kernel,
-    _constants_kernel,
-    _finish_backward_kernel,
-    _forward_kernel,
+    channel_statistics_kernel,
+    constants_kernel,
+    finish_backward_kernel,
+    norm_backward_kernel,
+    norm_forward_kernel,
 )
 from .reference import Normalisation
 
@@ -127,7 +127,7 @@ class _Statistics:
         grid = shape.grid(config)
         self.slots, self.pairs = grid.slots, _pairs(shape, grid.slots)
         constants = {"CUT": shape.cut(grid, shape.steps), **config.options}
-        self.launch = Launch(_channel_statistics_kernel, shape.device, grid.programs, shape.numbers(grid), constants)
+        self.launch = Launch(channel_statistics_kernel, shape.device, grid.programs, shape.numbers(grid), constants)
 
     def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
         count = x.new_empty(self.slots, dtype=torch.float32)
@@ -151,11 +151,11 @@ class _Fire:
         grid = shape.grid(config)
         self.out, self.repeated, self.want_v = layer.out, layer.repeated, want_v
         self.energies = (shape.examples, grid.parts) if want_energy else None
-        numbers = shape.numbers(grid, (0, 0) if residual_strides is None else residual_strides)
-        numbers = (*numbers, neuron.keep, neuron.v_threshold, neuron.v_rest)
+        strides = (0, 0) if residual_strides is None else residual_strides
+        numbers = (*shape.numbers(grid, strides), neuron.keep, neuron.v_threshold, neuron.v_rest)
         does = Fires(residual_strides is not None, want_v, want_energy)
         how = ForwardHow(shape.cut(grid, layer.steps, layer.repeated), neuron.forward, does)
-        self.launch = Launch(_forward_kernel, shape.device, grid.programs, numbers, {"HOW": how, **config.options})
+        self.launch = Launch(norm_forward_kernel, shape.device, grid.programs, numbers, {"HOW": how, **config.options})
 
     def run(
         self, x: Tensor, constants: Tensor, reciprocal_tau: Tensor | None, residual: Tensor | None
@@ -195,7 +195,7 @@ class _Gradients:
         numbers = (*shape.numbers(grid, grad_strides), neuron.keep, neuron.gain, neuron.v_threshold)
         numbers = (*numbers, neuron.v_rest, neuron.alpha)
         how = BackwardHow(shape.cut(grid, layer.steps, layer.repeated), neuron.backward, does)
-        self.launch = Launch(_backward_kernel, shape.device, grid.programs, numbers, {"HOW": how, **config.options})
+        self.launch = Launch(norm_backward_kernel, shape.device, grid.programs, numbers, {"HOW": how, **config.options})
 
     def run(
         self,
@@ -290,7 +290,7 @@ class Layer:
         )
         constants = {"NORM": kind, "KIND": neuron.learned, **_FINISH}
         programs = triton.cdiv(self.shape.channels, GROUP.value)
-        return Launch(_constants_kernel, self.shape.device, programs, numbers, constants)
+        return Launch(constants_kernel, self.shape.device, programs, numbers, constants)
 
     def fire(
         self,
@@ -415,7 +415,7 @@ class Backward:
         programs = triton.cdiv(shape.channels, GROUP.value)
         if self._scored:
             programs += triton.cdiv(shape.examples, EXAMPLES.value)
-        return Launch(_finish_backward_kernel, shape.device, programs, numbers, constants)
+        return Launch(finish_backward_kernel, shape.device, programs, numbers, constants)
 
 
 _layers: dict[tuple, Layer | None] = kept()

@@ -53,7 +53,7 @@ torch.library.define(
     "sadp_fast::batch_norm_lif_forward",
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? reciprocal_tau, Tensor? running_mean,"
     " Tensor? running_var, Tensor? batches, SymInt? repeat, float eps, float? momentum, bool use_batch, bool update,"
-    f" {_NEURON_SCHEMA}, bool want_v, bool want_energy)"
+    f" {_NEURON_SCHEMA}, bool want_energy)"
     " -> (Tensor out, Tensor v, Tensor constants, Tensor energy, Tensor running)",
 )
 torch.library.define(
@@ -81,7 +81,7 @@ def _launch_forward(
     repeat: int | None,
     *constants_and_flags: Any,
 ) -> tuple[Tensor, ...]:
-    eps, momentum, use_batch, update, *numbers, want_v, want_energy = constants_and_flags
+    eps, momentum, use_batch, update, *numbers, want_energy = constants_and_flags
     running = nothing(x)
     if update:
         running = torch.stack((running_mean, running_var))  # type: ignore[arg-type]
@@ -90,9 +90,9 @@ def _launch_forward(
     norm = Normalisation(eps, momentum, running_mean, running_var, batches, use_batch, update)
     layer, x = layer_for(x, repeat, _neuron(*numbers), NormalisationKind.of(norm, weight is not None))
     constants = layer.constants(x, norm, weight, bias, reciprocal_tau)
-    out, v, energy = layer.fire(x, constants, reciprocal_tau, residual, want_v, want_energy)
-    energy = nothing(x) if energy is None else energy.sum(1)
-    return out, nothing(x) if v is None else v, constants, energy, running
+    out, v, energy = layer.fire(x, constants, reciprocal_tau, residual, True, want_energy)
+    assert v is not None
+    return out, v, constants, nothing(x) if energy is None else energy.sum(1), running
 
 
 def _launch_backward(
@@ -132,12 +132,12 @@ def _out_of(x: Tensor, repeat: int | None) -> layout.Sequence:
 
 @torch.library.register_fake("sadp_fast::batch_norm_lif_forward")
 def _(x, residual, weight, bias, reciprocal_tau, running_mean, running_var, batches, repeat, *constants_and_flags):
-    _, _, _, update, *_, want_v, want_energy = constants_and_flags
+    _, _, _, update, *_, want_energy = constants_and_flags
     out = _out_of(as_read(x, repeat is not None), repeat)
     _, examples, channels = out.shape[:3]
     return (
         x.new_empty_strided(out.shape, out.strides),
-        x.new_empty_strided(out.shape[1:], out.strides[1:], dtype=torch.float32) if want_v else nothing(x),
+        x.new_empty_strided(out.shape[1:], out.strides[1:], dtype=torch.float32),
         x.new_empty((4, channels), dtype=torch.float32),
         x.new_empty(examples if want_energy else 0, dtype=torch.float32),
         x.new_empty((2, channels), dtype=torch.float32) if update else nothing(x),
@@ -242,7 +242,6 @@ class _RegisteredBatchNormLIF(torch.autograd.Function):
             repeat,
             *normalisation,
             *neuron,
-            True,
             delta is not None,
         )
         ctx.save_for_backward(x, constants, reciprocal_tau, weight, bias)
@@ -312,7 +311,7 @@ def batch_norm_lif(
         surrogate, alpha: position in ``surrogate.FUSED`` and steepness.
         reciprocal_tau: 1 / tau of ``dynamics.learned_tau``, float32, 0-dim, differentiable.
         repeat: T, where every step has the same x (direct coding).
-        want_v: whether to write the final membrane potential in the same pass.
+        want_v: whether to write the final membrane potential in the same pass; the registered operators always do.
         energies: two float32 [N], both written until the backward pass is over: the squared norm of each example's
             output, and that of its gradient with respect to x with the normalisation's statistics held constant, each
             summed over time (the gradient of a repeated x is that of all steps).
@@ -364,7 +363,7 @@ def _registered(
     repeat: int | None,
     energies: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Callable[[], Tensor]]:
-    """``batch_norm_lif`` by the registered operators; the potential is always written."""
+    """``batch_norm_lif`` by the registered operators."""
     out, v, energy, running = _RegisteredBatchNormLIF.apply(
         x,
         residual,

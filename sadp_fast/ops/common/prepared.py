@@ -20,7 +20,9 @@ V = TypeVar("V")
 class Plan(Protocol):
     """A kernel with the ``Launch`` of one configuration."""
 
-    run: Callable[..., Any]
+    @property
+    def run(self) -> Callable[..., Any]:
+        """Launches it with x and the other tensors."""
 
 
 class Prepared(Generic[C]):

@@ -217,7 +217,7 @@ def _forward_tile(x, first, v, membrane, STEP: tl.constexpr, HOW: tl.constexpr):
 
 
 @triton.jit
-def _lif_forward_kernel(
+def lif_forward_kernel(
     x_ptr,
     v_init_ptr,
     reciprocal_tau_ptr,
@@ -402,7 +402,7 @@ def _potential_before(checkpoints, v_init_ptr, v_init, chunk, HOW: tl.constexpr)
 
 
 @triton.jit
-def _lif_backward_kernel(
+def lif_backward_kernel(
     x_ptr,
     v_init_ptr,
     reciprocal_tau_ptr,

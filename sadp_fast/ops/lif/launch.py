@@ -38,7 +38,7 @@ from ..common.layout import (
 )
 from ..common.prepared import Prepared, keep, kept
 from .configuration import BackwardHow, Configuration, ForwardHow, Grid, Has, Stores, Wanted, candidates
-from .kernels import _lif_backward_kernel, _lif_forward_kernel
+from .kernels import lif_backward_kernel, lif_forward_kernel
 
 
 class Constants(NamedTuple):
@@ -86,10 +86,10 @@ class _ForwardPlan:
         self.launch = None
         if x.numel() > 0:
             how = ForwardHow(cut, neuron.kind(has[1]), Has(*has), stores)
-            numbers = (grid.size, grid.blocks, grid.examples, *x.stride()[:2])
-            numbers += (neuron.v_init, neuron.tau, neuron.v_threshold, neuron.v_rest)
+            sizes = (grid.size, grid.blocks, grid.examples, *x.stride()[:2])
+            numbers = (*sizes, neuron.v_init, neuron.tau, neuron.v_threshold, neuron.v_rest)
             constants = {"HOW": how, **grid.options}
-            self.launch = Launch(_lif_forward_kernel, x.device, grid.programs, numbers, constants)
+            self.launch = Launch(lif_forward_kernel, x.device, grid.programs, numbers, constants)
 
     def run(self, x: Tensor, v_init: Tensor | None, reciprocal_tau: Tensor | None) -> tuple[Tensor | None, ...]:
         stores, sequence = self.stores, self.sequence
@@ -131,10 +131,10 @@ class _BackwardPlan:
             given, (detach_reset, surrogate, alpha) = Has(*has), options
             kind = neuron.kind(given.reciprocal_tau)._replace(detach_reset=detach_reset, surrogate=surrogate)
             channels = (x.shape[2], x.stride(2)) if given.channel_scale else (1, 1)
-            numbers = (grid.size, grid.blocks, grid.examples, *channels, *x.stride()[:2], *grad_spikes.stride()[:2])
-            numbers += (neuron.v_init, neuron.tau, neuron.v_threshold, neuron.v_rest, alpha)
+            sizes = (grid.size, grid.blocks, grid.examples, *channels, *x.stride()[:2], *grad_spikes.stride()[:2])
+            numbers = (*sizes, neuron.v_init, neuron.tau, neuron.v_threshold, neuron.v_rest, alpha)
             constants = {"HOW": BackwardHow(grid.cut, kind, given, wanted), **grid.options}
-            self.launch = Launch(_lif_backward_kernel, x.device, grid.programs, numbers, constants)
+            self.launch = Launch(lif_backward_kernel, x.device, grid.programs, numbers, constants)
 
     def run(
         self,

@@ -220,35 +220,23 @@ class _RegisteredLIF(torch.autograd.Function):
         x: Tensor,
         v_init: Tensor | None,
         reciprocal_tau: Tensor | None,
-        v_init_value: float,
-        dynamics: Dynamics,
-        surrogate: int,
-        alpha: float,
+        neuron: Constants,
+        options: tuple[bool, int, float],
         store_v_seq: bool,
         count_spikes: bool,
         grad_norm_sq: Tensor | None,
         channel_scale: Tensor | None,
         will_backward: bool,
     ):
-        constants = (
-            v_init_value,
-            1.0 if dynamics.constant_tau is None else dynamics.constant_tau,
-            dynamics.tau is not None,
-            dynamics.decay_input,
-            dynamics.v_threshold,
-            dynamics.v_rest,
-            dynamics.v_reset is None,
-        )
+        stores = (store_v_seq, will_backward and takes_several_chunks(x), count_spikes)
         spikes, v, v_seq, checkpoints, spike_count = torch.ops.sadp_fast.lif_forward(
-            x, v_init, reciprocal_tau, *constants, store_v_seq, will_backward and takes_several_chunks(x), count_spikes
+            x, v_init, reciprocal_tau, *neuron, *stores
         )
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(spike_count)
         if will_backward:
             ctx.save_for_backward(x, v_init, reciprocal_tau, checkpoints, channel_scale)
-            ctx.constants = constants
-            ctx.options = (dynamics.detach_reset, surrogate, alpha)
-            ctx.grad_norm_sq = grad_norm_sq
+            ctx.neuron, ctx.options, ctx.grad_norm_sq = neuron, options, grad_norm_sq
         return spikes, v, v_seq, spike_count
 
     @staticmethod
@@ -264,7 +252,7 @@ class _RegisteredLIF(torch.autograd.Function):
             grad_v,
             grad_v_seq,
             channel_scale,
-            *ctx.constants,
+            *ctx.neuron,
             *ctx.options,
             wants_grad_v_init,
             ctx.grad_norm_sq is not None,
@@ -272,12 +260,8 @@ class _RegisteredLIF(torch.autograd.Function):
         )
         if ctx.grad_norm_sq is not None:
             ctx.grad_norm_sq.copy_(grad_norm_sq)
-        return (
-            grad_x,
-            grad_v_init if wants_grad_v_init else None,
-            grad_tau if wants_grad_tau else None,
-            *([None] * 9),
-        )
+        grads = (grad_v_init if wants_grad_v_init else None, grad_tau if wants_grad_tau else None)
+        return grad_x, *grads, *([None] * 7)
 
 
 # ----------------------------------------------------------------------------------------------------- entry points
@@ -416,10 +400,8 @@ def lif(
         x,
         v_init,
         reciprocal_tau,
-        v_init_value,
-        dynamics,
-        surrogate,
-        alpha,
+        Constants.of(dynamics, v_init_value),
+        (dynamics.detach_reset, surrogate, alpha),
         store_v_seq,
         count_spikes,
         grad_norm_sq,

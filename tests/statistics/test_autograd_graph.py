@@ -6,7 +6,7 @@ from torch import nn
 from unfused import unfused
 
 from sadp_fast import SADP, BatchNormIF, BatchNormLIF, BatchNormParametricLIF, IFNode, LIFNode, ParametricLIFNode, reset
-from sadp_fast.statistics.dataflow import Probe, batch_norm_scale
+from sadp_fast.statistics.autograd_graph import Probe, batch_norm_scale
 from sadp_fast.statistics.energies import energy_per_example
 
 T, N = 3, 4
@@ -25,11 +25,10 @@ def lif():
 
 def read(model, x):
     probe = Probe(model)
-    handles = probe.hooks()
+    attachment = probe.attach()
     output = model(x)
     layers = probe.resolve(output.sum())
-    for handle in handles:
-        handle.remove()
+    attachment.remove()
     return {layer.name: layer for layer in layers}
 
 

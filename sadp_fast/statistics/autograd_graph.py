@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,13 +21,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..memory.packed_spikes import unpack
 from ..nn import surrogate
-from ..nn.batch_norm_lif import CallEnergies
-from ..nn.neuron import BaseNode
+from ..nn.batch_norm_lif import BatchNormNode
+from ..nn.node import BaseNode
+from ..nn.recorder import Call, Recorder
 from ..nn.weight_layers import WEIGHT_LAYERS, is_trained
 from ..ops.batch_norm_lif.reference import batch_variance
 from ..ops.common.saved_tensors import hooks_of_saved_tensors
 from ..ops.lif.reference import squared_norm_per_example
-from .own_hook import OwnHook
+from .attachment import Attachment
 from .score import patch_multiplicity
 
 # Autograd nodes that leave every element as it is; the second group also moves dimensions.
@@ -37,14 +38,9 @@ _MOVES = {"Transpose", "Permute"}
 Edge = tuple[Any, int]  # (autograd node, number of its output)
 
 
-def keeps_energies(node: nn.Module) -> bool:
-    """Whether a neuron keeps ``CallEnergies``: one with a normalisation of its own."""
-    return hasattr(node, "energy_buffers")
-
-
 def knows_output_energy(node: BaseNode) -> bool:
     """Whether a neuron's statistics hold its output's squared norm, and not only how much of it is not 0."""
-    return keeps_energies(node) or surrogate.fused_index(node.surrogate_function) is not None
+    return isinstance(node, BatchNormNode) or surrogate.fused_index(node.surrogate_function) is not None
 
 
 def first_input(inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> Tensor:
@@ -86,7 +82,7 @@ class WeightLayer:
 
 
 @dataclass(frozen=True)
-class Call:
+class Seen:
     """What is known of one module's call; not its tensors, which would outlive their use and fill the memory.
 
     Attributes:
@@ -96,7 +92,6 @@ class Call:
         input_norms: of a weight layer, ``squared_norm_per_example`` of its input: one for each index of the first two
             dimensions.
         scale: of a normalisation, ``batch_norm_scale``.
-        energies: of a neuron that keeps them.
     """
 
     name: str
@@ -106,61 +101,74 @@ class Call:
     output_shape: torch.Size
     input_norms: Tensor | None = None
     scale: Tensor | None = None
-    energies: CallEnergies | None = None
+
+
+class EnergyRecorder(Recorder):
+    """The energies of a BatchNorm node in its calls with gradients."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+    def begin(self, call: Call) -> bool:
+        if not call.awaits_norms:
+            return False
+        call.wants_energies = True
+        self.calls.append(call)
+        return True
 
 
 @dataclass
 class Probe:
-    """Records, by forward hooks, the calls of one forward pass whose graph is then read by ``resolve``."""
+    """Records the calls of one forward pass, whose graph is then read by ``resolve``."""
 
     model: nn.Module
-    layers: list[Call] = field(default_factory=list)
-    norms: list[Call] = field(default_factory=list)
-    neurons: list[Call] = field(default_factory=list)
+    layers: list[Seen] = field(default_factory=list)
+    norms: list[Seen] = field(default_factory=list)
+    neurons: list[Seen] = field(default_factory=list)
+    # Of the neurons with a normalisation, by name.
+    recorders: dict[str, EnergyRecorder] = field(default_factory=dict)
     # Layers that ``resolve`` found on the other side of a transposition of time and batch than the neuron beside them.
     batch_first: set[str] = field(default_factory=set)
 
-    def settings(self) -> list[tuple[nn.Module, str, Any]]:
-        """(module, attribute, value) while the model runs: what is to measure."""
-        return [(node, "collect_statistics", True) for node in self.model.modules() if keeps_energies(node)]
-
-    def hooks(self) -> list[torch.utils.hooks.RemovableHandle]:
-        """Register the recording hooks; the caller removes them."""
-        handles = []
+    def attach(self) -> Attachment:
+        """Put the hooks and recorders on the model; the caller removes them."""
+        attachment = Attachment()
         for name, module in self.model.named_modules():
-            calls = self._calls_of(module)
-            if calls is not None:
-                hook = OwnHook(module, self._recorder(name, calls))
-                handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        return handles
+            seen = self._seen(module)
+            if seen is not None:
+                attachment.hook(module, self._hook(name, seen))
+            if isinstance(module, BatchNormNode):
+                self.recorders[name] = EnergyRecorder()
+                attachment.record(module, self.recorders[name])
+        return attachment
 
-    def forget(self) -> None:
-        """Drop what was recorded."""
-        for calls in (self.layers, self.norms, self.neurons):
-            calls.clear()
+    def start(self) -> None:
+        """Begin a batch: drop what was recorded."""
+        for seen in (self.layers, self.norms, self.neurons):
+            seen.clear()
+        for recorder in self.recorders.values():
+            recorder.calls.clear()
 
-    def _calls_of(self, module: nn.Module) -> list[Call] | None:
+    def _seen(self, module: nn.Module) -> list[Seen] | None:
         if isinstance(module, BaseNode):
             return self.neurons
         if isinstance(module, WEIGHT_LAYERS):
             return self.layers if is_trained(module) else None
         return self.norms if isinstance(module, _BatchNorm) else None
 
-    def _recorder(self, name: str, calls: list[Call]) -> Callable[..., None]:
+    def _hook(self, name: str, seen: list[Seen]) -> Callable[..., None]:
         @torch.no_grad()
         def measured(module: Any, x: Tensor, output: Tensor) -> dict[str, Any]:
-            if calls is self.layers:
+            if seen is self.layers:
                 return {"input_norms": squared_norm_per_example(x)}
-            if calls is self.norms:
-                return {"scale": batch_norm_scale(module, x, output) if _scalable(module, x, output) else None}
-            energies = getattr(module, "energies", None)
-            return {"energies": energies[-1] if energies else None}
+            scalable = seen is self.norms and _scalable(module, x, output)
+            return {"scale": batch_norm_scale(module, x, output)} if scalable else {}
 
         def record(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
             if torch.is_grad_enabled():
                 x = first_input(inputs, named)
                 edges = _edge(x), _edge(output)
-                calls.append(Call(name, *edges, x.shape, output.shape, **measured(module, x, output)))
+                seen.append(Seen(name, *edges, x.shape, output.shape, **measured(module, x, output)))
 
         return record
 
@@ -176,7 +184,7 @@ class Probe:
         spikes_of = {call.output: call.name for call in self.neurons}
         modules = dict(self.model.named_modules())
 
-        norm_behind: dict[Edge, Call] = {}  # layer output -> the normalisation that alone consumes it
+        norm_behind: dict[Edge, Seen] = {}  # layer output -> the normalisation that alone consumes it
         for call in self.norms:
             source = graph.walk_back(call.input, layer_of, alone=True)
             if source is not None and call.scale is not None:
@@ -189,7 +197,7 @@ class Probe:
             if source in norm_at:
                 # A neuron with a normalisation of its own knows the gradient in front of that one alone.
                 lines_up = _channels_line_up(norm_at[source].output_shape, call.input_shape)
-                if not lines_up or keeps_energies(modules[call.name]):
+                if not lines_up or isinstance(modules[call.name], BatchNormNode):
                     continue
             neuron_behind[source] = call.name
 
@@ -298,12 +306,12 @@ def _channels_line_up(norm_output: torch.Size, x: torch.Size) -> bool:
 def _common(a: WeightLayer, b: WeightLayer) -> WeightLayer:
     """What holds for two calls of one layer."""
     same_norm = a.norm == b.norm
-    return WeightLayer(
-        a.name,
-        a.multiplicity,
-        a.input_neuron if a.input_neuron == b.input_neuron else None,
-        a.norm if same_norm else None,
-        a.output_neuron if same_norm and a.output_neuron == b.output_neuron else None,
+    same_output = same_norm and a.output_neuron == b.output_neuron
+    return replace(
+        a,
+        input_neuron=a.input_neuron if a.input_neuron == b.input_neuron else None,
+        norm=a.norm if same_norm else None,
+        output_neuron=a.output_neuron if same_output else None,
     )
 
 
@@ -311,11 +319,13 @@ def _with_unique_sites(layers: list[WeightLayer]) -> list[WeightLayer]:
     """A neuron or normalisation shared by two layers mixes their gradients: such layers are measured by themselves."""
     norms = Counter(layer.norm for layer in layers)
     neurons = Counter(layer.output_neuron for layer in layers)
-    return [
-        WeightLayer(layer.name, layer.multiplicity, layer.input_neuron, None, None)
-        if (layer.norm and norms[layer.norm] > 1) or (layer.output_neuron and neurons[layer.output_neuron] > 1)
-        else layer
+    shared = [
+        (layer.norm and norms[layer.norm] > 1) or (layer.output_neuron and neurons[layer.output_neuron] > 1)
         for layer in layers
+    ]
+    return [
+        replace(layer, norm=None, output_neuron=None) if mixed else layer
+        for layer, mixed in zip(layers, shared, strict=True)
     ]
 
 

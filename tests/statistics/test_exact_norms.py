@@ -8,8 +8,8 @@ from torch import nn
 
 from sadp_fast import BatchNormLIF, BatchNormParametricLIF, LIFNode, reset
 from sadp_fast.lab import models
-from sadp_fast.statistics import exact
-from sadp_fast.statistics.exact import gradient_norms
+from sadp_fast.statistics import exact_norms
+from sadp_fast.statistics.exact_norms import gradient_norms
 
 CLASSES, EXAMPLES = 5, 6
 criterion = nn.CrossEntropyLoss()
@@ -44,7 +44,7 @@ def one_at_a_time(model, x, y, least_dimensions):
 @pytest.mark.parametrize("weights_only", [False, True])
 @pytest.mark.parametrize("name", ["mlp", "conv", "spikformer", "sew_resnet18"])
 def test_norms_are_those_of_autograd(name, weights_only, device, monkeypatch):
-    monkeypatch.setattr(exact, "_one_by_one", None)  # all of these can be batched
+    monkeypatch.setattr(exact_norms, "_one_by_one", None)  # all of these can be batched
     # In float64, where a sum in another order makes no neuron fire that did not.
     model, x, y = example(name, device, torch.float64)
     norms = gradient_norms(model, x, y, criterion, weights_only=weights_only)
@@ -54,7 +54,7 @@ def test_norms_are_those_of_autograd(name, weights_only, device, monkeypatch):
 
 
 def test_time_constants_are_parameters_too(device, monkeypatch):
-    monkeypatch.setattr(exact, "_one_by_one", None)
+    monkeypatch.setattr(exact_norms, "_one_by_one", None)
     monkeypatch.setattr(models.plain, "lif", lambda features: BatchNormParametricLIF(features, decay_input=False))
     model, x, y = example("conv", device, torch.float64)
     norms = [gradient_norms(model, x, y, criterion, weights_only=only) for only in (False, True)]
@@ -66,7 +66,7 @@ def test_time_constants_are_parameters_too(device, monkeypatch):
 def test_any_number_of_examples_and_small_chunks(device, monkeypatch):
     model, x, y = example("mlp", device, torch.float64)
     whole = gradient_norms(model, x, y, criterion)
-    monkeypatch.setattr(exact, "_LARGEST_CHUNK", 4)
+    monkeypatch.setattr(exact_norms, "_LARGEST_CHUNK", 4)
     torch.testing.assert_close(gradient_norms(model, x, y, criterion), whole, rtol=1e-9, atol=0)
 
 
@@ -90,8 +90,8 @@ def test_what_vmap_cannot_batch_passes_one_by_one(device, monkeypatch):
 
     _, x, y = example("mlp", device, torch.float64)
     model, calls = Net().to(device, torch.float64), []
-    real = exact._one_by_one
-    monkeypatch.setattr(exact, "_one_by_one", lambda *args: calls.append(1) or real(*args))
+    real = exact_norms._one_by_one
+    monkeypatch.setattr(exact_norms, "_one_by_one", lambda *args: calls.append(1) or real(*args))
     norms = gradient_norms(model, x, y, criterion)
     assert len(calls) == EXAMPLES
     torch.testing.assert_close(norms, one_at_a_time(model, x, y, 1), rtol=1e-9, atol=0)
@@ -121,7 +121,7 @@ def test_training_goes_on_as_if_nothing_had_been_asked(device):
         assert node.surrogate_function is surrogate and node.backend is None and node.collect_statistics
         assert model.training and all(module.training for module in model.modules())
         grads = [p.grad for p in model.parameters()]
-        return grads, [b.clone() for b in model.buffers()], node.v.detach(), node.energies[0].delta
+        return grads, [b.clone() for b in model.buffers()], node.v.detach(), node.recorder.calls[0].energies.delta
 
     for left, asked in zip(step(False), step(True), strict=True):
         for a, b in zip(left, asked, strict=True) if isinstance(left, list) else [(left, asked)]:

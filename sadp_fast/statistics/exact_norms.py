@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from ..nn.neuron import _State, neurons
+from ..nn.node import at_rest, neurons, reset
 from ..nn.surrogate import FUSED, fused_index
 
 _GRADIENT_BYTES = 1 << 28  # of per-example gradients that are held at once
@@ -53,7 +53,7 @@ def gradient_norms(
         x = x.to(torch.promote_types(x.dtype, next(iter(trained.values())).dtype))
     size = sum(p.numel() * p.element_size() for p in trained.values())
     chunk = max(1, min(_LARGEST_CHUNK, _GRADIENT_BYTES // size))
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False), _evaluating(model):
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False), _evaluating(model), at_rest(model):
         try:
             with _in_plain_torch(model):
                 parts = [_batched(model, trained, *part, criterion) for part in _chunks(x, y, chunk)]
@@ -76,7 +76,7 @@ def _batched(
     def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return criterion(functional_call(model, parameters, (x.unsqueeze(0),)), y.unsqueeze(0))
 
-    _rest(model)
+    reset(model)
     losses = vmap(loss)(own, x, y)
     return _norms(torch.autograd.grad(losses.sum(), list(own.values()), allow_unused=True))
 
@@ -84,7 +84,7 @@ def _batched(
 def _one_by_one(
     model: nn.Module, trained: dict[str, Tensor], x: Tensor, y: Tensor, criterion: Callable[..., Tensor]
 ) -> Tensor:
-    _rest(model)
+    reset(model)
     own = {name: p.clone().requires_grad_() for name, p in trained.items()}
     loss = criterion(functional_call(model, own, (x,)), y)
     gradients = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
@@ -97,28 +97,16 @@ def _norms(gradients: tuple[Tensor | None, ...]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(each), dim=0)
 
 
-def _rest(model: nn.Module) -> None:
-    """Neurons at rest. Not by their ``reset``, which would forget what the training loop has not read yet."""
-    for node in neurons(model).values():
-        node._state = _State(node.dynamics.v_rest)
-
-
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards everything is as it was, the neurons' state too."""
+    """Evaluation mode; afterwards everything is as it was."""
     modes = [(module, module.training) for module in model.modules()]
-    nodes = list(neurons(model).values())
-    states = [(node, node._state, node.collect_statistics) for node in nodes]
     try:
         model.eval()
-        for node in nodes:
-            node.collect_statistics = False
         yield
     finally:
         for module, training in modes:
             module.training = training
-        for node, state, collects in states:
-            node._state, node.collect_statistics = state, collects
 
 
 @contextmanager
