@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import pkgutil
 import re
 import shlex
 import statistics
@@ -92,6 +93,12 @@ def test_commands_exist(path):
 def test_named_files_exist(path):
     names = re.findall(r"`((?:docs|benchmarks|tests|sadp_fast|csrc|\.ci)/[\w./]+)", path.read_text())
     assert [name for name in names if "NAME" not in name and not (ROOT / name).exists()] == []
+
+
+@each
+def test_named_modules_exist(path):
+    for name in re.findall(r"`(sadp_fast(?:\.\w+)+)[`(]", path.read_text()):
+        assert pkgutil.resolve_name(name) is not None
 
 
 def _check_options(words):
