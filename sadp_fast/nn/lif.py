@@ -63,6 +63,18 @@ class IFNode(BaseNode):
     Arguments, state and errors are those of ``LIFNode``.
     """
 
+    def __init__(
+        self,
+        v_threshold: float = 1.0,
+        v_reset: float | None = 0.0,
+        surrogate_function: Callable[[Tensor], Tensor] | None = None,
+        detach_reset: bool = False,
+        step_mode: str = "s",
+        store_v_seq: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(v_threshold, v_reset, surrogate_function, detach_reset, step_mode, store_v_seq, backend)
+
 
 class ParametricLIFNode(BaseNode):
     """``LIFNode`` whose time constant is learned, a drop-in for SpikingJelly's ``ParametricLIFNode`` (PLIF).

@@ -43,7 +43,7 @@ class Call:
         channel_scale: None, or [C]: the norms are those of the gradient times this scale along the channel dimension
             (dimension 1 of one step's input). With gamma/sigma of a normalisation in front of the neuron, they are
             those of the gradient in front of that normalisation.
-        memory: flat float32 that outlives the call; under torch.compile a backward pass can only write into such.
+        memory: flat float32 that outlives a call under torch.compile, whose backward pass can only write into such.
 
     Attributes, which others set:
         shared: whether several recorders measure this call.
@@ -81,11 +81,10 @@ class Call:
 
     def energy_rows(self) -> Energies:
         """Two float32 [N] for the passes of a BatchNorm node to write into: those handed in, or NaN."""
-        if self._rows is not None:
-            return self._rows
-        if torch.compiler.is_compiling():
-            return Energies(*self._nan(energies=True))
-        self._rows = Energies(*torch.full((2, self.examples), torch.nan, device=self.device))
+        if self._rows is None:
+            if self.memory is not None or torch.compiler.is_compiling():
+                return Energies(*self._nan(energies=True))
+            self._rows = Energies(*torch.full((2, self.examples), torch.nan, device=self.device))
         return self._rows
 
     def write_energies_into(self, output: Tensor, delta: Tensor) -> None:
@@ -107,28 +106,19 @@ class Call:
     def _nan(self, energies: bool) -> Tensor:
         self._holds_energies = energies
         shape = self._buffer_shape
-        if not torch.compiler.is_compiling():
-            self._buffer = torch.full(shape, torch.nan, device=self.device)
-            return self._buffer
-        memory, needed = self.memory, shape[0] * shape[1]
-        if memory is None or memory.numel() < needed or memory.device != self.device:
-            raise RuntimeError(
-                "collect_statistics under torch.compile writes into memory that was there before: run one forward pass "
-                f"with this [T, N] = {tuple(self.shape[:2])} uncompiled first, or use sadp_fast.record(model)"
-            )
-        self._buffer = memory  # no view of it: a compiled graph cannot return one of what its backward pass changes
-        return memory[:needed].view(shape).fill_(torch.nan)
+        if self.memory is not None:
+            self._buffer = self.memory  # no view: a compiled graph cannot return one of what its backward pass changes
+            return self.memory[: shape[0] * shape[1]].view(shape).fill_(torch.nan)
+        if torch.compiler.is_compiling():
+            raise RuntimeError("under torch.compile a recorder has to hand in call.memory: see CallRecorder")
+        self._buffer = torch.full(shape, torch.nan, device=self.device)
+        return self._buffer
 
     @property
     def _buffer_shape(self) -> tuple[int, int]:
         return 2 if self._holds_energies else self.shape[0], self.examples
 
     # ---------------------------------------------------------------------------------------------- what can be read
-
-    @property
-    def uses_memory(self) -> bool:
-        """Whether the backward pass writes into ``memory``."""
-        return self._buffer is not None and self._buffer is self.memory
 
     @property
     def has_norms(self) -> bool:
@@ -150,11 +140,11 @@ class Call:
             return _added(self._norms)
         if self._buffer is not None and not self._holds_energies:
             return self._read_buffer()
-        if self._buffer is not None or self._rows is not None:
-            return self.energies.delta.unsqueeze(0)
         if not self.awaits_norms:
             return None
-        return torch.full((self.shape[0], self.shape[1]), torch.nan, device=self.device)
+        if self._buffer is None and (self._rows is None or self.by_step):
+            return torch.full((self.shape[0], self.examples), torch.nan, device=self.device)
+        return self.energies.delta.unsqueeze(0)
 
     @property
     def energies(self) -> Energies:
@@ -220,20 +210,26 @@ class CallRecorder(Recorder):
         earlier = self.calls if call.step_mode == "s" and not self._is_over else []
         if earlier and earlier[-1].examples != call.examples:
             earlier = []  # another batch: v and v_seq start anew, too
+        needed = max(call.shape[0], 2) * call.examples
+        memory = self._memory
+        fits = memory is not None and memory.numel() >= needed and memory.device == call.device
         if not torch.compiler.is_compiling():
             if _recomputes(self.calls):
                 return True  # measured the first time
-            # Memory for later calls under torch.compile, which cannot make any.
-            needed = max(call.shape[0], 2) * call.examples
-            if self._memory is None or self._memory.numel() < needed or self._memory.device != call.device:
+            if not fits:  # for later calls under torch.compile, which cannot make any
                 self._memory = torch.empty(needed, device=call.device)
-        elif any(one.uses_memory for one in earlier):
-            raise RuntimeError(
-                "collect_statistics under torch.compile has one memory, which an earlier call since the last reset "
-                "writes its gradient norms into: take all steps in one call (step_mode='m'), or run uncompiled"
-            )
-        if call.memory is None:
-            call.memory = self._memory
+        elif call.awaits_norms:
+            if not fits:
+                raise RuntimeError(
+                    "collect_statistics under torch.compile writes into an existing buffer: run one forward pass with "
+                    f"this [T, N] = {tuple(call.shape[:2])} uncompiled first, or use sadp_fast.record(model)"
+                )
+            if any(one.memory is not None for one in earlier):
+                raise RuntimeError(
+                    "collect_statistics under torch.compile has one buffer, which an earlier call since the last reset "
+                    "writes its gradient norms into: take all steps in one call (step_mode='m'), or run uncompiled"
+                )
+            call.memory = memory
         self.calls, self._is_over = [*earlier, call], False
         return True
 
