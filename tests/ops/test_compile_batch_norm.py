@@ -92,7 +92,7 @@ class Compiler:
 
         constants = launch._constants
         name = launch._kernel.__name__.removeprefix("norm_").removesuffix("_kernel")
-        cut = constants["HOW"].cut if "HOW" in constants else constants.get("CUT")
+        cut = getattr(constants["HOW"], "cut", None)
         if name == "backward":
             does = constants["HOW"].does
             name += " sums" * does.sums + " gradient" * does.write

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..common.equations import RelativeKind
 from ..common.launch import multiprocessors
+from .reference import Normalisation
 
 # --------------------------------------------------------------------------------------------------- configurations
 
@@ -201,6 +202,33 @@ class Does(NamedTuple):
     grad_tau: bool
 
 
+class NormalisationKind(NamedTuple):
+    """What a normalisation's kernels are compiled for."""
+
+    use_batch: bool
+    update: bool
+    cumulative: bool
+    affine: bool
+
+    @classmethod
+    def of(cls, norm: Normalisation, affine: bool) -> NormalisationKind:
+        update = norm.use_batch and norm.update and norm.running_mean is not None
+        return cls(norm.use_batch, update, update and norm.momentum is None, affine)
+
+
+class StatisticsHow(NamedTuple):
+    """HOW of the kernel for the statistics of the channels."""
+
+    cut: Cut
+
+
+class ConstantsHow(NamedTuple):
+    """HOW of the kernel for the constants."""
+
+    norm: NormalisationKind
+    kind: RelativeKind
+
+
 class ForwardHow(NamedTuple):
     """HOW of the forward kernel."""
 
@@ -215,3 +243,11 @@ class BackwardHow(NamedTuple):
     cut: Cut
     kind: RelativeKind
     does: Does
+
+
+class FinishHow(NamedTuple):
+    """HOW of the kernel that ends the backward pass."""
+
+    kind: RelativeKind
+    affine: bool  # there are gradients of weight and bias
+    scored: bool  # there are energies of the examples

@@ -15,7 +15,7 @@ the cache.
 
 Loops over run-time bounds are `while` loops: Triton's interpreter cannot take a tensor as the bound of a range().
 
-Names in capitals are compile-time constants; configuration.py says what CUT, NORM and HOW bundle.
+Names in capitals are compile-time constants; configuration.py says what HOW bundles.
 
 The membrane is float32. All kernels compute it by the same operations without contraction, so the backward passes see
 exactly the spikes that the forward pass wrote.
@@ -58,20 +58,20 @@ class Norm(NamedTuple):
 
 
 @triton.jit
-def _load(address, tile, CUT: tl.constexpr):
-    mask, other = tile.inside if CUT.masked else None, 0.0 if CUT.masked else None
+def _load(address, tile, HOW: tl.constexpr):
+    mask, other = tile.inside if HOW.cut.masked else None, 0.0 if HOW.cut.masked else None
     return tl.load(address, mask=mask, other=other).to(tl.float32)
 
 
 @triton.jit
-def _store(address, value, tile, CUT: tl.constexpr):
-    tl.store(address, value.to(address.dtype.element_ty), mask=tile.inside if CUT.masked else None)
+def _store(address, value, tile, HOW: tl.constexpr):
+    tl.store(address, value.to(address.dtype.element_ty), mask=tile.inside if HOW.cut.masked else None)
 
 
 @triton.jit
-def _per_channel(ptr, channel, channels, CUT: tl.constexpr):
+def _per_channel(ptr, channel, channels, HOW: tl.constexpr):
     """One number a channel, laid along the tile."""
-    if CUT.masked:
+    if HOW.cut.masked:
         return tl.load(ptr + channel, mask=channel < channels, other=0.0)
     else:
         return tl.load(ptr + channel)
@@ -99,34 +99,34 @@ def _place(channel_blocks):
 
 
 @triton.jit
-def _block_channels(block, CUT: tl.constexpr):
-    WIDTH: tl.constexpr = CUT.columns if CUT.channels_last else CUT.rows
+def _block_channels(block, HOW: tl.constexpr):
+    WIDTH: tl.constexpr = HOW.cut.columns if HOW.cut.channels_last else HOW.cut.rows
     return block * WIDTH + tl.arange(0, WIDTH)
 
 
 @triton.jit
-def _along_tile(channels, CUT: tl.constexpr):
+def _along_tile(channels, HOW: tl.constexpr):
     """One value a channel, shaped to broadcast over a tile."""
-    return channels[None, :] if CUT.channels_last else channels[:, None]
+    return channels[None, :] if HOW.cut.channels_last else channels[:, None]
 
 
 @triton.jit
-def _offsets(channel, pixel, channels, pixels, CUT: tl.constexpr):
+def _offsets(channel, pixel, channels, pixels, HOW: tl.constexpr):
     """Of these channels and pixels, within one example of one step."""
     inside = (channel < channels) & (pixel < pixels)
-    if CUT.channels_last:
+    if HOW.cut.channels_last:
         return Tile(pixel * channels + channel, inside)
     else:
         return Tile(channel * pixels + pixel, inside)
 
 
 @triton.jit
-def _tile(number, channel, channels, pixels, CUT: tl.constexpr):
-    if CUT.channels_last:
-        pixel = (number * CUT.rows + tl.arange(0, CUT.rows))[:, None]
+def _tile(number, channel, channels, pixels, HOW: tl.constexpr):
+    if HOW.cut.channels_last:
+        pixel = (number * HOW.cut.rows + tl.arange(0, HOW.cut.rows))[:, None]
     else:
-        pixel = (number * CUT.columns + tl.arange(0, CUT.columns))[None, :]
-    return _offsets(channel, pixel, channels, pixels, CUT)
+        pixel = (number * HOW.cut.columns + tl.arange(0, HOW.cut.columns))[None, :]
+    return _offsets(channel, pixel, channels, pixels, HOW)
 
 
 # ------------------------------------------------------------------------------------------- statistics of the channels
@@ -168,36 +168,38 @@ def channel_statistics_kernel(
     tiles,
     team,
     teams,
-    CUT: tl.constexpr,
+    HOW: tl.constexpr,
 ):
     """Mean and sum of squared deviations of each channel in the part of x that a program owns."""
+    ROWS: tl.constexpr = HOW.cut.rows
+    COLUMNS: tl.constexpr = HOW.cut.columns
     block, slot = _place(channel_blocks)
     first_n = slot // team
     first_tile = slot % team
-    channel_out = _block_channels(block, CUT)
-    channel = _along_tile(channel_out, CUT)
+    channel_out = _block_channels(block, HOW)
+    channel = _along_tile(channel_out, HOW)
     one = tl.full((), 1, tl.int64)
-    tile_pixels: tl.constexpr = CUT.rows if CUT.channels_last else CUT.columns
+    tile_pixels: tl.constexpr = HOW.cut.rows if HOW.cut.channels_last else HOW.cut.columns
 
     # Deviations are taken from the first value of the channel here, so that a mean far from zero costs no digits.
     pivot_ptr = x_ptr + one * first_n * x_stride_n
     # A pixel for each channel: Triton 3.9's interpreter takes no mask made of a tensor and a number.
     pivot_pixel = first_tile * tile_pixels + tl.zeros_like(channel_out)
-    pivots = _offsets(channel, _along_tile(pivot_pixel, CUT), channels, pixels, CUT)
-    address = pivot_ptr + tl.broadcast_to(pivots.offsets, (CUT.rows, CUT.columns))
-    pivot = _load(address, Tile(pivots.offsets, tl.broadcast_to(pivots.inside, (CUT.rows, CUT.columns))), CUT)
-    total = tl.zeros((CUT.rows, CUT.columns), tl.float32)
-    squares = tl.zeros((CUT.rows, CUT.columns), tl.float32)
+    pivots = _offsets(channel, _along_tile(pivot_pixel, HOW), channels, pixels, HOW)
+    address = pivot_ptr + tl.broadcast_to(pivots.offsets, (ROWS, COLUMNS))
+    pivot = _load(address, Tile(pivots.offsets, tl.broadcast_to(pivots.inside, (ROWS, COLUMNS))), HOW)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    squares = tl.zeros((ROWS, COLUMNS), tl.float32)
     values = 0
     n = _last_of(first_n, examples, teams)
     while n >= 0:
         number = _last_of(first_tile, tiles, team)
         while number >= 0:
-            tile = _tile(number, channel, channels, pixels, CUT)
+            tile = _tile(number, channel, channels, pixels, HOW)
             step_ptr = x_ptr + one * n * x_stride_n
-            for _step in tl.static_range(CUT.steps):
-                deviation = _load(step_ptr + tile.offsets, tile, CUT) - pivot
-                if CUT.masked:
+            for _step in tl.static_range(HOW.cut.steps):
+                deviation = _load(step_ptr + tile.offsets, tile, HOW) - pivot
+                if HOW.cut.masked:
                     deviation = tl.where(tile.inside, deviation, 0.0)
                 total += deviation
                 squares = tl.fma(deviation, deviation, squares)
@@ -205,12 +207,12 @@ def channel_statistics_kernel(
             values += tl.minimum(tile_pixels, pixels - number * tile_pixels)
             number -= team
         n -= teams
-    count = (CUT.steps * values).to(tl.float32)
-    totals, all_squares = _two_sums(total, squares, 0 if CUT.channels_last else 1)
+    count = (HOW.cut.steps * values).to(tl.float32)
+    totals, all_squares = _two_sums(total, squares, 0 if HOW.cut.channels_last else 1)
     shift = totals / count
     where = _pair(channel_out, slot, team * teams)
-    pivots = _offsets(channel_out, pivot_pixel, channels, pixels, CUT)
-    pivots = _load(pivot_ptr + pivots.offsets, pivots, CUT)
+    pivots = _offsets(channel_out, pivot_pixel, channels, pixels, HOW)
+    pivots = _load(pivot_ptr + pivots.offsets, pivots, HOW)
     tl.store(partial_ptr + where, pivots + shift, mask=channel_out < channels)
     tl.store(partial_ptr + GROUP + where, all_squares - totals * shift, mask=channel_out < channels)
     if block == 0:
@@ -248,28 +250,27 @@ def constants_kernel(
     gain,
     v_threshold,
     v_rest,
-    NORM: tl.constexpr,
-    KIND: tl.constexpr,
+    HOW: tl.constexpr,
 ):
     """The constants of GROUP channels, from the batch's partial statistics (Chan et al.) or the running ones."""
-    keep, gain = keep_and_gain(reciprocal_tau_ptr, keep, gain, KIND)
+    keep, gain = keep_and_gain(reciprocal_tau_ptr, keep, gain, HOW)
     membrane = RelativeMembrane(keep, v_threshold, v_rest, None)
     channel = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
     known = channel < channels
     bias = tl.zeros((GROUP,), tl.float32)
-    if NORM.affine:
+    if HOW.norm.affine:
         weight = tl.load(weight_ptr + channel, mask=known, other=0.0)
         bias = tl.load(bias_ptr + channel, mask=known, other=0.0)
-    if NORM.update or not NORM.use_batch:
+    if HOW.norm.update or not HOW.norm.use_batch:
         running_mean = tl.load(running_mean_ptr + channel, mask=known, other=0.0)
         running_var = tl.load(running_var_ptr + channel, mask=known, other=1.0)
-    if NORM.update:
+    if HOW.norm.update:
         batches = tl.full((), 0, tl.int64)
-        if NORM.cumulative:
+        if HOW.norm.cumulative:
             batches = tl.load(batches_ptr)
         elif tl.program_id(0) == 0:
             batches = tl.load(batches_ptr)
-    if NORM.use_batch:
+    if HOW.norm.use_batch:
         pivot = tl.load(partial_ptr + _pair(channel, 0, slots), mask=known, other=0.0)
         total = tl.zeros((SLOTS, GROUP), tl.float32)
         squares = tl.zeros((SLOTS, GROUP), tl.float32)
@@ -291,13 +292,13 @@ def constants_kernel(
         mean = pivot + shift
         variance = all_squares / count - shift * shift
         variance = tl.maximum(variance, 0.0, propagate_nan=tl.PropagateNan.ALL)  # a NaN in x has to be seen
-        if NORM.update:
-            if NORM.cumulative:
+        if HOW.norm.update:
+            if HOW.norm.cumulative:
                 momentum = 1.0 / batches.to(tl.float32)
             unbiased = variance * (count / tl.maximum(count - 1.0, 1.0))
             tl.store(running_mean_ptr + channel, running_mean + momentum * (mean - running_mean), mask=known)
             tl.store(running_var_ptr + channel, running_var + momentum * (unbiased - running_var), mask=known)
-            if not NORM.cumulative:
+            if not HOW.norm.cumulative:
                 if tl.program_id(0) == 0:
                     tl.store(batches_ptr, batches + 1)
     else:
@@ -305,7 +306,7 @@ def constants_kernel(
         variance = running_var
     rstd = 1.0 / tl.sqrt_rn(variance + eps)
     scale = rstd
-    if NORM.affine:
+    if HOW.norm.affine:
         scale = scale * weight
     tl.store(constants_ptr + MEAN * channels + channel, mean, mask=known)
     tl.store(constants_ptr + RSTD * channels + channel, rstd, mask=known)
@@ -318,11 +319,11 @@ def constants_kernel(
 
 
 @triton.jit
-def _load_norm(constants_ptr, channel, channels, CUT: tl.constexpr):
+def _load_norm(constants_ptr, channel, channels, HOW: tl.constexpr):
     """Without slope and offset, which only the gradient of x needs."""
-    mean = _per_channel(constants_ptr + MEAN * channels, channel, channels, CUT)
-    scale = _per_channel(constants_ptr + DRIVE_SCALE * channels, channel, channels, CUT)
-    shift = _per_channel(constants_ptr + DRIVE_SHIFT * channels, channel, channels, CUT)
+    mean = _per_channel(constants_ptr + MEAN * channels, channel, channels, HOW)
+    scale = _per_channel(constants_ptr + DRIVE_SCALE * channels, channel, channels, HOW)
+    shift = _per_channel(constants_ptr + DRIVE_SHIFT * channels, channel, channels, HOW)
     return mean, scale, shift
 
 
@@ -339,9 +340,9 @@ def _forward_steps(x, residual, out, tile, drive, norm, membrane, STEPS: tl.cons
     The recursion is over time and unrolled by the compiler: it loads on the way down, and fires on the way up, so that
     the loads of all steps are under way before the first store. ``drive`` is that of a repeated x.
     """
-    drive_step = drive if HOW.cut.repeated else _drive(_load(x.ptr + tile.offsets, tile, HOW.cut) - norm.mean, norm)
+    drive_step = drive if HOW.cut.repeated else _drive(_load(x.ptr + tile.offsets, tile, HOW) - norm.mean, norm)
     if HOW.does.residual:
-        added = _load(residual.ptr + tile.offsets, tile, HOW.cut)
+        added = _load(residual.ptr + tile.offsets, tile, HOW)
     if STEPS > 1:
         v, energy = _forward_steps(
             step_before(x), step_before(residual), step_before(out), tile, drive, norm, membrane, STEPS - 1, HOW
@@ -354,12 +355,12 @@ def _forward_steps(x, residual, out, tile, drive, norm, membrane, STEPS: tl.cons
     spikes = tl.where(fired, 1.0, 0.0)
     if HOW.does.residual:
         spikes += added
-    _store(out.ptr + tile.offsets, spikes, tile, HOW.cut)
+    _store(out.ptr + tile.offsets, spikes, tile, HOW)
     if HOW.does.energy:
         if HOW.cut.masked:
             spikes = tl.where(tile.inside, spikes, 0.0)
         energy = tl.fma(spikes, spikes, energy)
-    return reset(u + membrane.v_threshold, u, fired, membrane, HOW.kind), energy
+    return reset(u + membrane.v_threshold, u, fired, membrane, HOW), energy
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
@@ -387,11 +388,13 @@ def norm_forward_kernel(
     v_rest,
     HOW: tl.constexpr,
 ):
-    keep, _gain = keep_and_gain(reciprocal_tau_ptr, keep, 1.0, HOW.kind)
+    ROWS: tl.constexpr = HOW.cut.rows
+    COLUMNS: tl.constexpr = HOW.cut.columns
+    keep, _gain = keep_and_gain(reciprocal_tau_ptr, keep, 1.0, HOW)
     block, slot = _place(channel_blocks)
-    channel_out = _block_channels(block, HOW.cut)
-    channel = _along_tile(channel_out, HOW.cut)
-    mean, scale, shift = _load_norm(constants_ptr, channel, channels, HOW.cut)
+    channel_out = _block_channels(block, HOW)
+    channel = _along_tile(channel_out, HOW)
+    mean, scale, shift = _load_norm(constants_ptr, channel, channels, HOW)
     norm = Norm(mean, scale, shift, None, None)
     membrane = RelativeMembrane(keep, v_threshold, v_rest, None)
     one = tl.full((), 1, tl.int64)
@@ -401,23 +404,23 @@ def norm_forward_kernel(
 
     n = slot // team
     while n < examples:
-        energy = tl.zeros((HOW.cut.rows, HOW.cut.columns), tl.float32)
+        energy = tl.zeros((ROWS, COLUMNS), tl.float32)
         number = slot % team
         while number < tiles:
-            tile = _tile(number, channel, channels, pixels, HOW.cut)
+            tile = _tile(number, channel, channels, pixels, HOW)
             x_step = x_ptr + one * n * x_stride_n
             residual_step = residual_ptr + one * n * residual_stride_n
             out_step = out_ptr + one * n * size
-            drive = tl.zeros((HOW.cut.rows, HOW.cut.columns), tl.float32)
+            drive = tl.zeros((ROWS, COLUMNS), tl.float32)
             if HOW.cut.repeated:
-                drive = _drive(_load(x_step + tile.offsets, tile, HOW.cut) - mean, norm)
+                drive = _drive(_load(x_step + tile.offsets, tile, HOW) - mean, norm)
             x = Rows(x_step + one * last * x_stride_t, x_stride_t)
             residual = Rows(residual_step + one * last * residual_stride_t, residual_stride_t)
             out = Rows(out_step + last * out_stride_t, out_stride_t)
             v, tile_energy = _forward_steps(x, residual, out, tile, drive, norm, membrane, HOW.cut.steps, HOW)
             energy += tile_energy
             if HOW.does.v:
-                _store(v_ptr + one * n * size + tile.offsets, v, tile, HOW.cut)
+                _store(v_ptr + one * n * size + tile.offsets, v, tile, HOW)
             number += team
         if HOW.does.energy:
             total = tl.sum(tl.sum(energy, axis=1), axis=0)
@@ -453,12 +456,12 @@ def _backward_steps(x, grad, grad_x, tile, deviation, v, norm, membrane, STEPS: 
     Returns the gradient with respect to the first of their h, and their sums. ``deviation`` is that of a repeated x.
     The recursion is over time and unrolled by the compiler.
     """
-    deviation_step = deviation if HOW.cut.repeated else _load(x.ptr + tile.offsets, tile, HOW.cut) - norm.mean
-    grad_spike = _load(grad.ptr + tile.offsets, tile, HOW.cut)
+    deviation_step = deviation if HOW.cut.repeated else _load(x.ptr + tile.offsets, tile, HOW) - norm.mean
+    grad_spike = _load(grad.ptr + tile.offsets, tile, HOW)
     u = relative_charge(v, _drive(deviation_step, norm), membrane)
     fired = u >= 0
     if STEPS > 1:
-        v_after = reset(u + membrane.v_threshold, u, fired, membrane, HOW.kind)
+        v_after = reset(u + membrane.v_threshold, u, fired, membrane, HOW)
         grad_h, sums = _backward_steps(
             step_behind(x),
             step_behind(grad),
@@ -477,7 +480,7 @@ def _backward_steps(x, grad, grad_x, tile, deviation, v, norm, membrane, STEPS: 
         grad_v = tl.zeros_like(u)
         leak = tl.zeros_like(u)
         sums = Sums(tl.zeros_like(u), tl.zeros_like(u), tl.zeros_like(u), leak)
-    grad_h = grad_charge_relative(grad_v, grad_spike, u, fired, membrane, HOW.kind)
+    grad_h = grad_charge_relative(grad_v, grad_spike, u, fired, membrane, HOW)
     grad_sum, product, square = sums.grad, sums.product, sums.norm
     if HOW.cut.repeated:
         grad_sum += grad_h
@@ -488,7 +491,7 @@ def _backward_steps(x, grad, grad_x, tile, deviation, v, norm, membrane, STEPS: 
         if HOW.does.norm:
             square = tl.fma(grad_h, grad_h, square)
         if HOW.does.write:
-            _store(grad_x.ptr + tile.offsets, _gradient(grad_h, deviation_step, norm), tile, HOW.cut)
+            _store(grad_x.ptr + tile.offsets, _gradient(grad_h, deviation_step, norm), tile, HOW)
     return grad_h, Sums(grad_sum, product, square, leak)
 
 
@@ -521,25 +524,27 @@ def norm_backward_kernel(
     alpha,
     HOW: tl.constexpr,
 ):
-    keep, gain = keep_and_gain(reciprocal_tau_ptr, keep, gain, HOW.kind)
+    ROWS: tl.constexpr = HOW.cut.rows
+    COLUMNS: tl.constexpr = HOW.cut.columns
+    keep, gain = keep_and_gain(reciprocal_tau_ptr, keep, gain, HOW)
     block, slot = _place(channel_blocks)
-    channel_out = _block_channels(block, HOW.cut)
-    channel = _along_tile(channel_out, HOW.cut)
-    mean, scale, shift = _load_norm(constants_ptr, channel, channels, HOW.cut)
+    channel_out = _block_channels(block, HOW)
+    channel = _along_tile(channel_out, HOW)
+    mean, scale, shift = _load_norm(constants_ptr, channel, channels, HOW)
     slope = tl.zeros_like(mean)
     offset = tl.zeros_like(mean)
     if HOW.does.indirect:
-        slope = _per_channel(coefficients_ptr, channel, channels, HOW.cut)
-        offset = _per_channel(coefficients_ptr + channels, channel, channels, HOW.cut)
+        slope = _per_channel(coefficients_ptr, channel, channels, HOW)
+        offset = _per_channel(coefficients_ptr + channels, channel, channels, HOW)
     norm = Norm(mean, scale, shift, slope, offset)
     membrane = RelativeMembrane(keep, v_threshold, v_rest, alpha)
     one = tl.full((), 1, tl.int64)
     size = channels * pixels
     grad_x_stride_t = one * examples * size
 
-    grad_sum = tl.zeros((HOW.cut.rows, HOW.cut.columns), tl.float32)
-    product_sum = tl.zeros((HOW.cut.rows, HOW.cut.columns), tl.float32)
-    leak_sum = tl.zeros((HOW.cut.rows, HOW.cut.columns), tl.float32)
+    grad_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    product_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    leak_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     step_n = teams
     step_tile = team
     first_n = slot // team
@@ -549,25 +554,25 @@ def norm_backward_kernel(
         first_n = _last_of(slot // team, examples, teams)
     n = first_n
     while (n >= 0) & (n < examples):
-        squares = tl.zeros((HOW.cut.rows, HOW.cut.columns), tl.float32)
+        squares = tl.zeros((ROWS, COLUMNS), tl.float32)
         number = slot % team
         if HOW.does.sums:
             number = _last_of(slot % team, tiles, team)
         while (number >= 0) & (number < tiles):
-            tile = _tile(number, channel, channels, pixels, HOW.cut)
-            deviation = tl.zeros((HOW.cut.rows, HOW.cut.columns), tl.float32)
+            tile = _tile(number, channel, channels, pixels, HOW)
+            deviation = tl.zeros((ROWS, COLUMNS), tl.float32)
             if HOW.cut.repeated:
-                deviation = _load(x_ptr + one * n * x_stride_n + tile.offsets, tile, HOW.cut) - mean
+                deviation = _load(x_ptr + one * n * x_stride_n + tile.offsets, tile, HOW) - mean
             x = Rows(x_ptr + one * n * x_stride_n, x_stride_t)
             grad = Rows(grad_ptr + one * n * grad_stride_n, grad_stride_t)
             grad_x = Rows(grad_x_ptr + one * n * size, grad_x_stride_t)
-            v = tl.zeros((HOW.cut.rows, HOW.cut.columns), tl.float32) + v_rest
+            v = tl.zeros((ROWS, COLUMNS), tl.float32) + v_rest
             _grad_h, sums = _backward_steps(x, grad, grad_x, tile, deviation, v, norm, membrane, HOW.cut.steps, HOW)
             if HOW.cut.repeated:
                 sums = Sums(sums.grad, sums.grad * deviation, sums.grad * sums.grad, sums.leak)
                 if HOW.does.write:
                     gradient = _gradient(sums.grad, deviation, norm)
-                    _store(grad_x_ptr + one * n * size + tile.offsets, gradient, tile, HOW.cut)
+                    _store(grad_x_ptr + one * n * size + tile.offsets, gradient, tile, HOW)
             if HOW.does.sums:
                 grad_sum += sums.grad
                 product_sum += sums.product
@@ -616,15 +621,13 @@ def finish_backward_kernel(
     energy_parts,  # partial sums of one example
     norm_parts,
     gain,
-    AFFINE: tl.constexpr,
-    SCORED: tl.constexpr,
-    KIND: tl.constexpr,
+    HOW: tl.constexpr,
 ):
     """The first programs finish GROUP channels each: gradients of weight and bias, coefficients of that of x.
 
     The others add the partial sums of EXAMPLES examples each.
     """
-    _keep, gain = keep_and_gain(reciprocal_tau_ptr, 1.0, gain, KIND)
+    _keep, gain = keep_and_gain(reciprocal_tau_ptr, 1.0, gain, HOW)
     program = tl.program_id(0)
     channel_programs = tl.cdiv(channels, GROUP)
     if program < channel_programs:
@@ -644,13 +647,13 @@ def finish_backward_kernel(
             start += SLOTS
         grad_sum, product_sum = _two_sums(grads, products, 0)
         scale = drive_scale / gain
-        if AFFINE:
+        if HOW.affine:
             tl.store(grad_weight_ptr + channel, product_sum * rstd, mask=known)
             tl.store(grad_bias_ptr + channel, grad_sum, mask=known)
         tl.store(coefficients_ptr + channel, -scale * rstd * rstd * (product_sum / elements), mask=known)
         tl.store(coefficients_ptr + channels + channel, -scale * (grad_sum / elements), mask=known)
     else:
-        if SCORED:
+        if HOW.scored:
             n = (program - channel_programs) * EXAMPLES + tl.arange(0, EXAMPLES)
             energy = _add_parts(energy_part_ptr, n, examples, energy_parts)
             tl.store(energy_ptr + n, energy, mask=n < examples)

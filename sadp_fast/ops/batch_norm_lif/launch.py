@@ -21,7 +21,19 @@ from ..common.launch import Launch
 from ..common.layout import Sequence, has_strides
 from ..common.prepared import Plan, Prepared, keep, kept
 from . import configuration
-from .configuration import TUNING, BackwardHow, Configuration, Does, Fires, ForwardHow, Shape
+from .configuration import (
+    TUNING,
+    BackwardHow,
+    Configuration,
+    ConstantsHow,
+    Does,
+    FinishHow,
+    Fires,
+    ForwardHow,
+    NormalisationKind,
+    Shape,
+    StatisticsHow,
+)
 from .kernels import (
     EXAMPLES,
     GROUP,
@@ -45,20 +57,6 @@ _CHOICES: dict[str, Choices[Configuration]] = {name: Choices(f"BatchNorm + LIF {
 
 
 # ------------------------------------------------------------------------------------------ what a layer is made of
-
-
-class NormalisationKind(NamedTuple):
-    """What a normalisation's kernels are compiled for."""
-
-    use_batch: bool
-    update: bool
-    cumulative: bool
-    affine: bool
-
-    @classmethod
-    def of(cls, norm: Normalisation, affine: bool) -> NormalisationKind:
-        update = norm.use_batch and norm.update and norm.running_mean is not None
-        return cls(norm.use_batch, update, update and norm.momentum is None, affine)
 
 
 class Neuron(NamedTuple):
@@ -126,7 +124,7 @@ class _Statistics:
     def __init__(self, shape: Shape, config: Configuration) -> None:
         grid = shape.grid(config)
         self.slots, self.pairs = grid.slots, _pairs(shape, grid.slots)
-        constants = {"CUT": shape.cut(grid, shape.steps), **config.options}
+        constants = {"HOW": StatisticsHow(shape.cut(grid, shape.steps)), **config.options}
         self.launch = Launch(channel_statistics_kernel, shape.device, grid.programs, shape.numbers(grid), constants)
 
     def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,7 +286,7 @@ class Layer:
             *(self.shape.channels, slots, self.shape.elements, momentum, eps),
             *(neuron.keep, neuron.gain, neuron.v_threshold, neuron.v_rest),
         )
-        constants = {"NORM": kind, "KIND": neuron.learned, **_FINISH}
+        constants = {"HOW": ConstantsHow(kind, neuron.learned), **_FINISH}
         programs = triton.cdiv(self.shape.channels, GROUP.value)
         return Launch(constants_kernel, self.shape.device, programs, numbers, constants)
 
@@ -411,7 +409,7 @@ class Backward:
     def _finish_launch(self, slots: int, energy_parts: int, norm_parts: int) -> Launch:
         shape, neuron = self._layer.shape, self._layer.neuron
         numbers = (shape.channels, slots, shape.elements, shape.examples, energy_parts, norm_parts, neuron.gain)
-        constants = {"AFFINE": self.keeps_sums, "SCORED": self._scored, "KIND": neuron.learned, **_FINISH}
+        constants = {"HOW": FinishHow(neuron.learned, self.keeps_sums, self._scored), **_FINISH}
         programs = triton.cdiv(shape.channels, GROUP.value)
         if self._scored:
             programs += triton.cdiv(shape.examples, EXAMPLES.value)

@@ -118,32 +118,32 @@ def surrogate_gradient(x, alpha, SURROGATE: tl.constexpr):
 
 
 @triton.jit
-def reciprocal_tau(tau, KIND: tl.constexpr):
+def reciprocal_tau(tau, HOW: tl.constexpr):
     """1 / tau."""
-    return tau if KIND.tau == LEARNED_RECIPROCAL else 1.0 / tau
+    return tau if HOW.kind.tau == LEARNED_RECIPROCAL else 1.0 / tau
 
 
 @triton.jit
-def decayed(a, tau, KIND: tl.constexpr):
+def decayed(a, tau, HOW: tl.constexpr):
     """a / tau, correctly rounded; where the reciprocal is exact or all there is, as a product with it."""
-    if KIND.tau == TIME_CONSTANT:
+    if HOW.kind.tau == TIME_CONSTANT:
         return tl.div_rn(a, tl.zeros_like(a) + tau)
     else:
-        return a * reciprocal_tau(tau, KIND)
+        return a * reciprocal_tau(tau, HOW)
 
 
 @triton.jit
-def charge(x, v, membrane, KIND: tl.constexpr):
+def charge(x, v, membrane, HOW: tl.constexpr):
     """h, the potential before the neuron may fire."""
-    if KIND.dynamics == NO_LEAK:
+    if HOW.kind.dynamics == NO_LEAK:
         return v + x
-    elif KIND.dynamics == LEAK_WITH_INPUT_DECAY:
-        if KIND.tau == POWER_OF_TWO:  # the product is exact, so the sum is rounded as it would be without the fma
-            return tl.fma(x - (v - membrane.v_rest), tl.zeros_like(x) + reciprocal_tau(membrane.tau, KIND), v)
+    elif HOW.kind.dynamics == LEAK_WITH_INPUT_DECAY:
+        if HOW.kind.tau == POWER_OF_TWO:  # the product is exact, so the sum is rounded as it would be without the fma
+            return tl.fma(x - (v - membrane.v_rest), tl.zeros_like(x) + reciprocal_tau(membrane.tau, HOW), v)
         else:
-            return v + decayed(x - (v - membrane.v_rest), membrane.tau, KIND)
+            return v + decayed(x - (v - membrane.v_rest), membrane.tau, HOW)
     else:
-        return v - decayed(v - membrane.v_rest, membrane.tau, KIND) + x
+        return v - decayed(v - membrane.v_rest, membrane.tau, HOW) + x
 
 
 @triton.jit
@@ -152,57 +152,57 @@ def fire(h, membrane):
 
 
 @triton.jit
-def reset(h, excess, fired, membrane, KIND: tl.constexpr):
+def reset(h, excess, fired, membrane, HOW: tl.constexpr):
     """The potential after the step; excess is h - v_threshold."""
-    return tl.where(fired, excess if KIND.soft_reset else membrane.v_rest, h)
+    return tl.where(fired, excess if HOW.kind.soft_reset else membrane.v_rest, h)
 
 
 # ---------------------------------------------------------------------------------------------------- backward pass
 
 
 @triton.jit
-def step_derivatives(h, fired, membrane, KIND: tl.constexpr):
+def step_derivatives(h, fired, membrane, HOW: tl.constexpr):
     """dv/dh and ds/dh of a step, for ``grad_charge``."""
-    ds_dh = surrogate_gradient(h - membrane.v_threshold, membrane.alpha, KIND.surrogate)
-    dv_dh = tl.full(h.shape, 1.0, tl.float32) if KIND.soft_reset else tl.where(fired, 0.0, 1.0)
-    if not KIND.detach_reset:
-        jump = tl.zeros_like(h) - membrane.v_threshold if KIND.soft_reset else membrane.v_rest - h
+    ds_dh = surrogate_gradient(h - membrane.v_threshold, membrane.alpha, HOW.kind.surrogate)
+    dv_dh = tl.full(h.shape, 1.0, tl.float32) if HOW.kind.soft_reset else tl.where(fired, 0.0, 1.0)
+    if not HOW.kind.detach_reset:
+        jump = tl.zeros_like(h) - membrane.v_threshold if HOW.kind.soft_reset else membrane.v_rest - h
         dv_dh = tl.fma(ds_dh, jump, dv_dh)
     return dv_dh, ds_dh
 
 
 @triton.jit
-def grad_charge(grad_v, grad_spike, h, membrane, KIND: tl.constexpr):
+def grad_charge(grad_v, grad_spike, h, membrane, HOW: tl.constexpr):
     """dL/dh from dL/dv and dL/ds: the same at once, with the surrogate as a factor of all that it multiplies."""
     times_surrogate = grad_spike
-    if KIND.soft_reset:
+    if HOW.kind.soft_reset:
         kept = grad_v
-        if not KIND.detach_reset:
+        if not HOW.kind.detach_reset:
             times_surrogate -= grad_v * membrane.v_threshold
     else:
         kept = tl.where(fire(h, membrane), 0.0, grad_v)
-        if not KIND.detach_reset:
+        if not HOW.kind.detach_reset:
             times_surrogate = tl.fma(grad_v, membrane.v_rest - h, times_surrogate)
-    ds_dh = surrogate_gradient(h - membrane.v_threshold, membrane.alpha, KIND.surrogate)
+    ds_dh = surrogate_gradient(h - membrane.v_threshold, membrane.alpha, HOW.kind.surrogate)
     return tl.fma(ds_dh, times_surrogate, kept)
 
 
 @triton.jit
-def grad_input(grad_h, membrane, KIND: tl.constexpr):
+def grad_input(grad_h, membrane, HOW: tl.constexpr):
     """dL/dx."""
-    return grad_h * reciprocal_tau(membrane.tau, KIND) if KIND.dynamics == LEAK_WITH_INPUT_DECAY else grad_h
+    return grad_h * reciprocal_tau(membrane.tau, HOW) if HOW.kind.dynamics == LEAK_WITH_INPUT_DECAY else grad_h
 
 
 @triton.jit
-def grad_potential(grad_h, membrane, KIND: tl.constexpr):
+def grad_potential(grad_h, membrane, HOW: tl.constexpr):
     """dL/dv, of the potential before the step."""
-    return grad_h if KIND.dynamics == NO_LEAK else grad_h * (1.0 - reciprocal_tau(membrane.tau, KIND))
+    return grad_h if HOW.kind.dynamics == NO_LEAK else grad_h * (1.0 - reciprocal_tau(membrane.tau, HOW))
 
 
 @triton.jit
-def charge_slope(x, v, membrane, KIND: tl.constexpr):
+def charge_slope(x, v, membrane, HOW: tl.constexpr):
     """Derivative of the charge with respect to 1 / tau."""
-    if KIND.dynamics == LEAK_WITH_INPUT_DECAY:
+    if HOW.kind.dynamics == LEAK_WITH_INPUT_DECAY:
         return x - (v - membrane.v_rest)
     else:
         return membrane.v_rest - v
@@ -240,11 +240,11 @@ SMALLEST_GAIN = tl.constexpr(1e-30)
 
 
 @triton.jit
-def keep_and_gain(reciprocal_tau_ptr, keep, gain, KIND: tl.constexpr):
+def keep_and_gain(reciprocal_tau_ptr, keep, gain, HOW: tl.constexpr):
     """keep and gain, as they are now where they are learned."""
-    if KIND.learned_tau:
+    if HOW.kind.learned_tau:
         reciprocal_tau = tl.load(reciprocal_tau_ptr)
-        if KIND.learned_gain:
+        if HOW.kind.learned_gain:
             gain = tl.maximum(reciprocal_tau, SMALLEST_GAIN, propagate_nan=tl.PropagateNan.ALL)
         return 1.0 - reciprocal_tau, gain
     else:
@@ -264,15 +264,15 @@ def relative_charge(v, drive, membrane):
 
 
 @triton.jit
-def grad_charge_relative(grad_v, grad_spike, u, fired, membrane, KIND: tl.constexpr):
+def grad_charge_relative(grad_v, grad_spike, u, fired, membrane, HOW: tl.constexpr):
     """dL/dh from dL/dv and dL/ds."""
-    ds_dh = surrogate_gradient(u, membrane.alpha, KIND.surrogate)
-    if KIND.soft_reset:
+    ds_dh = surrogate_gradient(u, membrane.alpha, HOW.kind.surrogate)
+    if HOW.kind.soft_reset:
         grad_h = grad_v
-        if not KIND.detach_reset:
+        if not HOW.kind.detach_reset:
             grad_h -= grad_v * membrane.v_threshold * ds_dh
     else:
         grad_h = tl.where(fired, 0.0, grad_v)
-        if not KIND.detach_reset:
+        if not HOW.kind.detach_reset:
             grad_h += grad_v * (membrane.v_rest - membrane.v_threshold - u) * ds_dh
     return tl.fma(grad_spike, ds_dh, grad_h)

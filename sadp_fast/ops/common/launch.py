@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...native import library
+from .equations import INTERPRETED
 
 _current_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
@@ -51,6 +52,15 @@ def early_launch(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def _known_to_the_compiler(value: Any) -> Any:
+    """A constant, or a NamedTuple of them: as Triton before 3.9 wants them, whose expressions take no bare numbers."""
+    if INTERPRETED.value:
+        return value
+    if isinstance(value, tuple):
+        return type(value)(*map(_known_to_the_compiler, value))
+    return tl.constexpr(value)
+
+
 class Launch:
     """One kernel with its grid, numbers and constants; calling it with the tensors launches it.
 
@@ -62,7 +72,7 @@ class Launch:
         device: where the tensors are; on the CPU the kernel runs in Triton's interpreter.
         programs: length of the one-dimensional grid, at least 1.
         numbers: arguments (int or float) after the tensors, in the kernel's order.
-        constants: compile-time constants and options (``num_warps``, ...) by name.
+        constants: compile-time constants, NamedTuples of them, and options (``num_warps``, ...) by name.
     """
 
     __slots__ = ("_constants", "_device", "_index", "_kernel", "_native", "_numbers", "_programs", "_variants")
@@ -76,7 +86,8 @@ class Launch:
         constants: dict[str, Any],
     ) -> None:
         self._kernel, self._device, self._programs = kernel, device, programs
-        self._numbers, self._constants = tuple(numbers), constants
+        bundles = {name: _known_to_the_compiler(value) for name, value in constants.items() if isinstance(value, tuple)}
+        self._numbers, self._constants = tuple(numbers), constants | bundles
         self._index = device.index
         self._native: Callable[..., bool] | None = None
         self._variants: dict[int, Callable[..., bool]] = {}  # by which tensors are aligned to 16 bytes

@@ -10,6 +10,6 @@ import torch
 def hooks_of_saved_tensors() -> tuple[Callable, Callable] | None:
     """The hooks, (pack, unpack), of what autograd saves now: of checkpoints, offloading, ``packed_spikes``; or None.
 
-    PyTorch has no public name for them, and before 2.7 cannot tell: None.
+    PyTorch has no public name for them.
     """
-    return getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore: None)(True)
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)

@@ -15,7 +15,7 @@ Per-example statistics: each program reduces its block for each step, or for all
 chunk's sums in the lanes of a vector and writes them with one store; what reads the partial sums [N, programs, T] adds
 them in a fixed order, so the results are deterministic.
 
-Names in capitals are compile-time constants. configuration.py says what CUT and HOW bundle.
+Names in capitals are compile-time constants. configuration.py says what HOW bundles.
 """
 
 from __future__ import annotations
@@ -56,41 +56,43 @@ class Chunk(NamedTuple):
 
 
 @triton.jit
-def _program_elements(blocks, size, CUT: tl.constexpr):
+def _program_elements(blocks, size, HOW: tl.constexpr):
     """The program's example and elements, and which of them exist."""
     program = tl.program_id(0)
     n = tl.full((), 1, tl.int64) * (program // blocks)  # offsets between examples can pass 2^31 elements
-    offsets = (program % blocks) * CUT.block + tl.arange(0, CUT.block)
-    if CUT.tile:
-        offsets = tl.multiple_of(offsets, CUT.elements)  # of no more: wider accesses would take other threads' elements
-    mask = tl.full((CUT.block,), True, tl.int1) if CUT.even else offsets < size
+    offsets = (program % blocks) * HOW.cut.block + tl.arange(0, HOW.cut.block)
+    if HOW.cut.tile:
+        offsets = tl.multiple_of(
+            offsets, HOW.cut.elements
+        )  # of no more: wider accesses would take other threads' elements
+    mask = tl.full(offsets.shape, True, tl.int1) if HOW.cut.even else offsets < size
     return n, offsets, mask
 
 
 @triton.jit
-def _lane_steps(CUT: tl.constexpr):
+def _lane_steps(HOW: tl.constexpr):
     """[lanes]: a chunk's steps; as tiles and ``add_step`` order them, numbers with their bits the other way round."""
-    steps = tl.arange(0, CUT.lanes)
-    if not CUT.reversed_lanes:
+    steps = tl.arange(0, HOW.cut.lanes)
+    if not HOW.cut.reversed_lanes:
         return steps
     else:
         reversed_steps = tl.zeros_like(steps)
         for BIT in tl.static_range(16):
-            if (1 << BIT) < CUT.lanes:
+            if (1 << BIT) < HOW.cut.lanes:
                 reversed_steps = reversed_steps * 2 + (steps >> BIT) % 2
         return reversed_steps
 
 
 @triton.jit
-def _inside(steps, first, CUT: tl.constexpr):
+def _inside(steps, first, HOW: tl.constexpr):
     """Which steps of the chunk exist that starts at step ``first``."""
-    return (steps < CUT.chunk) & (first + steps < CUT.steps)
+    return (steps < HOW.cut.chunk) & (first + steps < HOW.cut.steps)
 
 
 @triton.jit
-def _without_the_end(chunk, STEP: tl.constexpr, CUT: tl.constexpr):
+def _without_the_end(chunk, STEP: tl.constexpr, HOW: tl.constexpr):
     """The chunk, without elements if its step STEP is beyond T."""
-    mask = tl.where(chunk.first + STEP < CUT.steps, chunk.mask, False)
+    mask = tl.where(chunk.first + STEP < HOW.cut.steps, chunk.mask, False)
     return Chunk(chunk.first, chunk.offsets, mask, chunk.steps, chunk.inside)
 
 
@@ -134,31 +136,31 @@ def _whole(first, second):
 
 
 @triton.jit
-def _load_tile(rows, chunk, CUT: tl.constexpr):
+def _load_tile(rows, chunk, HOW: tl.constexpr):
     """All steps of a chunk, at whose first step the rows start; zeros where an element or a step does not exist."""
     address = (rows.ptr + chunk.steps * rows.stride)[None, :] + chunk.offsets[:, None]
-    mask = chunk.mask[:, None] & chunk.inside[None, :] if CUT.masked else None
-    return tl.load(address, mask=mask, other=0.0 if CUT.masked else None)
+    mask = chunk.mask[:, None] & chunk.inside[None, :] if HOW.cut.masked else None
+    return tl.load(address, mask=mask, other=0.0 if HOW.cut.masked else None)
 
 
 @triton.jit
-def _store_tile(rows, tile, chunk, CUT: tl.constexpr):
+def _store_tile(rows, tile, chunk, HOW: tl.constexpr):
     """The reverse of ``_load_tile``."""
     address = (rows.ptr + chunk.steps * rows.stride)[None, :] + chunk.offsets[:, None]
-    mask = chunk.mask[:, None] & chunk.inside[None, :] if CUT.masked else None
+    mask = chunk.mask[:, None] & chunk.inside[None, :] if HOW.cut.masked else None
     tl.store(address, tile.to(rows.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _call_into_cache(rows, first, start, size, CUT: tl.constexpr):
+def _call_into_cache(rows, first, start, size, HOW: tl.constexpr):
     """Asks for the program's elements, from ``start`` on, of the steps from ``first`` on to be brought into the L2
     cache: a chunk."""
     if not INTERPRETED:
         SECTOR: tl.constexpr = 32 * 8 // rows.ptr.dtype.element_ty.primitive_bitwidth  # elements in 32 bytes
-        SECTORS: tl.constexpr = CUT.block // SECTOR
-        lanes = tl.arange(0, CUT.lanes * SECTORS)
+        SECTORS: tl.constexpr = HOW.cut.block // SECTOR
+        lanes = tl.arange(0, HOW.cut.lanes * SECTORS)
         step, element = first + lanes // SECTORS, start + lanes % SECTORS * SECTOR
-        inside = (step >= 0) & (step < CUT.steps) & (element < size)
+        inside = (step >= 0) & (step < HOW.cut.steps) & (element < size)
         address = rows.ptr + tl.where(inside, step * rows.stride + element, 0)
         ASM: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
         tl.inline_asm_elementwise(ASM, "=r,l", [address.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
@@ -174,11 +176,11 @@ def _forward_steps(x, spikes, v_seq, chunk, v, counts, membrane, STEP: tl.conste
     v is the potential before; returns that after the last step, and the spikes of step STEP + i in lane STEP + i.
     """
     if HOW.cut.ragged:
-        chunk = _without_the_end(chunk, STEP, HOW.cut)
-    h = charge(_load(x, chunk, STEP).to(tl.float32), v, membrane, HOW.kind)
+        chunk = _without_the_end(chunk, STEP, HOW)
+    h = charge(_load(x, chunk, STEP).to(tl.float32), v, membrane, HOW)
     fired = fire(h, membrane)
     spike = tl.where(fired & chunk.mask if HOW.stores.counts else fired, 1.0, 0.0)
-    v_after = reset(h, h - membrane.v_threshold, fired, membrane, HOW.kind)
+    v_after = reset(h, h - membrane.v_threshold, fired, membrane, HOW)
     if HOW.cut.ragged:
         v_after = tl.where(chunk.mask, v_after, v)
     v_end = v_after
@@ -208,9 +210,9 @@ def _forward_tile(x, first, v, membrane, STEP: tl.constexpr, HOW: tl.constexpr):
     elif STEP >= HOW.cut.chunk:
         return v, tl.zeros(x.shape, tl.int1), tl.zeros(x.shape, tl.float32)
     else:
-        h = charge(x.to(tl.float32), v, membrane, HOW.kind)
+        h = charge(x.to(tl.float32), v, membrane, HOW)
         fired = fire(h, membrane)
-        v_after = reset(h, h - membrane.v_threshold, fired, membrane, HOW.kind)
+        v_after = reset(h, h - membrane.v_threshold, fired, membrane, HOW)
         if HOW.cut.ragged:
             v_after = tl.where(first + STEP < HOW.cut.steps, v_after, v)
         return v_after, fired, v_after
@@ -241,10 +243,10 @@ def lif_forward_kernel(
         v_rest = 0.0  # known to the compiler, which then leaves out what it is subtracted from
     program = tl.program_id(0)
     one = tl.full((), 1, tl.int64)
-    n, offsets, mask = _program_elements(blocks, size, HOW.cut)
+    n, offsets, mask = _program_elements(blocks, size, HOW)
     state_size = one * examples * size  # every tensor but x is dense, [T,] N, *
     state_offset = n * size
-    steps = _lane_steps(HOW.cut)
+    steps = _lane_steps(HOW)
     if HOW.cut.early:
         await_previous_kernel()
     if HOW.kind.tau == LEARNED_RECIPROCAL:
@@ -253,30 +255,30 @@ def lif_forward_kernel(
     if HOW.has.v_init:
         v = tl.load(v_init_ptr + state_offset + offsets, mask=mask, other=0.0)
     else:
-        v = tl.full((HOW.cut.block,), v_init, tl.float32)
+        v = tl.full(offsets.shape, v_init, tl.float32)
     x_ptr += n * x_stride_n
     x_stride_t = one * x_stride_t
     if HOW.cut.tile:
-        start = Chunk(0, offsets, mask, steps, _inside(steps, 0, HOW.cut))
-        x = _load_tile(Rows(x_ptr, x_stride_t), start, HOW.cut)
+        start = Chunk(0, offsets, mask, steps, _inside(steps, 0, HOW))
+        x = _load_tile(Rows(x_ptr, x_stride_t), start, HOW)
     for first in range(0, HOW.cut.steps, HOW.cut.chunk):
         t = one * first
-        chunk = Chunk(first, offsets, mask, steps, _inside(steps, first, HOW.cut))
+        chunk = Chunk(first, offsets, mask, steps, _inside(steps, first, HOW))
         if HOW.cut.call_ahead > 0:
             called = first + HOW.cut.call_ahead * HOW.cut.chunk
-            _call_into_cache(Rows(x_ptr, x_stride_t), called, program % blocks * HOW.cut.block, size, HOW.cut)
+            _call_into_cache(Rows(x_ptr, x_stride_t), called, program % blocks * HOW.cut.block, size, HOW)
         if HOW.cut.tile:
             if HOW.cut.several:  # past the last, that again: no predicate
                 ahead = tl.minimum(first + HOW.cut.chunk, (HOW.cut.steps - 1) // HOW.cut.chunk * HOW.cut.chunk)
-                next_chunk = Chunk(ahead, offsets, mask, steps, _inside(steps, ahead, HOW.cut))
-                next_x = _load_tile(Rows(x_ptr + ahead * x_stride_t, x_stride_t), next_chunk, HOW.cut)
+                next_chunk = Chunk(ahead, offsets, mask, steps, _inside(steps, ahead, HOW))
+                next_x = _load_tile(Rows(x_ptr + ahead * x_stride_t, x_stride_t), next_chunk, HOW)
             v, fired, v_seq = _forward_tile(x, first, v, membrane, 0, HOW)
             chunk_offset = state_offset + t * state_size
             if HOW.stores.spikes:
                 spikes = tl.where(fired, 1.0, 0.0)
-                _store_tile(Rows(spikes_ptr + chunk_offset, state_size), spikes, chunk, HOW.cut)
+                _store_tile(Rows(spikes_ptr + chunk_offset, state_size), spikes, chunk, HOW)
             if HOW.stores.v_seq:
-                _store_tile(Rows(v_seq_ptr + chunk_offset, state_size), v_seq, chunk, HOW.cut)
+                _store_tile(Rows(v_seq_ptr + chunk_offset, state_size), v_seq, chunk, HOW)
             counts = tl.sum((fired & mask[:, None]).to(tl.int32), axis=0)
             if HOW.cut.several:
                 x = next_x
@@ -284,7 +286,7 @@ def lif_forward_kernel(
             x = Rows(x_ptr + t * x_stride_t, x_stride_t)
             spikes = Rows(spikes_ptr + state_offset + t * state_size, state_size)
             v_seq = Rows(v_seq_ptr + state_offset + t * state_size, state_size)
-            counts = tl.zeros((HOW.cut.lanes,), tl.float32)
+            counts = tl.zeros(steps.shape, tl.float32)
             v, counts = _forward_steps(x, spikes, v_seq, chunk, v, counts, membrane, 0, HOW)
         if HOW.stores.counts:
             tl.store(count_ptr + one * program * HOW.cut.steps + first + steps, counts.to(tl.int32), mask=chunk.inside)
@@ -313,21 +315,21 @@ def _backward_steps(rows, chunk, scale, v, carry, sums, grad_tau, membrane, STEP
     norms of the steps' gradients among ``sums``, and grad_tau with each element's part of dL/d(1/tau) added to it.
     """
     if HOW.cut.ragged:
-        chunk = _without_the_end(chunk, STEP, HOW.cut)
+        chunk = _without_the_end(chunk, STEP, HOW)
     x = _load(rows.x, chunk, STEP).to(tl.float32)
     grad_spike = _load(rows.grad_spikes, chunk, STEP)  # converted on the way out, to save registers
-    h = charge(x, v, membrane, HOW.kind)
+    h = charge(x, v, membrane, HOW)
     if STEP + 1 < HOW.cut.chunk:
         fired = fire(h, membrane)
-        v_after = reset(h, h - membrane.v_threshold, fired, membrane, HOW.kind)
+        v_after = reset(h, h - membrane.v_threshold, fired, membrane, HOW)
         carry, sums, grad_tau = _backward_steps(
             rows, chunk, scale, v_after, carry, sums, grad_tau, membrane, STEP + 1, HOW
         )
     grad_v = carry
     if HOW.has.grad_v_seq:
         grad_v += _load(rows.grad_v_seq, chunk, STEP)
-    grad_h = grad_charge(grad_v, grad_spike.to(tl.float32), h, membrane, HOW.kind)
-    grad_x = grad_input(grad_h, membrane, HOW.kind)
+    grad_h = grad_charge(grad_v, grad_spike.to(tl.float32), h, membrane, HOW)
+    grad_x = grad_input(grad_h, membrane, HOW)
     _store(rows.grad_x, grad_x, chunk, STEP)
     if HOW.wanted.norms:  # no mask: beyond the end every gradient is zero
         scaled = grad_x * scale if HOW.has.channel_scale else grad_x
@@ -338,28 +340,28 @@ def _backward_steps(rows, chunk, scale, v, carry, sums, grad_tau, membrane, STEP
             norms = tl.where(chunk.steps == STEP, tl.sum(squares, axis=0), sums.steps)
             sums = Sums(sums.one, sums.two, sums.four, sums.eight, norms)
     if HOW.wanted.grad_tau:
-        added = tl.fma(grad_h, charge_slope(x, v, membrane, HOW.kind), grad_tau)
+        added = tl.fma(grad_h, charge_slope(x, v, membrane, HOW), grad_tau)
         grad_tau = tl.where(chunk.mask, added, grad_tau) if HOW.cut.ragged else added
-    grad_v_before = grad_potential(grad_h, membrane, HOW.kind)
+    grad_v_before = grad_potential(grad_h, membrane, HOW)
     carry = tl.where(chunk.mask, grad_v_before, carry) if HOW.cut.ragged else grad_v_before
     return carry, sums, grad_tau
 
 
 @triton.jit
-def _derivatives(x, v, membrane, KIND: tl.constexpr):
+def _derivatives(x, v, membrane, HOW: tl.constexpr):
     """The way in of a chunk: for the tile x of inputs those of dv/dh, ds/dh and dh/d(1/tau), and the last potential."""
     if len(x.shape) > 1:
         lower, upper = _halves(x)
-        lower_dv, lower_ds, lower_slope, v = _derivatives(lower, v, membrane, KIND)
-        upper_dv, upper_ds, upper_slope, v = _derivatives(upper, v, membrane, KIND)
+        lower_dv, lower_ds, lower_slope, v = _derivatives(lower, v, membrane, HOW)
+        upper_dv, upper_ds, upper_slope, v = _derivatives(upper, v, membrane, HOW)
         return _whole(lower_dv, upper_dv), _whole(lower_ds, upper_ds), _whole(lower_slope, upper_slope), v
     else:
         x = x.to(tl.float32)
-        h = charge(x, v, membrane, KIND)
+        h = charge(x, v, membrane, HOW)
         fired = fire(h, membrane)
-        dv_dh, ds_dh = step_derivatives(h, fired, membrane, KIND)
-        slope = charge_slope(x, v, membrane, KIND)
-        return dv_dh, ds_dh, slope, reset(h, h - membrane.v_threshold, fired, membrane, KIND)
+        dv_dh, ds_dh = step_derivatives(h, fired, membrane, HOW)
+        slope = charge_slope(x, v, membrane, HOW)
+        return dv_dh, ds_dh, slope, reset(h, h - membrane.v_threshold, fired, membrane, HOW)
 
 
 @triton.jit
@@ -383,14 +385,14 @@ def _backward_tile(dv_dh, grad_fired, grad_v_seq, first, carry, membrane, STEP: 
     else:
         grad_v = carry + grad_v_seq if HOW.has.grad_v_seq else carry
         grad_h = tl.fma(dv_dh, grad_v, grad_fired)
-        grad_v_before = grad_potential(grad_h, membrane, HOW.kind)
+        grad_v_before = grad_potential(grad_h, membrane, HOW)
         return tl.where(first + STEP < HOW.cut.steps, grad_v_before, carry) if HOW.cut.ragged else grad_v_before, grad_h
 
 
 @triton.jit
 def _potential_before(checkpoints, v_init_ptr, v_init, chunk, HOW: tl.constexpr):
     """The potential before the chunk's first step; pointers to the program's example."""
-    v = tl.full((HOW.cut.block,), v_init, tl.float32)
+    v = tl.full(chunk.offsets.shape, v_init, tl.float32)
     if HOW.cut.several:
         # Two masks rather than a branch: loads of one chunk move past those of another only without one.
         before = (chunk.first // HOW.cut.chunk - 1) * checkpoints.stride
@@ -435,10 +437,10 @@ def lif_backward_kernel(
         v_rest = 0.0
     program = tl.program_id(0)
     one = tl.full((), 1, tl.int64)
-    n, offsets, mask = _program_elements(blocks, size, HOW.cut)
+    n, offsets, mask = _program_elements(blocks, size, HOW)
     state_size = one * examples * size
     state_offset = n * size
-    steps = _lane_steps(HOW.cut)
+    steps = _lane_steps(HOW)
     waiting = tl.zeros((32,), tl.float32)
     if HOW.cut.early:
         await_previous_kernel()
@@ -451,47 +453,47 @@ def lif_backward_kernel(
     if HOW.has.grad_v:
         carry = tl.load(grad_v_final_ptr + state_offset + offsets, mask=mask, other=0.0)
     else:
-        carry = tl.zeros((HOW.cut.block,), tl.float32)
+        carry = tl.zeros(offsets.shape, tl.float32)
     x_ptr += n * x_stride_n
     grad_spikes_ptr += n * gs_stride_n
     v_init_ptr += state_offset
     checkpoints = Rows(checkpoint_ptr + state_offset, state_size)
     x_stride_t, gs_stride_t = one * x_stride_t, one * gs_stride_t
-    grad_tau = tl.zeros((HOW.cut.block,), tl.float32)
+    grad_tau = tl.zeros(offsets.shape, tl.float32)
     last = (HOW.cut.steps - 1) // HOW.cut.chunk * HOW.cut.chunk
     if HOW.cut.tile:
-        start = Chunk(last, offsets, mask, steps, _inside(steps, last, HOW.cut))
-        x = _load_tile(Rows(x_ptr + last * x_stride_t, x_stride_t), start, HOW.cut)
+        start = Chunk(last, offsets, mask, steps, _inside(steps, last, HOW))
+        x = _load_tile(Rows(x_ptr + last * x_stride_t, x_stride_t), start, HOW)
         v = _potential_before(checkpoints, v_init_ptr, v_init, start, HOW)
     for i in range(0, HOW.cut.steps, HOW.cut.chunk):  # from the last chunk to the first
         first = last - i
         t = one * first
-        chunk = Chunk(first, offsets, mask, steps, _inside(steps, first, HOW.cut))
+        chunk = Chunk(first, offsets, mask, steps, _inside(steps, first, HOW))
         if HOW.cut.call_ahead > 0:
             called = first - HOW.cut.call_ahead * HOW.cut.chunk
             start_element = program % blocks * HOW.cut.block
-            _call_into_cache(Rows(x_ptr, x_stride_t), called, start_element, size, HOW.cut)
-            _call_into_cache(Rows(grad_spikes_ptr, gs_stride_t), called, start_element, size, HOW.cut)
+            _call_into_cache(Rows(x_ptr, x_stride_t), called, start_element, size, HOW)
+            _call_into_cache(Rows(grad_spikes_ptr, gs_stride_t), called, start_element, size, HOW)
         if HOW.cut.tile:
             # Under way while the potential is walked forward are this chunk's gradients, and then the next chunk's x.
-            grad_spikes = _load_tile(Rows(grad_spikes_ptr + t * gs_stride_t, gs_stride_t), chunk, HOW.cut)
-            dv_dh, ds_dh, slope, v = _derivatives(x, v, membrane, HOW.kind)
+            grad_spikes = _load_tile(Rows(grad_spikes_ptr + t * gs_stride_t, gs_stride_t), chunk, HOW)
+            dv_dh, ds_dh, slope, v = _derivatives(x, v, membrane, HOW)
             if HOW.cut.several:
                 ahead = tl.maximum(first - HOW.cut.chunk, 0)  # before the first, that again: no predicate
-                next_chunk = Chunk(ahead, offsets, mask, steps, _inside(steps, ahead, HOW.cut))
-                x = _load_tile(Rows(x_ptr + ahead * x_stride_t, x_stride_t), next_chunk, HOW.cut)
+                next_chunk = Chunk(ahead, offsets, mask, steps, _inside(steps, ahead, HOW))
+                x = _load_tile(Rows(x_ptr + ahead * x_stride_t, x_stride_t), next_chunk, HOW)
                 v = _potential_before(checkpoints, v_init_ptr, v_init, next_chunk, HOW)
             chunk_offset = state_offset + t * state_size
             grad_v_seq = grad_spikes
             if HOW.has.grad_v_seq:
-                grad_v_seq = _load_tile(Rows(grad_v_seq_ptr + chunk_offset, state_size), chunk, HOW.cut)
+                grad_v_seq = _load_tile(Rows(grad_v_seq_ptr + chunk_offset, state_size), chunk, HOW)
             grad_fired = ds_dh * grad_spikes.to(tl.float32)
             carry, grad_h = _backward_tile(dv_dh, grad_fired, grad_v_seq, first, carry, membrane, 0, HOW)
             if HOW.wanted.grad_tau:
                 added = grad_h * slope
                 grad_tau += tl.sum(tl.where(chunk.inside[None, :], added, 0.0) if HOW.cut.masked else added, axis=1)
-            grad_x = grad_input(grad_h, membrane, HOW.kind)
-            _store_tile(Rows(grad_x_ptr + chunk_offset, state_size), grad_x, chunk, HOW.cut)
+            grad_x = grad_input(grad_h, membrane, HOW)
+            _store_tile(Rows(grad_x_ptr + chunk_offset, state_size), grad_x, chunk, HOW)
             if HOW.has.channel_scale:
                 grad_x *= tl.expand_dims(scale, 1)
             norms = tl.sum(grad_x * grad_x, axis=0)
@@ -503,7 +505,7 @@ def lif_backward_kernel(
                 Rows(grad_v_seq_ptr + state_offset + t * state_size, state_size),
                 Rows(grad_x_ptr + state_offset + t * state_size, state_size),
             )
-            sums = Sums(waiting, waiting, waiting, waiting, tl.zeros((HOW.cut.lanes,), tl.float32))
+            sums = Sums(waiting, waiting, waiting, waiting, tl.zeros(steps.shape, tl.float32))
             carry, sums, grad_tau = _backward_steps(rows, chunk, scale, v, carry, sums, grad_tau, membrane, 0, HOW)
             norms = sums.steps
         if HOW.wanted.norms:
