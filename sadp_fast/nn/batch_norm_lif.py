@@ -95,8 +95,10 @@ class BatchNormNode(BaseNode):
                 statistics are those of one value per channel.
         """
         self._check(x, residual, repeat)
-        steps = (1,) if self.step_mode == "s" else () if repeat is None else (repeat,)
-        call = self._begin((*steps, *x.shape), x.device)
+        call = None
+        if self.recorder is not None:
+            steps = (1,) if self.step_mode == "s" else () if repeat is None else (repeat,)
+            call = self._begin((*steps, *x.shape), x.device)
         surrogate = self._fused(x, residual, repeat)
         by_step = call is not None and call.by_step
         if surrogate is not None and not by_step:
@@ -105,6 +107,11 @@ class BatchNormNode(BaseNode):
         if surrogate is not None:
             self.detach()  # as after a fused call: what is measured changes nothing
         return out
+
+    @property
+    def energies(self) -> list[Energies]:
+        """With ``collect_statistics``, those of each of ``calls`` that was with gradients."""
+        return [call.energies for call in self.calls if call.awaits_norms]
 
     # ------------------------------------------------------------------------------------------------- fused path
 

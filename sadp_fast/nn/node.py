@@ -84,12 +84,12 @@ class _OwnRecorder(CallRecorder):
 
 
 def _gone(name: str, instead: str) -> Any:
-    """An attribute of old that says what has taken its place."""
+    """An attribute that is no longer set, and says so."""
 
-    def refuse(node: BaseNode, *_: Any) -> None:
+    def refuse(node: BaseNode, _value: Any) -> None:
         raise AttributeError(f"{type(node).__name__}.{name} is gone: {instead}")
 
-    return property(refuse, refuse)
+    return property(None, refuse)
 
 
 class BaseNode(nn.Module):
@@ -102,8 +102,6 @@ class BaseNode(nn.Module):
     v_threshold = constant("v_threshold")
     v_reset = constant("v_reset")
     detach_reset = constant("detach_reset")
-    calls = _gone("calls", "see node.recorder.calls after node.collect_statistics = True")
-    energies = _gone("energies", "see node.recorder.calls[-1].energies after node.collect_statistics = True")
     energy_buffers = _gone("energy_buffers", "a recorder hands rows in by call.write_energies_into(output, delta)")
     channel_scale = _gone("channel_scale", "a recorder sets call.channel_scale in its begin(call)")
 
@@ -214,10 +212,6 @@ class BaseNode(nn.Module):
     def v_seq(self, value: Tensor | None) -> None:
         self._state.v_seq = value
 
-    def __getattr__(self, name: str) -> Any:
-        gone = getattr(type(self), name, None)  # nn.Module would hide why a property has refused
-        return gone.__get__(self) if isinstance(gone, property) else super().__getattr__(name)
-
     def __getstate__(self) -> dict[str, Any]:
         self.v  # noqa: B018  computed now: what computes it cannot be copied
         own = _OwnRecorder() if self.collect_statistics else None
@@ -287,10 +281,14 @@ class BaseNode(nn.Module):
         """With ``collect_statistics``, ``CallRecorder.grad_norm_sq``; None after ``reset()``."""
         return None if self._own_recorder is None else self._own_recorder.grad_norm_sq
 
+    @property
+    def calls(self) -> list[Call]:
+        """With ``collect_statistics``, the calls behind ``spike_count`` and ``grad_norm_sq``."""
+        return [] if self._own_recorder is None else self._own_recorder.calls
+
     def _begin(self, shape: tuple[int, ...], device: torch.device) -> Call | None:
-        """What a call with output [T, N, *] measures, or None."""
-        if self.recorder is None:
-            return None
+        """What a call with output [T, N, *] measures, or None; the node has a recorder."""
+        assert self.recorder is not None
         if len(shape) < 2:
             raise ValueError(f"a recorder needs a batch dimension, got input of shape {tuple(shape)}")
         call = Call(shape, self._step_mode, device)
@@ -363,20 +361,17 @@ class BaseNode(nn.Module):
         from ..ops.lif import op as ops  # Triton is imported where it is used, so that CPU users need no Triton
 
         alpha = self.surrogate_function.alpha  # type: ignore[union-attr]
-        reciprocal_tau = self._reciprocal_tau(x_seq)
+        tau, d, store = self._reciprocal_tau(x_seq), self.dynamics, self._store_v_seq
         counts, scale = (False, None) if call is None else (call.counts, call.channel_scale)
         awaited = call if call is not None and call.awaits_norms else None
-        store, d = self._store_v_seq, self.dynamics
         if ops.runs_directly():
-            ops.check(x_seq, v, reciprocal_tau, d, scale)
-            record = None if awaited is None else awaited.record_norms
-            # A potential that nobody has read is computed when it is.
-            options = (store, counts, record, scale, not self._state.keeps_v)
-            outputs = ops.multi_step(x_seq, v, reciprocal_tau, d, surrogate, alpha, *options)
+            ops.check(x_seq, v, tau, d, scale)
+            record, defer_v = None if awaited is None else awaited.record_norms, not self._state.keeps_v
+            outputs = ops.multi_step(x_seq, v, tau, d, surrogate, alpha, store, counts, record, scale, defer_v)
         else:
-            given: dict[str, Any] = {"reciprocal_tau": reciprocal_tau, "store_v_seq": store, "count_spikes": counts}
+            options: dict[str, Any] = {"reciprocal_tau": tau, "store_v_seq": store, "count_spikes": counts}
             norms = None if awaited is None else awaited.norms_buffer()
-            outputs = ops.lif(x_seq, v, d, surrogate, alpha, **given, grad_norm_sq=norms, channel_scale=scale)
+            outputs = ops.lif(x_seq, v, d, surrogate, alpha, **options, grad_norm_sq=norms, channel_scale=scale)
         spikes, self._state.v, v_seq, count = outputs
         if call is not None:
             call.spikes = count
@@ -388,12 +383,12 @@ class BaseNode(nn.Module):
         Raises:
             ValueError: the input has no step, or the node has a recorder and it has no batch dimension.
         """
-        if self._step_mode == "s":
-            x_seq = x.unsqueeze(0)
-            return self._run(x_seq, self._begin(x_seq.shape, x.device)).squeeze(0)
-        if x.ndim == 0 or x.shape[0] == 0:
+        single = self._step_mode == "s"
+        if not single and (x.ndim == 0 or x.shape[0] == 0):
             raise ValueError(f"step_mode='m' needs input [T, N, *] with T >= 1, got shape {tuple(x.shape)}")
-        return self._run(x, self._begin(x.shape, x.device))
+        x_seq = x.unsqueeze(0) if single else x
+        spikes = self._run(x_seq, None if self.recorder is None else self._begin(x_seq.shape, x.device))
+        return spikes.squeeze(0) if single else spikes
 
     def extra_repr(self) -> str:
         d = self.dynamics

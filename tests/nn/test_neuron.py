@@ -998,7 +998,7 @@ def test_statistics_off_and_after_reset(path):
     node = LIFNode(step_mode="m", backend=path.backend)
     x = leaf(current(3, 2, 15), path)
     node(x).sum().backward()
-    assert node.spike_count is None and node.grad_norm_sq is None and node.recorder is None
+    assert node.spike_count is None and node.grad_norm_sq is None and node.calls == [] and node.recorder is None
     node.collect_statistics = True
     node.reset()
     node(x)
@@ -1022,7 +1022,7 @@ def test_two_calls_before_the_backward_pass(path):
     for factor, x in zip((1.0, 10.0), xs, strict=True):
         node.reset()
         losses.append((node(x) * factor).sum())
-        calls += node.recorder.calls
+        calls += node.calls
     sum(losses).backward()
     for x, call in zip(xs, calls, strict=True):
         expected = x.grad.double().square().sum(-1)
@@ -1036,7 +1036,7 @@ def test_one_layer_used_twice_in_one_forward_pass(path):
     node = statistics_node(path)
     x = leaf(current(6, 2, 15), path)
     first = node(x[:3])
-    first_call = node.recorder.calls[0]
+    first_call = node.calls[0]
     second = node(x[3:])
     (first.sum() + second.sum()).backward()
     expected = x.grad.double().square().sum(-1)
@@ -1150,7 +1150,7 @@ def test_reset_and_neurons_of_a_model(path):
     assert list(neurons(model)) == ["1.0", "2"]
     assert neurons(model)["2"] is model[2]
     reset(model)
-    assert (model[1][0].v, model[1][0].recorder.calls, model[2].v) == (0.0, [], 0.2)
+    assert (model[1][0].v, model[1][0].calls, model[2].v) == (0.0, [], 0.2)
 
 
 def test_constants_can_be_set_afterwards():

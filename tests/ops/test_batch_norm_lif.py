@@ -156,11 +156,6 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
     return t.contiguous()
 
 
-def energies_of(layer):
-    """Of the calls with gradients that the layer has recorded."""
-    return [] if layer.recorder is None else [call.energies for call in layer.recorder.calls if call.awaits_norms]
-
-
 def leaf(t: Tensor, device: str, wants: bool = True) -> Tensor:
     """A copy with the same strides."""
     copied = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
@@ -257,7 +252,7 @@ def run(layer, x, residual, repeat, upstream, device) -> Result:
         x.grad.cpu(),
         {name: parameter.grad.cpu() for name, parameter in layer.named_parameters()},
         None if residual is None else residual.grad.cpu(),
-        tuple(t.cpu() for t in energies_of(layer)[0]),
+        tuple(t.cpu() for t in layer.energies[0]),
         {name: buffer.cpu() for name, buffer in layer.named_buffers()},
     )
 
@@ -468,7 +463,7 @@ def test_energies_where_only_a_learned_tau_wants_a_gradient(backend, kernel_devi
     layer = make(6, PLIF, backend=backend, affine=False).to(kernel_device)
     layer.collect_statistics = True
     layer(input_current((3, 4, 6, 5)).to(kernel_device)).sum().backward()
-    assert (energies_of(layer)[0].delta > 0).all()
+    assert (layer.energies[0].delta > 0).all()
 
 
 @pytest.mark.parametrize("alpha", [0.7, 2.0])
@@ -582,7 +577,7 @@ def test_layouts_of_the_incoming_gradient(kind, layout, repeat, kernel_device):
         layer.collect_statistics = True
         x_in = x.clone().requires_grad_()
         layer(x_in, repeat=repeat).backward(g)
-        results.append((x_in.grad, layer.weight.grad, layer.bias.grad, *energies_of(layer)[0]))
+        results.append((x_in.grad, layer.weight.grad, layer.bias.grad, *layer.energies[0]))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
     assert results[0][0].abs().max() > 1e-3
@@ -823,7 +818,7 @@ def test_partial_requires_grad(wants, training, kernel_device):
         out = layer(x)
         (out * torch.arange(6, device=kernel_device)).sum().backward()
         results.append([t.grad for t in (x, layer.weight, layer.bias)])
-        assert torch.isfinite(energies_of(layer)[0].delta).all()
+        assert torch.isfinite(layer.energies[0].delta).all()
     for flag, grad, full in zip(wants, *results, strict=True):
         assert (grad is not None) == flag
         assert grad is None or torch.equal(grad, full)
@@ -854,7 +849,7 @@ def test_what_was_saved_may_come_back_in_another_layout(case, kernel_device):
         with hooks:
             out = node(leaf, repeat=3 if case == "repeated" else None)
         gradients = torch.autograd.grad(out, [leaf, node.weight, node.bias], g)
-        results.append([out.detach(), *gradients, *energies_of(node)[0]])
+        results.append([out.detach(), *gradients, *node.energies[0]])
     for plain, repacked in zip(*results, strict=True):
         torch.testing.assert_close(repacked, plain, rtol=1e-6, atol=1e-6)
 
@@ -891,7 +886,7 @@ def test_nobody_wants_a_gradient(kernel_device):
     layer.collect_statistics = True
     out = layer(input_current((3, 4, 5, 6)).to(kernel_device))
     assert not out.requires_grad and layer.v.grad_fn is None
-    assert torch.isnan(torch.stack(energies_of(layer)[0])).all()
+    assert torch.isnan(torch.stack(layer.energies[0])).all()
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
@@ -904,7 +899,7 @@ def test_no_grad(training, context, kernel_device):
         out = layer(x)
         v = layer.v
     assert torch.equal(out, other(x)) and torch.equal(v, other.v)
-    assert not out.requires_grad and energies_of(layer) == []
+    assert not out.requires_grad and layer.energies == []
 
 
 def test_what_the_backward_pass_keeps(kernel_device):
@@ -965,10 +960,10 @@ def test_backward_twice_gives_the_same(kernel_device):
     x = input_current((3, 4, 5, 6)).to(kernel_device).requires_grad_()
     out = layer(x).sum()
     out.backward(retain_graph=True)
-    first, delta = x.grad.clone(), energies_of(layer)[0].delta.clone()
+    first, delta = x.grad.clone(), layer.energies[0].delta.clone()
     x.grad = None
     out.backward()
-    assert torch.equal(x.grad, first) and torch.equal(energies_of(layer)[0].delta, delta)
+    assert torch.equal(x.grad, first) and torch.equal(layer.energies[0].delta, delta)
 
 
 # ----------------------------------------------------------------------------------------------------------- energies
@@ -981,16 +976,16 @@ def test_energies_are_written_by_the_backward_pass(backend, repeat, kernel_devic
     x = input_current((4, 3, 5, 6)).to(kernel_device).requires_grad_()
     x_in = x if repeat is None else x[0]
     layer(x_in, repeat=repeat)
-    assert energies_of(layer) == []  # not asked for
+    assert layer.energies == []  # not asked for
     layer.reset()
     layer.collect_statistics = True
     out = layer(x_in, repeat=repeat)
-    (energies,) = energies_of(layer)
+    (energies,) = layer.energies
     assert energies.output.shape == energies.delta.shape == (3,) and energies.delta.dtype == torch.float32
     assert torch.isnan(energies.delta).all()
     if backend == "triton":
         assert torch.isnan(energies.output).all()
-    assert energies_of(layer)[0] is energies
+    assert layer.energies[0] is energies
     out.sum().backward()
     assert torch.equal(energies.output, out.detach().sum((0, 2, 3)))
     assert (energies.delta > 0).all()
@@ -1022,7 +1017,7 @@ def test_energies_by_their_definition(repeat, training, backend, kernel_device):
     out = Unfused(layer).node(y if repeat is None else y.expand(repeat, *y.shape)) + residual
     (out * factor).sum().backward()
     delta = x_in.grad.square().sum((0, 2, 3) if repeat is None else (1, 2))
-    (energies,) = energies_of(layer)
+    (energies,) = layer.energies
     torch.testing.assert_close(energies.delta, delta, rtol=1e-4, atol=0)
     torch.testing.assert_close(energies.output, out.detach().square().sum((0, 2, 3)), rtol=1e-6, atol=0)
 
@@ -1034,7 +1029,7 @@ def test_energies_where_only_the_initial_potential_wants_a_gradient(backend, ker
     v = torch.zeros(2, 5, 6, device=kernel_device, requires_grad=True)
     layer.v = v
     layer(input_current((1, 2, 5, 6)).to(kernel_device)).sum().backward()
-    assert v.grad.norm() > 0 and (energies_of(layer)[0].delta > 0).all()
+    assert v.grad.norm() > 0 and (layer.energies[0].delta > 0).all()
 
 
 class Rows(Recorder):
@@ -1060,12 +1055,12 @@ def test_rows_for_energies(backend, kernel_device):
         layer.recorder = Rows(store[0, call], store[1, call])
         x = input_current((3, 4, 5, 6), seed=call).to(kernel_device).requires_grad_()
         (layer(x) * factor).sum().backward()
-        assert energies_of(layer)[0].output.data_ptr() == store[0, call].data_ptr()
+        assert layer.recorder.calls[0].energies.output.data_ptr() == store[0, call].data_ptr()
         assert layer.recorder.calls[0].spike_count is None
         fresh = make(5, backend=backend).to(kernel_device)
         fresh.collect_statistics = True
         (fresh(x) * factor).sum().backward()
-        assert torch.equal(store[:, call], torch.stack(energies_of(fresh)[0]))
+        assert torch.equal(store[:, call], torch.stack(fresh.energies[0]))
         assert torch.isnan(store[:, call + 1 :]).all()
     with pytest.raises(ValueError, match=r"into two contiguous float32 tensors \[N\] .*N = 3 examples"):
         layer(input_current((3, 3, 5, 6)).to(kernel_device))
@@ -1078,15 +1073,13 @@ def test_rows_for_energies(backend, kernel_device):
     layer.recorder = None
     layer.collect_statistics = True
     layer(x)
-    assert energies_of(layer)[0].output.shape == (4,)
+    assert layer.energies[0].output.shape == (4,)
 
 
-@pytest.mark.parametrize("name", ["calls", "energies", "energy_buffers", "channel_scale"])
+@pytest.mark.parametrize("name", ["energy_buffers", "channel_scale"])
 def test_attributes_of_old_say_what_has_taken_their_place(name):
     for node in (make(5), LIFNode()):
-        with pytest.raises(AttributeError, match=rf"{name} is gone: .*(recorder)"):
-            getattr(node, name)
-        with pytest.raises(AttributeError, match=rf"{name} is gone: .*(recorder)"):
+        with pytest.raises(AttributeError, match=rf"{name} is gone: a recorder (hands|sets)"):
             setattr(node, name, None)
         assert not hasattr(node, name)
 
@@ -1143,16 +1136,16 @@ def test_energies_of_several_calls(kernel_device):
     layer.collect_statistics = True
     x = input_current((3, 4, 5, 6)).to(kernel_device).requires_grad_()
     layer(x).sum().backward()
-    first = energies_of(layer)[0]
+    first = layer.energies[0]
     layer.reset()
-    assert energies_of(layer) == []
+    assert layer.energies == []
     layer(x)
-    assert len(energies_of(layer)) == 1 and energies_of(layer)[0] is not first
+    assert len(layer.energies) == 1 and layer.energies[0] is not first
     layer.reset()
     layer.step_mode = "s"
     sum(layer(step) for step in x).sum().backward()
-    assert len(energies_of(layer)) == 3
-    assert all((e.delta > 0).all() and (e.output >= 0).all() for e in energies_of(layer))
+    assert len(layer.energies) == 3
+    assert all((e.delta > 0).all() and (e.output >= 0).all() for e in layer.energies)
 
 
 # -------------------------------------------------------------------------------------------------------------- state
@@ -1313,7 +1306,7 @@ def test_unfused_path(case, training, kernel_device, fused_calls):
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert fused_calls == []
-    assert len(energies_of(layer)) == (steps if single else 1) and (energies_of(layer)[0].delta > 0).all()
+    assert len(layer.energies) == (steps if single else 1) and (layer.energies[0].delta > 0).all()
     assert (layer.v_seq is not None) == layer.store_v_seq
     if layer.store_v_seq:
         assert layer.v_seq.shape == values.shape
@@ -1634,5 +1627,5 @@ def test_more_than_two_to_the_31_elements(layout):
         expected = (grad_y - indirect) * gain.reshape(-1, 1, 1) * truth.clear
         torch.testing.assert_close(x.grad[:, n : n + 1].double() * truth.clear, expected, rtol=1e-2, atol=1e-4)
         delta = (grad_y * gain.reshape(-1, 1, 1)).square().sum()
-        torch.testing.assert_close(energies_of(layer)[0].delta[n].double(), delta, rtol=1e-3, atol=0)
-        assert energies_of(layer)[0].output[n] == out[:, n].sum(dtype=torch.float32)
+        torch.testing.assert_close(layer.energies[0].delta[n].double(), delta, rtol=1e-3, atol=0)
+        assert layer.energies[0].output[n] == out[:, n].sum(dtype=torch.float32)

@@ -121,7 +121,7 @@ def test_training_goes_on_as_if_nothing_had_been_asked(device):
         assert node.surrogate_function is surrogate and node.backend is None and node.collect_statistics
         assert model.training and all(module.training for module in model.modules())
         grads = [p.grad for p in model.parameters()]
-        return grads, [b.clone() for b in model.buffers()], node.v.detach(), node.recorder.calls[0].energies.delta
+        return grads, [b.clone() for b in model.buffers()], node.v.detach(), node.energies[0].delta
 
     for left, asked in zip(step(False), step(True), strict=True):
         for a, b in zip(left, asked, strict=True) if isinstance(left, list) else [(left, asked)]:
