@@ -61,10 +61,8 @@ def _program_elements(blocks, size, HOW: tl.constexpr):
     program = tl.program_id(0)
     n = tl.full((), 1, tl.int64) * (program // blocks)  # offsets between examples can pass 2^31 elements
     offsets = (program % blocks) * HOW.cut.block + tl.arange(0, HOW.cut.block)
-    if HOW.cut.tile:
-        offsets = tl.multiple_of(
-            offsets, HOW.cut.elements
-        )  # of no more: wider accesses would take other threads' elements
+    if HOW.cut.tile:  # and of no more: wider accesses would take other threads' elements
+        offsets = tl.multiple_of(offsets, HOW.cut.elements)
     mask = tl.full(offsets.shape, True, tl.int1) if HOW.cut.even else offsets < size
     return n, offsets, mask
 
