@@ -88,7 +88,7 @@ def test_arrays_may_have_a_name_of_their_own(tmp_path, name):
 def test_arrays_may_name_the_recipe_that_they_are_trained_with(tmp_path):
     def recipe(**notes):
         np.savez(tmp_path / "some.npz", **arrays(), **notes)
-        return options.with_defaults({"dataset": "npz", "lr": 0.5}, str(tmp_path))
+        return options.with_defaults({"dataset": "npz", "lr": 0.5, "device": "cpu"}, str(tmp_path))
 
     assert recipe() == {"dataset": "npz", **data.DATASETS["npz"].recipe, "lr": 0.5, "device": "cpu", "amp": "off"}
     for name in ("cifar10", "mnist"):

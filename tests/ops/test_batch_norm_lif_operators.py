@@ -11,6 +11,7 @@ from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sadp_fast import BatchNormLIF, LIFNode, reset
+from sadp_fast.nn.recorder import CallRecorder, hand_in
 from sadp_fast.ops.batch_norm_lif import op as ops
 from sadp_fast.ops.batch_norm_lif import reference
 from sadp_fast.surrogate import Sigmoid
@@ -103,7 +104,7 @@ def results(layer, function, x, residual, repeat) -> list[Tensor]:
     x, residual = (t.detach().clone().requires_grad_() for t in (x, residual))
     out = function(x, residual, repeat=repeat)
     (out * torch.arange(out.shape[-1], device=out.device, dtype=out.dtype)).sum().backward()
-    energies = layer.energies[0] if layer.energies else ()
+    energies = () if layer.recorder is None else layer.recorder.calls[-1].energies
     parameters = [p.grad for p in layer.parameters() if p.grad is not None]
     return [out.detach(), layer.v, x.grad, residual.grad, *parameters, *energies, *layer.buffers()]
 
@@ -117,8 +118,8 @@ def test_compiled_whole_it_stays_fused(d, training, repeat, statistics, momentum
     recorded = AotEagerAndRecordGraphs()
     run = torch.compile(other, fullgraph=True, backend=recorded)
     for layer in (eager, other):
-        layer.collect_statistics = statistics
-        layer.energy_buffers = tuple(torch.zeros(2, 4, device=kernel_device)) if statistics else None
+        if statistics:
+            hand_in(layer, CallRecorder(device=torch.device(kernel_device)))
     for call in range(2):
         x = input_current((3, 4, 5, 6), seed=call).to(kernel_device)
         given = (x if repeat is None else x[0], torch.ones_like(x), repeat)
@@ -181,10 +182,10 @@ def test_compiled_without_gradients(kernel_device):
     assert torch.equal(other.v, eager.v)
 
 
-def test_fused_energies_under_compile_want_buffers(kernel_device):
+def test_energies_under_compile_want_memory_that_exists(kernel_device):
     layer = make(5).to(kernel_device)
     layer.collect_statistics = True
-    with pytest.raises(Exception, match="set energy_buffers to two float32 tensors"):
+    with pytest.raises(Exception, match="writes into an existing buffer"):
         torch.compile(layer, backend="aot_eager", fullgraph=True)(input_current((3, 2, 5, 6)).to(kernel_device))
 
 
