@@ -20,7 +20,7 @@ ALLOWED = {
     "_C": "torch's compiled part: the current stream and the dispatch stack are nowhere else",
     "_autograd": "of torch._C: what becomes of saved tensors",
     "_top_saved_tensors_default_hooks": "of torch._C._autograd: the hooks themselves, with no public name",
-    "_current_graph_task_id": "of torch._C: whether a backward pass runs, within which checkpoints run a forward pass anew",
+    "_current_graph_task_id": "of torch._C: whether a backward pass runs, in which checkpoints recompute",
     "_cuda_getCurrentRawStream": "of torch._C: a tenth of torch.cuda.current_stream's time",
     "_len_torch_dispatch_stack": "of torch._C: whether another mode watches",
     "_current_level": "of torch.autograd.forward_ad: whether forward mode is on",
