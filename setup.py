@@ -14,6 +14,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 
@@ -79,4 +80,16 @@ class CMakeBuild(build_ext):
                 sys.exit(f"Building sadp_fast failed (exit status {status}); the lines above say why.")
 
 
-setup(ext_modules=[Extension("sadp_fast._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
+class FreshModules(build_py):
+    """Leaves nothing of an earlier build: a module that is gone since would be installed again."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+setup(
+    ext_modules=[Extension("sadp_fast._native", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "build_py": FreshModules},
+)

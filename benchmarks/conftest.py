@@ -13,6 +13,8 @@ import pytest
 import torch
 from bench_report import Bench, duration_lines, table, write_json
 
+from sadp_fast import native
+
 BENCH = pytest.StashKey[Bench]()
 # What a run that is cut short should have; files that are not named come last.
 ORDER = ("lif_speed", "training_step", "batch_norm", "sampling", "host_time", "long_sequences", "training_time")
@@ -29,6 +31,11 @@ def pytest_addoption(parser):
         help="processes that compile all kernels before the first measurement (default: on a GPU, one less than there "
         f"are cores, at most {compile_ahead.MOST_PROCESSES}, where all benchmarks run; 0: none)",
     )
+
+
+def pytest_report_header():
+    """Which copy of the package is measured."""
+    return native.description()
 
 
 def pytest_configure(config):

@@ -1,5 +1,5 @@
 // The sampling library as Python sees it. Tensors come as raw pointers, streams as handles, so that no torch header is
-// needed and one build serves every torch; sadp_fast/sampling.py owns the tensors and has checked them.
+// needed and one build serves every torch; sadp_fast/prune owns the tensors and has checked them.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -38,6 +38,7 @@ sadp::cuda::Draw cuda_draw(std::uintptr_t p, bool is_double, int64_t n, uint64_t
 PYBIND11_MODULE(_native, module) {
     module.doc() = "Native part of sadp_fast: Bernoulli subset sampling and kernel launches.";
     sadp::bind_launch(module);
+    module.attr("SOURCES_DIGEST") = SADP_SOURCES_DIGEST;  // of what it was built from; sadp_fast/native.py compares it
     module.attr("MAX_ITEMS") = sadp::kMaxItems;
     module.attr("NO_INVALID") = sadp::kNoInvalid;
 #ifdef SADP_WITH_CUDA

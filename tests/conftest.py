@@ -4,9 +4,13 @@ Triton kernels run on the CPU in Triton's interpreter, which has to be chosen be
 with a GPU they run for real, and the CPU cases of kernel tests are skipped.
 """
 
+import fcntl
+import functools
 import json
 import os
 import platform
+import subprocess
+import sys
 import time
 from collections import Counter, defaultdict
 from datetime import datetime, timezone
@@ -19,6 +23,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+
+from sadp_fast import native
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -98,6 +104,7 @@ class Outcomes:
                 "device": torch.cuda.get_device_name() if cuda else "CPU (Triton kernels in the interpreter)",
                 "python": platform.python_version(),
                 "torch": torch.__version__,
+                "triton": getattr(sys.modules.get("triton"), "__version__", None),
             },
             "complete": self.complete,
             "total": dict(sum(self.counts.values(), Counter())),
@@ -114,13 +121,27 @@ def pytest_addoption(parser):
     parser.addoption("--outcomes", metavar="FILE.json", help="write what ran, where, and how it ended")
 
 
+def pytest_report_header():
+    """Which copy is tested: in a clone's folder, its modules with the installed package's library."""
+    return native.description()
+
+
 def pytest_configure(config):
     # Under pytest-xdist the workers report to one process, which has no worker's input.
     if config.getoption("--outcomes") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Outcomes(config.getoption("--outcomes")))
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    """Slow tests wait to be asked for, by ``-m slow`` or by name; those that need a GPU are slow without one alone."""
+    asked = config.option.markexpr or any("::" in argument for argument in config.args)
+    waiting = [item for item in items if item.get_closest_marker("slow") and not item.get_closest_marker("gpu")]
+    if waiting and not asked:
+        config.hook.pytest_deselected(items=waiting)
+        items[:] = [item for item in items if item not in waiting]
+    for item in items:
+        if "compiled_report" in getattr(item, "fixturenames", ()):
+            item.add_marker("compiled")
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -148,3 +169,40 @@ def _no_search_for_convolutions():
     """Training turns cuDNN's search for the fastest algorithm on; the next test should not depend on it."""
     yield
     torch.backends.cudnn.benchmark = False
+
+
+@pytest.fixture(scope="session")
+def compiled_report(tmp_path_factory):
+    """A function of a script among these tests and its arguments: what it prints, from JSON.
+
+    The script runs in a process of its own, since Triton's interpreter, which the other tests use on a machine without
+    a GPU, cannot be switched off once triton is imported. It runs once, whichever of xdist's workers asks first.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder  # which the workers share
+
+    @functools.cache
+    def printed(script: str, *arguments: str) -> tuple[int, str, str]:
+        path = folder / ("-".join([Path(script).stem, *arguments]) + ".json")
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                path.write_text(json.dumps(_run(script, *arguments)))
+        return tuple(json.loads(path.read_text()))
+
+    def report(script: str, *arguments: object) -> dict:
+        status, output, errors = printed(script, *map(str, arguments))
+        assert status == 0, errors
+        return json.loads(output)
+
+    return report
+
+
+def _run(script: str, *arguments: str) -> tuple[int, str, str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = [str(native.PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(path)
+    done = subprocess.run(
+        [sys.executable, script, *arguments], env=environment, capture_output=True, text=True, timeout=900
+    )
+    return done.returncode, done.stdout, done.stderr

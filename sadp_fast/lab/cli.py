@@ -9,7 +9,8 @@ from typing import NoReturn
 
 import torch
 
-from . import data, report, train, train_command
+from .. import __version__, native
+from . import data, train, train_command
 from .options import CommandError
 from .study import command as study_command
 from .study.store import StudyError
@@ -46,9 +47,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="sadp-fast", description="Train spiking networks on the examples that matter.")
-    version = report.package_version("sadp_fast") or "(not installed)"
-    parser.add_argument("--version", action="version", version=f"sadp-fast {version}")
+    parser = _Parser(
+        prog="sadp-fast",
+        description="Train spiking networks on the examples that matter.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # paths are not broken into lines
+    )
+    parser.add_argument("--version", action="version", version=f"sadp-fast {__version__}\n{native.description()}")
     commands = parser.add_subparsers(required=True, metavar="train|study")
     train_command.add_parser(commands)
     study_command.add_parser(commands)

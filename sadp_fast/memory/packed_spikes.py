@@ -67,7 +67,7 @@ class _PackedBlock:
         self._expanded: StorageWeakRef | None = None
 
     def view(self, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Tensor:
-        owner = self._owner()
+        owner: Tensor | None = self._owner()
         if owner is not None and owner._version == self._version and owner.data_ptr() == self._address:
             return owner.detach().as_strided(shape, strides, self.offset + offset)
         # By storage: autograd takes the tensor that it gets apart, but the memory is the same.

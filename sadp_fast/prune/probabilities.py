@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .sampling import _native, current_stream
+from ..native import library as _native
+from .sampling import current_stream
 
 POLICIES = ("mix", "floor", "infobatch", "epsilon_greedy")
 SCHEDULES = ("constant", "linear", "cosine")

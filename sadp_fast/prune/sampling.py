@@ -9,13 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-try:
-    from .. import _native
-except ImportError as error:
-    raise ImportError(
-        "sadp_fast's native library is not built for this Python; run `pip install .` in the repository and start "
-        "Python outside of it, or run `pip install -e .`."
-    ) from error
+from ..native import library as _native
 
 
 def current_stream(device: int) -> int:

@@ -1,6 +1,7 @@
 """Spikes kept as bits: the kernels against plain torch, and training that must not notice."""
 
 import gc
+import itertools
 import weakref
 from functools import partial
 
@@ -36,16 +37,15 @@ def counts(shape, greatest=1, dtype=torch.float32, device="cpu", seed=0):
 # -------------------------------------------------------------------------------------------------------------- bits
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("count", [1, 7, 8, 4095, 4096, 4097, 9000])
 @pytest.mark.parametrize("greatest", [1, 2, 3, 5, 15])
-def test_bits_and_back(greatest, count, dtype, device):
-    flat = counts((count,), greatest, dtype, device)
-    flat[-1] = greatest
-    buffer = reference.pack(flat, greatest)
-    assert buffer.dtype == torch.uint8 and len(buffer) == reference.buffer_bytes(count, greatest)
-    assert not reference.broken(buffer, count).any()
-    assert torch.equal(reference.unpack(buffer, count, greatest, dtype), flat)
+def test_bits_and_back(greatest, device):
+    for count, dtype in itertools.product((1, 7, 8, 4095, 4096, 4097, 9000), DTYPES):
+        flat = counts((count,), greatest, dtype, device)
+        flat[-1] = greatest
+        buffer = reference.pack(flat, greatest)
+        assert buffer.dtype == torch.uint8 and len(buffer) == reference.buffer_bytes(count, greatest)
+        assert not reference.broken(buffer, count).any()
+        assert torch.equal(reference.unpack(buffer, count, greatest, dtype), flat)
 
 
 def test_the_format():
@@ -56,14 +56,13 @@ def test_the_format():
     assert buffer[0] == 0b101 and buffer[512] == 0b110
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("count", [4096, 9001])
 @pytest.mark.parametrize("greatest", [1, 2, 7, 15])
-def test_kernels_write_the_same_bits(greatest, count, dtype, kernels, kernel_device):
-    flat = counts((count,), greatest, dtype, kernel_device)
-    buffer = kernels.pack(flat, greatest)
-    assert torch.equal(buffer, reference.pack(flat, greatest))
-    assert torch.equal(kernels.unpack(buffer, count, greatest, dtype), flat)
+def test_kernels_write_the_same_bits(greatest, kernels, kernel_device):
+    for count, dtype in itertools.product((4096, 9001), DTYPES):
+        flat = counts((count,), greatest, dtype, kernel_device)
+        buffer = kernels.pack(flat, greatest)
+        assert torch.equal(buffer, reference.pack(flat, greatest))
+        assert torch.equal(kernels.unpack(buffer, count, greatest, dtype), flat)
 
 
 @pytest.mark.parametrize("wrong", [-1.0, 0.5, 4.0, 1e30, float("nan"), float("inf")])

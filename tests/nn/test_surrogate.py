@@ -1,5 +1,6 @@
 """The surrogate functions: against their formulae, against SpikingJelly's, and fused against both."""
 
+import itertools
 import math
 
 import pytest
@@ -60,17 +61,17 @@ def test_the_table_is_complete_and_in_the_kernels_order():
     assert [cls.__name__ for cls in surrogates.FUSED] == NAMES
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("name", NAMES)
-def test_gradient_is_the_formula(name, alpha, device):
-    function = make(name, alpha).to(device)
-    x = points()
-    a = DEFAULT_ALPHA[name] if alpha is None else alpha
-    expected = torch.tensor([FORMULAE[name](value, a) for value in x.tolist()], dtype=torch.float64)
-    torch.testing.assert_close(gradient_of(function, x.to(device)).cpu(), expected, rtol=1e-12, atol=1e-14)
-    single = gradient_of(function, x.to(device, torch.float32))
-    assert single.dtype == torch.float32
-    torch.testing.assert_close(single.cpu(), expected.float(), rtol=2e-6, atol=5e-7)
+def test_gradient_is_the_formula(name, device):
+    for alpha in ALPHAS:
+        function = make(name, alpha).to(device)
+        x = points()
+        a = DEFAULT_ALPHA[name] if alpha is None else alpha
+        expected = torch.tensor([FORMULAE[name](value, a) for value in x.tolist()], dtype=torch.float64)
+        torch.testing.assert_close(gradient_of(function, x.to(device)).cpu(), expected, rtol=1e-12, atol=1e-14)
+        single = gradient_of(function, x.to(device, torch.float32))
+        assert single.dtype == torch.float32
+        torch.testing.assert_close(single.cpu(), expected.float(), rtol=2e-6, atol=5e-7)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -83,25 +84,25 @@ def test_gradient_scales_with_the_incoming_gradient(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_spikes_at_and_above_the_threshold(name, dtype, device):
-    x = torch.tensor([-1.0, -1e-3, -0.0, 0.0, 1e-3, 1.0], dtype=dtype, device=device)
-    spikes = make(name)(x)
-    assert spikes.dtype == dtype
-    assert spikes.tolist() == [0, 0, 1, 1, 1, 1]
+def test_spikes_at_and_above_the_threshold(name, device):
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        x = torch.tensor([-1.0, -1e-3, -0.0, 0.0, 1e-3, 1.0], dtype=dtype, device=device)
+        spikes = make(name)(x)
+        assert spikes.dtype == dtype
+        assert spikes.tolist() == [0, 0, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "SuperSpike"])
-def test_primitive_has_the_gradient(name, alpha):
-    smooth = make(name, alpha, spiking=False)
-    x = points()
-    # A kink belongs to either side there: autograd of abs, clamp or where may take the other one.
-    x = x[x != 0]
-    torch.testing.assert_close(gradient_of(smooth, x), smooth.gradient(x, smooth.alpha), rtol=1e-9, atol=1e-12)
-    ends = smooth(torch.tensor([-1e4, 1e4], dtype=torch.float64))
-    torch.testing.assert_close(ends, torch.tensor([0.0, 1.0], dtype=torch.float64), rtol=0, atol=1e-3)
-    assert smooth(torch.zeros(1, dtype=torch.float64)).item() == pytest.approx(0.5)
+def test_primitive_has_the_gradient(name):
+    for alpha in ALPHAS:
+        smooth = make(name, alpha, spiking=False)
+        x = points()
+        # A kink belongs to either side there: autograd of abs, clamp or where may take the other one.
+        x = x[x != 0]
+        torch.testing.assert_close(gradient_of(smooth, x), smooth.gradient(x, smooth.alpha), rtol=1e-9, atol=1e-12)
+        ends = smooth(torch.tensor([-1e4, 1e4], dtype=torch.float64))
+        torch.testing.assert_close(ends, torch.tensor([0.0, 1.0], dtype=torch.float64), rtol=0, atol=1e-3)
+        assert smooth(torch.zeros(1, dtype=torch.float64)).item() == pytest.approx(0.5)
 
 
 def test_super_spike_has_no_primitive():
@@ -119,11 +120,11 @@ def test_set_spiking_mode_switches_between_spikes_and_primitive():
     assert function(x).item() == 1.0
 
 
-@pytest.mark.parametrize("alpha", [0, -1.0, float("nan")])
 @pytest.mark.parametrize("name", NAMES)
-def test_alpha_must_be_positive(name, alpha):
-    with pytest.raises(ValueError, match=f"alpha must be > 0, got {alpha}"):
-        make(name, alpha)
+def test_alpha_must_be_positive(name):
+    for alpha in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"alpha must be > 0, got {alpha}"):
+            make(name, alpha)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -136,26 +137,25 @@ def test_gradient_far_from_the_threshold_is_finite(name):
 # ------------------------------------------------------------------------------------------------- SpikingJelly
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("name", NAMES)
-def test_same_as_spikingjelly(name, alpha, dtype):
-    theirs = make(name, alpha, spikingjelly_surrogates())
-    ours = make(name, alpha)
-    assert ours.alpha == theirs.alpha
-    x = points(dtype)
-    assert torch.equal(ours(x), theirs(x))
-    tolerance = {"rtol": 2e-6, "atol": 5e-7} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-14}
-    torch.testing.assert_close(gradient_of(ours, x), gradient_of(theirs, x), **tolerance)
+def test_same_as_spikingjelly(name):
+    for alpha, dtype in itertools.product(ALPHAS, (torch.float32, torch.float64)):
+        theirs = make(name, alpha, spikingjelly_surrogates())
+        ours = make(name, alpha)
+        assert ours.alpha == theirs.alpha
+        x = points(dtype)
+        assert torch.equal(ours(x), theirs(x))
+        tolerance = {"rtol": 2e-6, "atol": 5e-7} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-14}
+        torch.testing.assert_close(gradient_of(ours, x), gradient_of(theirs, x), **tolerance)
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "SuperSpike"])
-def test_primitive_same_as_spikingjelly(name, alpha):
-    theirs = make(name, alpha, spikingjelly_surrogates(), spiking=False)
-    ours = make(name, alpha, spiking=False)
-    x = points()
-    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
+def test_primitive_same_as_spikingjelly(name):
+    for alpha in ALPHAS:
+        theirs = make(name, alpha, spikingjelly_surrogates(), spiking=False)
+        ours = make(name, alpha, spiking=False)
+        x = points()
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
 
 
 def test_spikingjellys_surrogates_are_fused_and_others_are_not():

@@ -1,14 +1,11 @@
 """The operators as torch and Triton see them: opcheck, torch.compile, autocast, and the code that reaches a GPU.
 
-Run as a script, this file compiles the kernels for one GPU architecture, which needs no GPU, and prints what came out:
-``python tests/test_compile.py 90``. The tests do that in a process of its own, since Triton's interpreter, which the
-other tests use on a machine without a GPU, cannot be switched off once triton is imported.
+Run as a script, this file compiles kernels for one GPU architecture, which needs no GPU, and prints what came out:
+``python tests/ops/test_compile.py 90 usual``, or ``rare`` for the launches that only slow tests ask about.
 """
 
-import functools
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -48,6 +45,11 @@ DYNAMICS += [(LEARNED, True, 0.25), (LEARNED, False, None)]
 
 def several_chunks(steps: int, dtype: str) -> bool:
     return steps > LONGEST_CHUNK[DTYPES[dtype].itemsize]
+
+
+def rare(architecture: int, steps: int, dtype: str) -> bool:
+    """Whether only slow tests ask: most layers have few steps, and the architectures differ little."""
+    return architecture != 90 or several_chunks(steps, dtype)
 
 
 def grids(steps: int, dtype: str) -> list[str]:
@@ -126,8 +128,8 @@ def describe(compiled, recorder: Recorder) -> dict:
     }
 
 
-def compile_for(architecture: int) -> dict:
-    """Everything that the tests ask about one architecture."""
+def compile_for(architecture: int, part: str) -> dict:
+    """What the tests ask about one architecture: all of them, or slow ones alone."""
     from sadp_fast.ops.lif import configuration
     from sadp_fast.ops.lif import launch as lif_launch
     from sadp_fast.ops.lif import op as lif
@@ -159,12 +161,14 @@ def compile_for(architecture: int) -> dict:
             x = torch.empty(steps, 2, 64, 32, 32, dtype=dtype)
             for statistics, grid in itertools.product(STATISTICS, grids(steps, name)):
                 configuration.multiprocessors = lambda device, grid=grid: GRIDS[grid]
-                for tau in (2.0, LEARNED) if architecture == 90 and statistics == "with" else (2.0,):
+                taus = [2.0] if rare(architecture, steps, name) == (part == "rare") else []
+                taus += [LEARNED] if architecture == 90 and statistics == "with" and part == "rare" else []
+                for tau in taus:
                     launch(x, tau, True, 0.0, 0, statistics=statistics == "with")
                     for direction, recorder in (("forward", forward), ("backward", backward)):
                         key = f"{direction} T={steps} {name} {statistics} statistics{grid}" + f", {tau}" * (tau != 2.0)
                         report[key] = describe(compile_recorded(recorder, architecture), recorder)
-    if architecture == 90:
+    if architecture == 90 and part == "rare":
         candidates = lif_launch.candidates
         configuration.multiprocessors = lambda device: GRIDS[""]
         for steps, name in CANDIDATES:
@@ -179,6 +183,7 @@ def compile_for(architecture: int) -> dict:
                     key = f"{direction} T={steps} {name} candidate {number}"
                     report[key] = describe(compile_recorded(recorder, architecture), recorder)
         lif_launch.candidates = candidates
+    if architecture == 90 and part == "usual":
         # The interpreter does not check types: every branch of the kernels has to get through the compiler too.
         variants = [(*DYNAMICS[1], surrogate) for surrogate in range(len(FUSED))]
         variants += [(*dynamics, 0) for dynamics in DYNAMICS]
@@ -207,21 +212,14 @@ def triton_version() -> tuple[int, ...]:
     return tuple(int(n) for n in triton.__version__.split(".")[:2])
 
 
-@functools.cache
-def compiled_for(architecture: int) -> dict:
-    import sadp_fast
-
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    package = str(Path(sadp_fast.__file__).parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, __file__, str(architecture)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+@pytest.fixture
+def compiled_for(compiled_report):
+    return lambda architecture, part: compiled_report(__file__, architecture, part)
 
 
-def test_every_configuration_that_autotune_measures_compiles():
-    report = compiled_for(90)
+@pytest.mark.slow
+def test_every_configuration_that_autotune_measures_compiles(compiled_for):
+    report = compiled_for(90, "rare")
     for steps, name in CANDIDATES:
         for direction in ("forward", "backward"):
             found = [
@@ -232,7 +230,11 @@ def test_every_configuration_that_autotune_measures_compiles():
 
 def cases():
     return [
-        pytest.param(architecture, f"{direction} T={steps} {dtype} {statistics} statistics{grid}", steps, dtype)
+        pytest.param(
+            *(architecture, "rare" if rare(architecture, steps, dtype) else "usual"),
+            *(f"{direction} T={steps} {dtype} {statistics} statistics{grid}", steps, dtype),
+            marks=[pytest.mark.slow] * rare(architecture, steps, dtype),
+        )
         for architecture, all_steps in ARCHITECTURES.items()
         for steps in all_steps
         for dtype in DTYPES
@@ -242,29 +244,30 @@ def cases():
     ]
 
 
-@pytest.mark.parametrize("architecture, key, steps, dtype", cases())
-def test_no_register_spills(architecture, key, steps, dtype):
+@pytest.mark.parametrize("architecture, part, key, steps, dtype", cases())
+def test_no_register_spills(architecture, part, key, steps, dtype, compiled_for):
     """But for a word of each of a thread's two elements in one case."""
-    local = compiled_for(architecture)[key]["local"]
+    local = compiled_for(architecture, part)[key]["local"]
     if local is None:
         pytest.skip("this Triton ships no cuobjdump")
     assert local <= SPILLED.get(key, 0)
 
 
-def test_a_learned_tau_spills_little():
+@pytest.mark.slow
+def test_a_learned_tau_spills_little(compiled_for):
     """Its gradient needs a register more for every element and step."""
-    spilled = {key: found["local"] for key, found in compiled_for(90).items() if key.endswith(LEARNED)}
+    spilled = {key: found["local"] for key, found in compiled_for(90, "rare").items() if key.endswith(LEARNED)}
     assert len(spilled) == 2 * sum(len(grids(steps, dtype)) for steps in ARCHITECTURES[90] for dtype in DTYPES)
     assert all(local is None or local <= SPILLED_LEARNED.get(key, 0) for key, local in spilled.items()), spilled
 
 
-@pytest.mark.parametrize("architecture, key, steps, dtype", cases())
-def test_memory_is_read_and_written_16_bytes_at_a_time(architecture, key, steps, dtype):
+@pytest.mark.parametrize("architecture, part, key, steps, dtype", cases())
+def test_memory_is_read_and_written_16_bytes_at_a_time(architecture, part, key, steps, dtype, compiled_for):
     """Or all elements of a thread at a time, where long chunks leave registers for fewer.
 
     Only the statistics, one number of a program and step, are written as single words.
     """
-    report = compiled_for(architecture)[key]
+    report = compiled_for(architecture, part)[key]
     wide = min(16, report["elements"] * DTYPES[dtype].itemsize)
     assert wide == 16 or steps > 8
     accesses = {tuple(kind.split()): n for kind, n in report["accesses"].items()}
@@ -276,20 +279,22 @@ def test_memory_is_read_and_written_16_bytes_at_a_time(architecture, key, steps,
     assert any(kind == "ld" for kind, _ in accesses) and any(kind == "st" for kind, _ in accesses)
 
 
-@pytest.mark.parametrize("architecture, key, steps, dtype", cases())
-def test_tiles_stay_in_registers_and_are_accessed_as_a_whole(architecture, key, steps, dtype):
+@pytest.mark.parametrize("architecture, part, key, steps, dtype", cases())
+def test_tiles_stay_in_registers_and_are_accessed_as_a_whole(architecture, part, key, steps, dtype, compiled_for):
     """Only statistics go through shared memory; with a load and a store a step, long T took many seconds to compile."""
-    report = compiled_for(architecture)[key]
+    report = compiled_for(architecture, part)[key]
     assert "without" not in key or report["shared"] == 0
     if several_chunks(steps, dtype):
         assert report["operations"] < 10
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture, part", [(90, "usual"), *(pytest.param(a, "rare", marks=pytest.mark.slow) for a in (80, 100))]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_norms_of_16_steps_take_16_exchanges(architecture, dtype):
+def test_norms_of_16_steps_take_16_exchanges(architecture, part, dtype, compiled_for):
     """And no shared memory; one by one they would take 80."""
-    report = compiled_for(architecture)
+    report = compiled_for(architecture, part)
     assert report[f"backward T=16 {dtype} without statistics"]["exchanges"] == 0
     found = report[f"backward T=16 {dtype} with statistics"]
     assert (found["exchanges"], found["shared"]) == (16, 0)
@@ -298,21 +303,21 @@ def test_norms_of_16_steps_take_16_exchanges(architecture, dtype):
 @pytest.mark.parametrize("dynamics", [d for d in DYNAMICS if d[0] != 2.0], ids=str)
 @pytest.mark.parametrize("direction", ("forward", "backward"))
 @pytest.mark.parametrize("walk", WALKS)
-def test_no_contraction(walk, direction, dynamics):
+def test_no_contraction(walk, direction, dynamics, compiled_for):
     """A fused multiply-add in the potential could flip a spike at the threshold; where 1 / tau is exact it cannot.
 
     The backward kernel has those that are written there, in the gradients.
     """
-    report = compiled_for(90)[f"{direction} {walk} {(*dynamics, 0)}"]
+    report = compiled_for(90, "usual")[f"{direction} {walk} {(*dynamics, 0)}"]
     tau, _, v_reset = dynamics
     written = 2 if walk == "tile" else (1 if v_reset is None else 2) + (tau == LEARNED)  # an element and step
     assert report["fma"] == (0 if direction == "forward" else written * VARIANT_STEPS * report["elements"])
 
 
-def test_every_variant_compiles():
+def test_every_variant_compiles(compiled_for):
     from sadp_fast.surrogate import FUSED
 
-    report = compiled_for(90)
+    report = compiled_for(90, "usual")
     variants = [key for key in report if "T=" not in key]
     # one of the dynamics is counted among the surrogates
     assert len(variants) == len(WALKS) * 2 * (len(FUSED) + len(DYNAMICS) - 1)
@@ -420,7 +425,9 @@ def assert_same_training(eager: nn.Module, other: nn.Module, eager_loss: Tensor,
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("steps, statistics", [(3, False), (3, True), (CHUNK + 1, True)])
+@pytest.mark.parametrize(
+    "steps, statistics", [(3, False), (3, True), pytest.param(CHUNK + 1, True, marks=pytest.mark.slow)]
+)
 def test_fullgraph_forward_and_backward(steps, statistics, path):
     """Compiled and eager give the same loss, gradients, states and statistics, call after call."""
     from sadp_fast.nn.neuron import neurons, reset
@@ -615,4 +622,4 @@ def test_float16_with_a_gradient_scaler():
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_for(int(sys.argv[1]))))
+    print(json.dumps(compile_for(int(sys.argv[1]), sys.argv[2])))

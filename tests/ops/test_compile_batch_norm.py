@@ -1,12 +1,10 @@
 """The BatchNorm + LIF kernels as they reach a GPU: compiled without one, wide accesses, nothing spilled.
 
-Run as a script with a compute capability, this file prints what came out; the tests do so in a process without
-Triton's interpreter. What is compiled is what a call on a GPU would launch: the launches are recorded, not run.
+Run as a script with a compute capability and ``usual`` or ``rare`` (what only slow tests ask about), this file prints
+what came out. What is compiled is what a call on a GPU would launch: the launches are recorded, not run.
 """
 
-import functools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -144,7 +142,12 @@ class Compiler:
         torch.autograd.grad(out, wanted, torch.empty_strided(out.shape, out.stride(), dtype=dtype))
 
 
-def compile_for(architecture: int) -> dict:
+def rare(architecture: int, steps: int) -> bool:
+    """Whether only slow tests ask: most layers have few steps, and the architectures differ little."""
+    return architecture != 90 or steps != STEPS[0]
+
+
+def compile_for(architecture: int, part: str) -> dict:
     from sadp_fast.ops.batch_norm_lif import configuration
     from sadp_fast.ops.common.dynamics import Dynamics
     from sadp_fast.surrogate import FUSED
@@ -154,12 +157,15 @@ def compile_for(architecture: int) -> dict:
     for steps in STEPS if architecture == 90 else STEPS[:1]:
         for name, dtype in DTYPES.items():
             for layout in LAYOUTS if architecture == 90 else LAYOUTS[:1]:
+                if rare(architecture, steps) != (part == "rare"):
+                    continue
                 shape = (steps, 16, 64, 32, 32)
                 compiler.step(f"T={steps} {name} {layout}", shape, dtype, layout, lif, 0, residual=True)
         plif = Dynamics(2.0, True, 1.0, 0.0, False, True)
         shape = (steps, 16, 64, 32, 32)
-        compiler.step(f"learned T={steps}", shape, torch.bfloat16, LAYOUTS[0], plif, 0, residual=True)
-    if architecture == 90:
+        if part == "rare":
+            compiler.step(f"learned T={steps}", shape, torch.bfloat16, LAYOUTS[0], plif, 0, residual=True)
+    if architecture == 90 and part == "usual":
         # The interpreter does not check types: every branch of the kernels has to get through the compiler too.
         variants = [(lif, index, {}) for index in range(1, len(FUSED))]
         variants += [(Dynamics(None, False, 1.0, None, False), 0, {}), (Dynamics(3.0, False, 1.0, None, True), 0, {})]
@@ -173,6 +179,7 @@ def compile_for(architecture: int) -> dict:
                 shape = (2, 3, 30, 5, 3)
                 key = f"variant {number} {layout}"
                 compiler.step(key, shape, torch.float16, layout, d, index, residual=False, **options)
+    if architecture == 90 and part == "rare":
         tuning = dict(configuration.TUNING)
         for number in range(CANDIDATES):
             configuration.TUNING.update({kernel: (found[1 + number],) for kernel, found in tuning.items()})
@@ -184,18 +191,9 @@ def compile_for(architecture: int) -> dict:
 # ---------------------------------------------------------------------------------------- compiled for a real GPU
 
 
-@functools.cache
-def compiled_for(architecture: int) -> dict:
-    import sadp_fast
-
-    pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    here = [str(Path(sadp_fast.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment["PYTHONPATH"] = os.pathsep.join(here)
-    command = [sys.executable, __file__, str(architecture)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+@pytest.fixture
+def compiled_for(compiled_report):
+    return lambda architecture, part: compiled_report(__file__, architecture, part)
 
 
 # Of each tiled kernel: how many tensors it reads and writes at every step.
@@ -216,7 +214,9 @@ def few() -> int:
 def cases():
     return [
         pytest.param(
-            architecture, kernel, steps, dtype, layout, id=f"sm_{architecture} {kernel} {steps} {dtype} {layout}"
+            *(architecture, "rare" if rare(architecture, steps) else "usual", kernel, steps, dtype, layout),
+            id=f"sm_{architecture} {kernel} {steps} {dtype} {layout}",
+            marks=[pytest.mark.slow] * rare(architecture, steps),
         )
         for architecture in ARCHITECTURES
         for steps in (STEPS if architecture == 90 else STEPS[:1])
@@ -226,20 +226,20 @@ def cases():
     ]
 
 
-@pytest.mark.parametrize("architecture, kernel, steps, dtype, layout", cases())
-def test_no_register_spills(architecture, kernel, steps, dtype, layout):
+@pytest.mark.parametrize("architecture, part, kernel, steps, dtype, layout", cases())
+def test_no_register_spills(architecture, part, kernel, steps, dtype, layout, compiled_for):
     """Within the registers that each program gets of those that run together, but for a few words."""
-    found = compiled_for(architecture)[f"{kernel} T={steps} {dtype} {layout}"]
+    found = compiled_for(architecture, part)[f"{kernel} T={steps} {dtype} {layout}"]
     if found["local"] is None:
         pytest.skip("this Triton ships no cuobjdump")
     assert found["local"] <= few(), found
     assert found["registers"] <= found["most registers"]
 
 
-@pytest.mark.parametrize("architecture, kernel, steps, dtype, layout", cases())
-def test_tiles_move_sixteen_bytes_at_a_time(architecture, kernel, steps, dtype, layout):
+@pytest.mark.parametrize("architecture, part, kernel, steps, dtype, layout", cases())
+def test_tiles_move_sixteen_bytes_at_a_time(architecture, part, kernel, steps, dtype, layout, compiled_for):
     """Or all elements of a thread, where it holds less. Numbers of a channel and partial sums may be narrow."""
-    found = compiled_for(architecture)[f"{kernel} T={steps} {dtype} {layout}"]
+    found = compiled_for(architecture, part)[f"{kernel} T={steps} {dtype} {layout}"]
     accesses = {tuple(kind.split()): n for kind, n in found["accesses"].items()}
     bytes_of_a_thread = found["elements"] * DTYPES[dtype].itemsize
     wide = min(16, bytes_of_a_thread)
@@ -254,39 +254,47 @@ def test_tiles_move_sixteen_bytes_at_a_time(architecture, kernel, steps, dtype, 
     assert narrow["st"] <= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_learned_tau_spills_little(architecture):
-    found = {key: found for key, found in compiled_for(architecture).items() if "learned" in key}
+def test_a_learned_tau_spills_little(architecture, compiled_for):
+    found = {key: found for key, found in compiled_for(architecture, "rare").items() if "learned" in key}
     assert len(found) == (len(TILED) + 2) * len(STEPS if architecture == 90 else STEPS[:1])
     # Launches are chosen for an H100; the first sums have a tile more to hold.
     most = few() if architecture == 90 else 96
     assert all(one["local"] is None or one["local"] <= most for one in found.values()), found
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_small_kernels_spill_nothing(architecture):
+@pytest.mark.parametrize(
+    "architecture, part", [(90, "usual"), *(pytest.param(a, "rare", marks=pytest.mark.slow) for a in ARCHITECTURES)]
+)
+def test_the_small_kernels_spill_nothing(architecture, part, compiled_for):
     small = {
         key: found
-        for key, found in compiled_for(architecture).items()
+        for key, found in compiled_for(architecture, part).items()
         if key.split()[0] in ("constants", "finish_backward")
     }
-    assert len(small) >= 2 * len(STEPS if architecture == 90 else STEPS[:1]) * len(DTYPES)
+    assert len(small) >= 2 * len(DTYPES) * sum(
+        rare(architecture, steps) == (part == "rare") for steps in (STEPS if architecture == 90 else STEPS[:1])
+    )
     for key, found in small.items():
         assert found["local"] in (0, None), key
 
 
-def test_every_configuration_that_autotune_measures_compiles_within_its_registers():
+@pytest.mark.slow
+def test_every_configuration_that_autotune_measures_compiles_within_its_registers(compiled_for):
     from sadp_fast.ops.batch_norm_lif.configuration import TUNING
 
     assert all(len(found) == 1 + CANDIDATES for found in TUNING.values())
-    found = {key: found for key, found in compiled_for(90).items() if "candidate" in key and found["most registers"]}
+    found = {
+        key: found for key, found in compiled_for(90, "rare").items() if "candidate" in key and found["most registers"]
+    }
     assert len(found) == CANDIDATES * len(TILED)
     for key, one in found.items():
         assert one["local"] is None or (one["local"] <= few() and one["registers"] <= one["most registers"]), key
 
 
-def test_every_variant_compiles():
-    variants = {key: found for key, found in compiled_for(90).items() if "variant" in key}
+def test_every_variant_compiles(compiled_for):
+    variants = {key: found for key, found in compiled_for(90, "usual").items() if "variant" in key}
     numbers = {key: int(key.split("variant ")[1].split()[0]) for key in variants}
     assert set(numbers.values()) == set(range(VARIANTS))
     assert any(key.startswith("backward sums gradient") for key in variants)  # evaluation: one pass
@@ -297,4 +305,4 @@ def test_every_variant_compiles():
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_for(int(sys.argv[1]))))
+    print(json.dumps(compile_for(int(sys.argv[1]), sys.argv[2])))

@@ -1,13 +1,10 @@
 """The kernels for images and for packed spikes as they reach a GPU: compiled without one, 16-byte accesses, no spills.
 
-Run as a script, this file prints what came out; the tests do so in a process without Triton's interpreter.
+Run as a script, this file prints what came out.
 """
 
 import functools
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -87,17 +84,9 @@ def report() -> dict:
     return found
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    pytest.importorskip("triton")
-    from test_compile import triton_version
-
-    if triton_version() < (3, 3):
-        pytest.skip("Triton before 3.3 takes other arguments for compiling without a GPU")
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+@pytest.fixture
+def compiled(compiled_report):
+    return compiled_report(__file__)
 
 
 def test_everything_compiles_without_spills(compiled):

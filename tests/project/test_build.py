@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import sadp_fast
-from sadp_fast.prune.sampling import _native
+from sadp_fast import native
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,12 +26,29 @@ def test_native_library_loads_no_cuda_library():
         "assert sys.argv[1] in maps\n"
         "assert 'libcuda' not in maps and 'libtorch' not in maps, maps\n"
     )
-    result = subprocess.run([sys.executable, "-c", code, _native.__file__], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code, native.library.__file__], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
 def test_versions_agree():
     assert sadp_fast.__version__ == metadata.version("sadp-fast")
+
+
+def test_a_module_of_an_earlier_build_is_not_installed_again(tmp_path):
+    """pip builds in the clone's own build folder and leaves it there."""
+    pytest.importorskip("setuptools")
+    shutil.copytree(ROOT / "sadp_fast", tmp_path / "sadp_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    gone = tmp_path / "build/lib/sadp_fast/gone.py"
+    gone.parent.mkdir(parents=True)
+    gone.touch()
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", "build/lib"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    built = {path.relative_to(gone.parent) for path in gone.parent.rglob("*.py")}
+    assert built == {path.relative_to(ROOT / "sadp_fast") for path in (ROOT / "sadp_fast").rglob("*.py")}
+    assert (gone.parent / "py.typed").exists()
 
 
 @pytest.fixture

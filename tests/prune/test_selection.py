@@ -1,5 +1,6 @@
 """Inclusion probabilities against the paper's formula, and their properties; prune schedules; the variance estimate."""
 
+import itertools
 import math
 from itertools import pairwise
 
@@ -87,29 +88,27 @@ def assert_same(p: torch.Tensor, expected) -> None:
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
-@pytest.mark.parametrize("count", SIZES)
-@pytest.mark.parametrize("share", SHARES)
-def test_matches_the_order_statistics_of_proposition_1(device, name, count, share):
-    scores, keep = draw_scores(name, count), share * count
-    optimum = order_statistics(scores, keep)
+def test_matches_the_order_statistics_of_proposition_1(device, name):
+    for count, share in itertools.product(SIZES, SHARES):
+        scores, keep = draw_scores(name, count), share * count
+        optimum = order_statistics(scores, keep)
 
-    p = inclusion_probabilities(scores.to(device), keep, smoothing=0)
-    assert_sums_to(p, keep)
-    assert_same(p, optimum)
+        p = inclusion_probabilities(scores.to(device), keep, smoothing=0)
+        assert_sums_to(p, keep)
+        assert_same(p, optimum)
 
-    p = inclusion_probabilities(scores.to(device), keep, policy="mix")
-    assert_sums_to(p, keep)
-    assert_same(p, 0.7 * optimum + 0.3 * share)
+        p = inclusion_probabilities(scores.to(device), keep, policy="mix")
+        assert_sums_to(p, keep)
+        assert_same(p, 0.7 * optimum + 0.3 * share)
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
-@pytest.mark.parametrize("count", SIZES)
-@pytest.mark.parametrize("share", SHARES)
-def test_floor_matches_bisection(device, name, count, share):
-    scores, keep = draw_scores(name, count), share * count
-    p = inclusion_probabilities(scores.to(device), keep, policy="floor")
-    assert_sums_to(p, keep)
-    assert_same(p, clipped(scores, keep, 0.3 * share))
+def test_floor_matches_bisection(device, name):
+    for count, share in itertools.product(SIZES, SHARES):
+        scores, keep = draw_scores(name, count), share * count
+        p = inclusion_probabilities(scores.to(device), keep, policy="floor")
+        assert_sums_to(p, keep)
+        assert_same(p, clipped(scores, keep, 0.3 * share))
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5])
@@ -344,30 +343,30 @@ def test_half_zeros(device):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -1.0])
-def test_never_scored_are_certain(device, policy, bad):
-    known = draw_scores("exponential", 90)
-    scores = torch.cat([torch.full((10,), bad), known]).to(device)
-    p = inclusion_probabilities(scores, 50.0, policy=policy)
-    assert (p[:10] == 1).all()
-    assert_sums_to(p, 50.0)
-    if policy == "mix":
-        optimum = order_statistics(known, (40 - 90 * 0.15) / 0.7)
-        assert_same(p[10:], 0.7 * optimum + 0.15)
-    elif policy == "floor":
-        assert_same(p[10:], clipped(known, 40.0, 0.15))
+def test_never_scored_are_certain(device, policy):
+    for bad in (math.nan, math.inf, -math.inf, -1.0):
+        known = draw_scores("exponential", 90)
+        scores = torch.cat([torch.full((10,), bad), known]).to(device)
+        p = inclusion_probabilities(scores, 50.0, policy=policy)
+        assert (p[:10] == 1).all()
+        assert_sums_to(p, 50.0)
+        if policy == "mix":
+            optimum = order_statistics(known, (40 - 90 * 0.15) / 0.7)
+            assert_same(p[10:], 0.7 * optimum + 0.15)
+        elif policy == "floor":
+            assert_same(p[10:], clipped(known, 40.0, 0.15))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("unknown", [45, 50, 51, 100])
-def test_uniform_where_too_few_are_scored(device, policy, unknown):
+def test_uniform_where_too_few_are_scored(device, policy):
     """45 certain ones and 55 at the smallest p of 0.15 are more than 50; at 40 and 60 they are not."""
-    scores = torch.rand(100, generator=torch.Generator().manual_seed(0))
-    scores[:unknown] = math.nan
-    p = inclusion_probabilities(scores.to(device), 50.0, policy=policy)
-    assert_same(p, torch.full((100,), 0.5))
-    scores[40:unknown] = 1.0
-    assert (inclusion_probabilities(scores.to(device), 50.0, policy=policy)[:40] == 1).all()
+    for unknown in (45, 50, 51, 100):
+        scores = torch.rand(100, generator=torch.Generator().manual_seed(0))
+        scores[:unknown] = math.nan
+        p = inclusion_probabilities(scores.to(device), 50.0, policy=policy)
+        assert_same(p, torch.full((100,), 0.5))
+        scores[40:unknown] = 1.0
+        assert (inclusion_probabilities(scores.to(device), 50.0, policy=policy)[:40] == 1).all()
 
 
 @pytest.mark.parametrize("policy", OPTIMUM)
@@ -391,13 +390,13 @@ def test_smoothing_one_is_uniform(device, policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_dtypes_give_what_their_values_give_in_float32(device, policy, dtype):
-    scores = draw_scores("exponential", 1000).to(device, dtype)
-    scores[3] = math.nan
-    p = inclusion_probabilities(scores, 300.0, policy=policy)
-    assert p.dtype == torch.float32
-    torch.testing.assert_close(p, inclusion_probabilities(scores.float(), 300.0, policy=policy), rtol=1e-6, atol=0)
+def test_other_dtypes_give_what_their_values_give_in_float32(device, policy):
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        scores = draw_scores("exponential", 1000).to(device, dtype)
+        scores[3] = math.nan
+        p = inclusion_probabilities(scores, 300.0, policy=policy)
+        assert p.dtype == torch.float32
+        torch.testing.assert_close(p, inclusion_probabilities(scores.float(), 300.0, policy=policy), rtol=1e-6, atol=0)
 
 
 def test_float64_beyond_float32(device):
@@ -511,18 +510,17 @@ def with_never_scored(scores: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("smoothing", [0.0, 0.3])
-@pytest.mark.parametrize("policy", OPTIMUM)
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_kernel_gives_the_bits_of_the_torch_operations(name, policy, smoothing):
-    for count in (1, 2, 5, 1000, 4097, 100_003):
-        for share in SHARES:
-            for scores in (draw_scores(name, count), with_never_scored(draw_scores(name, count))):
-                # From one on: not aligned for 16-byte loads.
-                for part in (scores, scores[1:]) if count > 1 else (scores,):
-                    options = {"smoothing": smoothing, "policy": policy}
-                    p = inclusion_probabilities(part.cuda(), share * len(part), **options)
-                    assert torch.equal(p.cpu(), inclusion_probabilities(part, share * len(part), **options))
+def test_kernel_gives_the_bits_of_the_torch_operations(name):
+    for policy, smoothing in itertools.product(OPTIMUM, (0.0, 0.3)):
+        for count in (1, 2, 5, 1000, 4097, 100_003):
+            for share in SHARES:
+                for scores in (draw_scores(name, count), with_never_scored(draw_scores(name, count))):
+                    # From one on: not aligned for 16-byte loads.
+                    for part in (scores, scores[1:]) if count > 1 else (scores,):
+                        options = {"smoothing": smoothing, "policy": policy}
+                        p = inclusion_probabilities(part.cuda(), share * len(part), **options)
+                        assert torch.equal(p.cpu(), inclusion_probabilities(part, share * len(part), **options))
 
 
 @pytest.mark.gpu

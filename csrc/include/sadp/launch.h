@@ -1,4 +1,4 @@
-// Host side of kernel launches; sadp_fast/ops/launch.py is its only user.
+// Host side of kernel launches; sadp_fast/ops/common/launch.py is its only user.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -18,12 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...native import library
 from .equations import INTERPRETED
-
-try:
-    from ..._native import prepare_launch
-except ImportError:  # a source tree that is not built
-    prepare_launch = None
 
 _current_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
@@ -121,7 +117,7 @@ class Launch:
 
     def _prepared(self, compiled: Any, tensors: int, aligned: int) -> Callable[..., bool] | None:
         """The native callable for what Triton compiled, or None where it cannot be launched that way."""
-        if prepare_launch is None or _current_stream is None:
+        if _current_stream is None:
             return None
         metadata = getattr(compiled, "metadata", None)
         signature = getattr(getattr(compiled, "src", None), "signature", None)
@@ -143,7 +139,7 @@ class Launch:
                 parameters.append(struct.pack(_FORMATS[kind], value))
             elif value is None or kind != "constexpr":  # numbers equal to 1 are compiled in
                 return None
-        return prepare_launch(
+        return library.prepare_launch(
             compiled.function,
             self._programs,
             32 * metadata.num_warps,
