@@ -104,6 +104,7 @@ class Outcomes:
                 "device": torch.cuda.get_device_name() if cuda else "CPU (Triton kernels in the interpreter)",
                 "python": platform.python_version(),
                 "torch": torch.__version__,
+                "triton": getattr(sys.modules.get("triton"), "__version__", None),
             },
             "complete": self.complete,
             "total": dict(sum(self.counts.values(), Counter())),
