@@ -118,7 +118,7 @@ def local_memory(cubin: bytes) -> int | None:
 
 def describe(compiled, recorder: Recorder) -> dict:
     return {
-        "elements": recorder.call[1]["HOW"].cut.block // 32 // recorder.call[1]["num_warps"],  # of a thread
+        "elements": recorder.call[1]["HOW"].cut.block.value // 32 // recorder.call[1]["num_warps"],  # of a thread
         "accesses": memory_accesses(compiled.asm["ptx"]),
         "local": local_memory(compiled.asm["cubin"]),
         "shared": compiled.metadata.shared,

@@ -95,7 +95,7 @@ class Compiler:
         cut = getattr(constants["HOW"], "cut", None)
         if name == "backward":
             does = constants["HOW"].does
-            name += " sums" * does.sums + " gradient" * does.write
+            name += " sums" * does.sums.value + " gradient" * does.write.value
         compiled = compile_launch(launch, tensors, self.architecture)
         cubin = compiled.asm["cubin"]
         self.found[f"{name} {self.key}"] = {
@@ -103,8 +103,8 @@ class Compiler:
             "local": local_memory(cubin),
             "registers": registers(cubin),
             "most registers": constants.get("maxnreg"),
-            "elements": cut and cut.rows * cut.columns // 32 // constants["num_warps"],
-            "masked": cut and cut.masked,
+            "elements": cut and cut.rows.value * cut.columns.value // 32 // constants["num_warps"],
+            "masked": cut and cut.masked.value,
         }
 
     def step(self, key, shape, dtype, layout, d, index, *, residual, training=True, affine=True, **options):

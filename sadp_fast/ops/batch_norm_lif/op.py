@@ -18,7 +18,9 @@ from ..common.dynamics import Dynamics
 from ..common.equations import SMALLEST_GAIN
 from ..lif.op import lif
 from . import reference
-from .launch import Neuron, Normalisation, NormalisationKind, as_read, layer_for
+from .configuration import NormalisationKind
+from .launch import Neuron, as_read, layer_for
+from .reference import Normalisation
 
 
 def _grad_tau(
