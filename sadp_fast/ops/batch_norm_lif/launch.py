@@ -325,7 +325,7 @@ class Backward:
         finish = self._finish.get(key)
         if finish is None:
             finish = keep(self._finish, key, self._finish_launch(*key), MOST_OF_A_LAYER)
-        affine = (constants, constants) if grad_weight is None else (grad_weight, grad_bias)
+        affine = (constants if grad_weight is None else grad_weight, constants if grad_bias is None else grad_bias)
         parts = (constants if energy is None else energy, constants if norm is None else norm)
         finish(sums, constants, tau, *affine, coefficients, *parts, *(energies or parts))
         if not self.both:

@@ -16,7 +16,9 @@ from ..common import layout
 from ..common.dispatch import nothing, refuse_second_derivative, runs_directly
 from ..common.dynamics import Dynamics
 from ..common.equations import SMALLEST_GAIN
-from .launch import Neuron, Normalisation, NormalisationKind, as_read, layer_for
+from .configuration import NormalisationKind
+from .launch import Neuron, as_read, layer_for
+from .reference import Normalisation
 
 
 def _grad_tau(
