@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sadp_fast import BatchNormLIF, LIFNode, reset
+from sadp_fast import BatchNormLIF, LIFNode, record, reset
 from sadp_fast.nn.recorder import CallRecorder, hand_in
-from sadp_fast.ops.batch_norm_lif import op as ops
+from sadp_fast.ops.batch_norm_lif import op as _registered  # noqa: F401  the operators, which tests call by name
 from sadp_fast.ops.batch_norm_lif import reference
 from sadp_fast.surrogate import Sigmoid
 
@@ -312,23 +312,18 @@ def test_by_step(repeat, training, path, dtype, kernel_device):
     counts, norms = by_step_expected(layer, LIF, x, repeat, factor)
 
     fused = copy.deepcopy(layer).to(device)
+    layer.backend = "torch" if path == "reference" else "triton"
     layer, x, factor = layer.to(device), x.to(device).requires_grad_(), factor.to(device)
-    energies = (torch.zeros(3, 4, dtype=torch.int32, device=device), torch.zeros(3, 4, device=device))
-    surrogate = (Sigmoid(SIGMOID[1]),) if path == "reference" else SIGMOID
-    function = {"reference": reference.batch_norm_lif, "kernels": ops.batch_norm_lif}.get(path)
-    if function is None:
+    function = layer
+    if path == "compiled":
         # The plain mean of the running statistics is a number of Python's, as in nn.BatchNorm2d.
         layer.momentum = fused.momentum = 0.1
-        function = torch.compile(ops.batch_norm_lif, fullgraph=True, backend="aot_eager")
-    out, _ = function(
-        *(x, torch.ones_like(factor), layer.weight, layer.bias, normalisation(layer), LIF, *surrogate),
-        repeat=repeat,
-        energies=energies,
-        by_step=True,
-    )
-    (out * factor).sum().backward()
-    assert torch.equal(energies[0].cpu(), counts)
-    torch.testing.assert_close(energies[1].cpu().double(), norms, rtol=1e-4, atol=1e-9)
+        function = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with record(layer, by_step=True) as statistics:
+        out = function(x, torch.ones_like(factor), repeat=repeat)
+        (out * factor).sum().backward()
+    assert torch.equal(statistics[""].spike_count.cpu(), counts)
+    torch.testing.assert_close(statistics[""].grad_norm_sq.cpu().double(), norms, rtol=1e-4, atol=1e-9)
     if path != "reference":  # the same layer as one operator
         x_in = x.detach().requires_grad_()
         expected = fused(x_in, torch.ones_like(factor), repeat=repeat)

@@ -20,29 +20,9 @@ from ..common.equations import SMALLEST_GAIN, RelativeKind
 from ..common.launch import Launch
 from ..common.layout import Sequence, has_strides
 from ..common.prepared import Plan, Prepared, keep, kept
-from . import configuration
-from .configuration import (
-    TUNING,
-    BackwardHow,
-    Configuration,
-    ConstantsHow,
-    Does,
-    FinishHow,
-    Fires,
-    ForwardHow,
-    NormalisationKind,
-    Shape,
-    StatisticsHow,
-)
-from .kernels import (
-    EXAMPLES,
-    GROUP,
-    channel_statistics_kernel,
-    constants_kernel,
-    finish_backward_kernel,
-    norm_backward_kernel,
-    norm_forward_kernel,
-)
+from . import configuration, kernels
+from .configuration import TUNING, Configuration, Does, Fires, NormalisationKind, Shape
+from .kernels import EXAMPLES, GROUP
 from .reference import Normalisation
 
 # Steps of a tile are held in registers; longer sequences take the separate operators.
@@ -124,8 +104,9 @@ class _Statistics:
     def __init__(self, shape: Shape, config: Configuration) -> None:
         grid = shape.grid(config)
         self.slots, self.pairs = grid.slots, _pairs(shape, grid.slots)
-        constants = {"HOW": StatisticsHow(shape.cut(grid, shape.steps)), **config.options}
-        self.launch = Launch(channel_statistics_kernel, shape.device, grid.programs, shape.numbers(grid), constants)
+        how = {"HOW": configuration.StatisticsHow(shape.cut(grid, shape.steps)), **config.options}
+        kernel = kernels.channel_statistics_kernel
+        self.launch = Launch(kernel, shape.device, grid.programs, shape.numbers(grid), how)
 
     def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
         count = x.new_empty(self.slots, dtype=torch.float32)
@@ -137,26 +118,18 @@ class _Statistics:
 class _Fire:
     """Output, final potential and partial energies [N, parts], the last two where they are wanted."""
 
-    def __init__(
-        self,
-        layer: Layer,
-        residual_strides: tuple[int, ...] | None,
-        want_v: bool,
-        want_energy: bool,
-        config: Configuration,
-    ) -> None:
+    def __init__(self, layer: Layer, residual_strides: tuple[int, ...], does: Fires, config: Configuration) -> None:
         shape, neuron = layer.shape, layer.neuron
         grid = shape.grid(config)
-        self.out, self.repeated, self.want_v = layer.out, layer.repeated, want_v
-        self.energies = (shape.examples, grid.parts) if want_energy else None
-        strides = (0, 0) if residual_strides is None else residual_strides
-        numbers = (*shape.numbers(grid, strides), neuron.keep, neuron.v_threshold, neuron.v_rest)
-        does = Fires(residual_strides is not None, want_v, want_energy)
-        how = ForwardHow(shape.cut(grid, layer.steps, layer.repeated), neuron.forward, does)
-        self.launch = Launch(norm_forward_kernel, shape.device, grid.programs, numbers, {"HOW": how, **config.options})
+        self.out, self.repeated, self.want_v = layer.out, layer.repeated, does.v
+        self.energies = (shape.examples, grid.parts) if does.energy else None
+        numbers = (*shape.numbers(grid, residual_strides), neuron.keep, neuron.v_threshold, neuron.v_rest)
+        how = configuration.ForwardHow(shape.cut(grid, layer.steps, layer.repeated), neuron.forward, does)
+        constants = {"HOW": how, **config.options}
+        self.launch = Launch(kernels.norm_forward_kernel, shape.device, grid.programs, numbers, constants)
 
     def run(
-        self, x: Tensor, constants: Tensor, reciprocal_tau: Tensor | None, residual: Tensor | None
+        self, x: Tensor, constants: Tensor, reciprocal_tau: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         like = self.out
         out = x.new_empty_strided(like.shape, like.strides) if self.repeated else like.empty(x, x.dtype)
@@ -165,15 +138,8 @@ class _Fire:
             v = x.new_empty_strided(like.shape[1:], like.strides[1:], dtype=torch.float32)
         if self.energies is not None:
             energy = x.new_empty(self.energies, dtype=torch.float32)
-        self.launch(
-            x,
-            out if residual is None else residual,
-            out,
-            constants if v is None else v,
-            constants,
-            constants if reciprocal_tau is None else reciprocal_tau,
-            constants if energy is None else energy,
-        )
+        given = (x, out if residual is None else residual, out, constants if v is None else v, constants)
+        self.launch(*given, reciprocal_tau, constants if energy is None else energy)
         return out, v, energy
 
 
@@ -192,32 +158,18 @@ class _Gradients:
         self.leaks = grid.programs if does.grad_tau else None
         numbers = (*shape.numbers(grid, grad_strides), neuron.keep, neuron.gain, neuron.v_threshold)
         numbers = (*numbers, neuron.v_rest, neuron.alpha)
-        how = BackwardHow(shape.cut(grid, layer.steps, layer.repeated), neuron.backward, does)
-        self.launch = Launch(norm_backward_kernel, shape.device, grid.programs, numbers, {"HOW": how, **config.options})
+        how = configuration.BackwardHow(shape.cut(grid, layer.steps, layer.repeated), neuron.backward, does)
+        constants = {"HOW": how, **config.options}
+        self.launch = Launch(kernels.norm_backward_kernel, shape.device, grid.programs, numbers, constants)
 
-    def run(
-        self,
-        x: Tensor,
-        grad: Tensor,
-        grad_x: Tensor,
-        constants: Tensor,
-        reciprocal_tau: Tensor | None,
-        coefficients: Tensor,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def run(self, x: Tensor, *given: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """``given``: gradient of the output, that of x to be written, constants, 1 / tau and coefficients."""
+        unused = given[-1]
         sums = None if self.pairs is None else x.new_empty(self.pairs, dtype=torch.float32)
         norm = None if self.norms is None else x.new_empty(self.norms, dtype=torch.float32)
         leak = None if self.leaks is None else x.new_empty(self.leaks, dtype=torch.float32)
-        self.launch(
-            x,
-            grad,
-            grad_x,
-            constants,
-            constants if reciprocal_tau is None else reciprocal_tau,
-            coefficients,
-            constants if sums is None else sums,
-            constants if norm is None else norm,
-            constants if leak is None else leak,
-        )
+        totals = (unused if sums is None else sums, unused if norm is None else norm)
+        self.launch(x, *given, *totals, unused if leak is None else leak)
         return sums, norm, leak
 
 
@@ -243,20 +195,16 @@ class Layer:
         shape = self.shape
         self._statistics = _prepared("statistics", shape.steps, shape, lambda config: _Statistics(shape, config))
         self._constants: dict[tuple[int, float, float], Launch] = {}  # by slots, eps and momentum
-        self._fire: dict[tuple, Prepared[Configuration] | None] = {}
-        self._backward: dict[tuple, Backward | None] = {}
+        self._fire: dict[tuple, Prepared[Configuration]] = {}
+        self._backward: dict[tuple, Backward] = {}
 
     def constants(
-        self,
-        x: Tensor,
-        norm: Normalisation,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        reciprocal_tau: Tensor | None,
-    ) -> Tensor:
-        """float32 [4, C] for the other kernels; updates the running statistics."""
+        self, x: Tensor, norm: Normalisation, weight: Tensor | None, bias: Tensor | None, reciprocal_tau: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """float32 [4, C] for the other kernels, and 1 / tau or its stand-in; updates the running statistics."""
         constants = x.new_empty((4, self.shape.channels), dtype=torch.float32)
         count = partial = constants
+        tau = constants if reciprocal_tau is None else reciprocal_tau
         slots, kind = 0, self.kind
         if kind.use_batch:
             count, partial = self._statistics.run(x)
@@ -267,18 +215,12 @@ class Layer:
             launch = keep(self._constants, key, self._constants_launch(*key), MOST_OF_A_LAYER)
         if kind.cumulative and norm.batches is not None:
             norm.batches.add_(1)
-        launch(
-            count,
-            partial,
-            constants if norm.running_mean is None else norm.running_mean,
-            constants if norm.running_var is None else norm.running_var,
-            norm.batches if kind.update and norm.batches is not None else constants,
-            constants if weight is None else weight,
-            constants if bias is None else bias,
-            constants if reciprocal_tau is None else reciprocal_tau,
-            constants,
-        )
-        return constants
+        means = constants if norm.running_mean is None else norm.running_mean
+        variances = constants if norm.running_var is None else norm.running_var
+        batches = norm.batches if kind.update and norm.batches is not None else constants
+        affine = (constants if weight is None else weight, constants if bias is None else bias)
+        launch(count, partial, means, variances, batches, *affine, tau, constants)
+        return constants, tau
 
     def _constants_launch(self, slots: int, eps: float, momentum: float) -> Launch:
         neuron, kind = self.neuron, self.kind
@@ -286,54 +228,47 @@ class Layer:
             *(self.shape.channels, slots, self.shape.elements, momentum, eps),
             *(neuron.keep, neuron.gain, neuron.v_threshold, neuron.v_rest),
         )
-        constants = {"HOW": ConstantsHow(kind, neuron.learned), **_FINISH}
+        constants = {"HOW": configuration.ConstantsHow(kind, neuron.learned), **_FINISH}
         programs = triton.cdiv(self.shape.channels, GROUP.value)
-        return Launch(constants_kernel, self.shape.device, programs, numbers, constants)
+        return Launch(kernels.constants_kernel, self.shape.device, programs, numbers, constants)
 
     def fire(
-        self,
-        x: Tensor,
-        constants: Tensor,
-        reciprocal_tau: Tensor | None,
-        residual: Tensor | None,
-        want_v: bool,
-        want_energy: bool,
+        self, x: Tensor, constants: Tensor, tau: Tensor, residual: Tensor | None, want_v: bool, want_energy: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Output [T, N, C, *], and where wanted the final potential [N, C, *] and partial energies [N, parts]."""
+        """Output [T, N, C, *], and where wanted the final potential [N, C, *] and partial energies [N, parts].
+
+        ``constants`` and ``tau`` are those that ``constants()`` gave.
+        """
         key = (None if residual is None else residual.stride(), want_v, want_energy)
-        try:
-            fire = self._fire[key]
-        except KeyError:
-            fire = None
-            if residual is None or self._has_inner_order(residual):
-                wanted = (None if residual is None else residual.stride()[:2], want_v, want_energy)
-                what = (self.shape, self.steps, self.neuron, self.repeated, *wanted)
-                fire = _prepared("forward", self.steps, what, lambda config: _Fire(self, *wanted, config))
-            keep(self._fire, key, fire, MOST_OF_A_LAYER)
+        fire = self._fire.get(key)
         if fire is None:
-            assert residual is not None
-            return self.fire(x, constants, reciprocal_tau, self._in_order(residual), want_v, want_energy)
-        return fire.run(x, constants, reciprocal_tau, residual)
+            ordered = residual if residual is None else self._in_order(residual)
+            if ordered is not residual:
+                return self.fire(x, constants, tau, ordered, want_v, want_energy)
+            wanted = (
+                (0, 0) if residual is None else residual.stride()[:2],
+                Fires(residual is not None, want_v, want_energy),
+            )
+            what = (self.shape, self.steps, self.neuron, self.repeated, *wanted)
+            fire = _prepared("forward", self.steps, what, lambda config: _Fire(self, *wanted, config))
+            keep(self._fire, key, fire, MOST_OF_A_LAYER)
+        return fire.run(x, constants, tau, residual)
 
     def backward(self, grad: Tensor, scored: bool, wants_grad_tau: bool) -> tuple[Backward, Tensor]:
         """The backward pass for a gradient [T, N, C, *] of the output, and that gradient as the pass reads it."""
         key = (grad.stride(), grad.dtype, scored, wants_grad_tau)
-        try:
-            backward = self._backward[key]
-        except KeyError:
-            backward = None
-            if self._has_inner_order(grad):
-                backward = Backward(self, grad, scored, wants_grad_tau)
-            keep(self._backward, key, backward, MOST_OF_A_LAYER)
+        backward = self._backward.get(key)
         if backward is None:
-            return self.backward(self._in_order(grad), scored, wants_grad_tau)
+            ordered = self._in_order(grad)
+            if ordered is not grad:
+                return self.backward(ordered, scored, wants_grad_tau)
+            backward = keep(self._backward, key, Backward(self, grad, scored, wants_grad_tau), MOST_OF_A_LAYER)
         return backward, grad
 
-    def _has_inner_order(self, t: Tensor) -> bool:
-        return has_strides(t, self.out.strides, 2)
-
     def _in_order(self, t: Tensor) -> Tensor:
-        """A copy of t with the output's layout."""
+        """t, or a copy of it with the output's layout where its inner strides are others."""
+        if has_strides(t, self.out.strides, 2):
+            return t
         return t.new_empty_strided(self.out.shape, self.out.strides).copy_(t)
 
 
@@ -383,25 +318,16 @@ class Backward:
             grad_bias = x.new_empty(channels, dtype=torch.float32)
         out = layer.out
         grad_x = x.new_empty_strided(x.shape, out.strides[1:]) if layer.repeated else out.empty(x, x.dtype)
-        given = (grad, grad_x, constants, reciprocal_tau, coefficients)
+        tau = constants if reciprocal_tau is None else reciprocal_tau
+        given = (grad, grad_x, constants, tau, coefficients)
         sums, norm, leak = self._first.run(x, *given)
         key = (sums.shape[1], 0 if energy is None else energy.shape[1], 0 if norm is None else norm.shape[1])
         finish = self._finish.get(key)
         if finish is None:
             finish = keep(self._finish, key, self._finish_launch(*key), MOST_OF_A_LAYER)
-        energy_out, norm_out = (constants, constants) if energies is None else energies
-        finish(
-            sums,
-            constants,
-            constants if reciprocal_tau is None else reciprocal_tau,
-            constants if grad_weight is None else grad_weight,
-            constants if grad_bias is None else grad_bias,
-            coefficients,
-            constants if energy is None else energy,
-            constants if norm is None else norm,
-            energy_out,
-            norm_out,
-        )
+        affine = (constants if grad_weight is None else grad_weight, constants if grad_bias is None else grad_bias)
+        parts = (constants if energy is None else energy, constants if norm is None else norm)
+        finish(sums, constants, tau, *affine, coefficients, *parts, *(energies or parts))
         if not self.both:
             self._second.run(x, *given)
         return grad_x, grad_weight, grad_bias, leak
@@ -409,35 +335,30 @@ class Backward:
     def _finish_launch(self, slots: int, energy_parts: int, norm_parts: int) -> Launch:
         shape, neuron = self._layer.shape, self._layer.neuron
         numbers = (shape.channels, slots, shape.elements, shape.examples, energy_parts, norm_parts, neuron.gain)
-        constants = {"HOW": FinishHow(neuron.learned, self.keeps_sums, self._scored), **_FINISH}
+        constants = {"HOW": configuration.FinishHow(neuron.learned, self.keeps_sums, self._scored), **_FINISH}
         programs = triton.cdiv(shape.channels, GROUP.value)
         if self._scored:
             programs += triton.cdiv(shape.examples, EXAMPLES.value)
-        return Launch(finish_backward_kernel, shape.device, programs, numbers, constants)
+        return Launch(kernels.finish_backward_kernel, shape.device, programs, numbers, constants)
 
 
-_layers: dict[tuple, Layer | None] = kept()
+_layers: dict[tuple, Layer] = kept()
 
 
 def layer_for(x: Tensor, repeat: int | None, neuron: Neuron, kind: NormalisationKind) -> tuple[Layer, Tensor]:
     """The layer's passes for x [T, N, C, *] ([N, C, *] if repeated), and x, or a copy of it, as they read it."""
     key = (x.shape, x.stride(), x.dtype, x.device, repeat, neuron, kind)
-    try:
-        layer = _layers[key]
-    except KeyError:
-        layer = Layer(x, repeat, neuron, kind) if _has_known_layout(x, repeat is not None) else None
-        keep(_layers, key, layer, 1024)
+    layer = _layers.get(key)
     if layer is None:
-        return layer_for(x.contiguous(), repeat, neuron, kind)
+        read = as_read(x, repeat is not None)
+        if read is not x:
+            return layer_for(read, repeat, neuron, kind)
+        layer = keep(_layers, key, Layer(x, repeat, neuron, kind), 1024)
     return layer, x
 
 
 def as_read(x: Tensor, repeated: bool) -> Tensor:
-    """x, or the copy of it that ``layer_for`` gives."""
-    return x if _has_known_layout(x, repeated) else x.contiguous()
-
-
-def _has_known_layout(x: Tensor, repeated: bool) -> bool:
-    """Whether the pixels of each example are in one block, channels first or last."""
+    """x, or a contiguous copy of it where an example's pixels are not in one block, channels first or last."""
     inner = x[0] if repeated else x[0, 0]
-    return inner.is_contiguous() or (inner.ndim > 1 and inner.movedim(0, -1).is_contiguous())
+    known = inner.is_contiguous() or (inner.ndim > 1 and inner.movedim(0, -1).is_contiguous())
+    return x if known else x.contiguous()

@@ -16,8 +16,6 @@ from ..common import layout
 from ..common.dispatch import nothing, refuse_second_derivative, runs_directly
 from ..common.dynamics import Dynamics
 from ..common.equations import SMALLEST_GAIN
-from ..lif.op import lif
-from . import reference
 from .configuration import NormalisationKind
 from .launch import Neuron, as_read, layer_for
 from .reference import Normalisation
@@ -72,42 +70,22 @@ def _neuron(*numbers: Any) -> Neuron:
 
 
 def _launch_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    reciprocal_tau: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    batches: Tensor | None,
-    repeat: int | None,
-    *constants_and_flags: Any,
-) -> tuple[Tensor, ...]:
+    x, residual, weight, bias, reciprocal_tau, running_mean, running_var, batches, repeat, *constants_and_flags
+):
     eps, momentum, use_batch, update, *numbers, want_energy = constants_and_flags
     running = nothing(x)
     if update:
-        running = torch.stack((running_mean, running_var))  # type: ignore[arg-type]
+        running = torch.stack((running_mean, running_var))
         running_mean, running_var = running
         batches = x.new_zeros((), dtype=torch.int64) if batches is None else batches.clone()
     norm = Normalisation(eps, momentum, running_mean, running_var, batches, use_batch, update)
     layer, x = layer_for(x, repeat, _neuron(*numbers), NormalisationKind.of(norm, weight is not None))
-    constants = layer.constants(x, norm, weight, bias, reciprocal_tau)
-    out, v, energy = layer.fire(x, constants, reciprocal_tau, residual, True, want_energy)
-    assert v is not None
+    constants, tau = layer.constants(x, norm, weight, bias, reciprocal_tau)
+    out, v, energy = layer.fire(x, constants, tau, residual, True, want_energy)
     return out, v, constants, nothing(x) if energy is None else energy.sum(1), running
 
 
-def _launch_backward(
-    grad_out: Tensor,
-    x: Tensor,
-    constants: Tensor,
-    reciprocal_tau: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    repeat: int | None,
-    use_batch: bool,
-    *constants_and_flags: Any,
-) -> tuple[Tensor, ...]:
+def _launch_backward(grad_out, x, constants, reciprocal_tau, weight, bias, repeat, use_batch, *constants_and_flags):
     *numbers, want_norm, want_grad_tau = constants_and_flags
     neuron, affine = _neuron(*numbers), weight is not None
     layer, x = layer_for(x, repeat, neuron, NormalisationKind(use_batch, False, False, affine))
@@ -167,23 +145,10 @@ class _BatchNormLIF(torch.autograd.Function):
     """The eager path."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        reciprocal_tau: Tensor | None,
-        repeat: int | None,
-        neuron: Neuron,
-        kind: NormalisationKind,
-        norm: Normalisation,
-        want_v: bool,
-        energies: tuple[Tensor, Tensor] | None,
-    ):
+    def forward(ctx, x, residual, weight, bias, reciprocal_tau, repeat, neuron, kind, norm, want_v, energies):
         layer, x = layer_for(x, repeat, neuron, kind)
-        constants = layer.constants(x, norm, weight, bias, reciprocal_tau)
-        out, v, energy = layer.fire(x, constants, reciprocal_tau, residual, want_v, energies is not None)
+        constants, tau = layer.constants(x, norm, weight, bias, reciprocal_tau)
+        out, v, energy = layer.fire(x, constants, tau, residual, want_v, energies is not None)
         driven = neuron.learned_gain and ctx.needs_input_grad[4]  # else the constants have all that is needed
         affine = (weight, bias) if driven else (None, None)
         ctx.save_for_backward(x, constants, reciprocal_tau, *affine)
@@ -206,48 +171,25 @@ class _BatchNormLIF(torch.autograd.Function):
             layer, x = layer_for(x, ctx.repeat, layer.neuron, layer.kind)
         backward, grad = layer.backward(grad_out, energies is not None, wants_grad_tau)
         grad_x, *sums = backward.run(x, grad, constants, reciprocal_tau, energy, energies)
-        grad_tau = None
-        if wants_grad_tau:
-            grad_tau = _grad_tau(layer.neuron, sums, reciprocal_tau, weight, bias)
+        grad_tau = _grad_tau(layer.neuron, sums, reciprocal_tau, weight, bias) if wants_grad_tau else None
         affine = sums[:2] if layer.kind.affine else (None, None)
         return grad_x, grad if ctx.needs_input_grad[1] else None, *affine, grad_tau, *([None] * 6)
 
 
 class _RegisteredBatchNormLIF(torch.autograd.Function):
-    """The path of torch.compile and dispatch modes, through the registered operators."""
+    """The path of torch.compile and dispatch modes, through the registered operators.
+
+    ``rule``: eps, momentum, use_batch and update.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        reciprocal_tau: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        batches: Tensor | None,
-        repeat: int | None,
-        normalisation: tuple[float, float | None, bool, bool],
-        neuron: tuple[Any, ...],
-        delta: Tensor | None,
-    ):
+    def forward(ctx, x, residual, weight, bias, reciprocal_tau, mean, var, batches, repeat, rule, neuron, delta):
+        tensors = (x, residual, weight, bias, reciprocal_tau, mean, var, batches)
         out, v, constants, energy, running = torch.ops.sadp_fast.batch_norm_lif_forward(
-            x,
-            residual,
-            weight,
-            bias,
-            reciprocal_tau,
-            running_mean,
-            running_var,
-            batches,
-            repeat,
-            *normalisation,
-            *neuron,
-            delta is not None,
+            *tensors, repeat, *rule, *neuron, delta is not None
         )
         ctx.save_for_backward(x, constants, reciprocal_tau, weight, bias)
-        ctx.delta, ctx.repeat, ctx.use_batch, ctx.neuron = delta, repeat, normalisation[2], neuron
+        ctx.delta, ctx.constants = delta, (repeat, rule[2], *neuron)
         ctx.mark_non_differentiable(v, energy, running)
         ctx.set_materialize_grads(False)
         return out, v, energy, running
@@ -257,31 +199,15 @@ class _RegisteredBatchNormLIF(torch.autograd.Function):
         refuse_second_derivative()
         if grad_out is None:
             return (None,) * 12
-        x, constants, reciprocal_tau, weight, bias = ctx.saved_tensors
-        wants_grad_tau = ctx.needs_input_grad[4]
-        grad_x, grad_weight, grad_bias, grad_tau, norms = torch.ops.sadp_fast.batch_norm_lif_backward(
-            grad_out,
-            x,
-            constants,
-            reciprocal_tau,
-            weight,
-            bias,
-            ctx.repeat,
-            ctx.use_batch,
-            *ctx.neuron,
-            ctx.delta is not None,
-            wants_grad_tau,
+        flags = (ctx.delta is not None, ctx.needs_input_grad[4])
+        grad_x, *grads, norms = torch.ops.sadp_fast.batch_norm_lif_backward(
+            grad_out, *ctx.saved_tensors, *ctx.constants, *flags
         )
         if ctx.delta is not None:
             ctx.delta.copy_(norms)
-        return (
-            grad_x,
-            grad_out if ctx.needs_input_grad[1] else None,
-            None if weight is None else grad_weight,
-            None if bias is None else grad_bias,
-            grad_tau if wants_grad_tau else None,
-            *([None] * 7),
-        )
+        wanted = ctx.needs_input_grad[2:5]
+        grads = [grad if wants else None for grad, wants in zip(grads, wanted, strict=True)]
+        return grad_x, grad_out if ctx.needs_input_grad[1] else None, *grads, *([None] * 7)
 
 
 # ------------------------------------------------------------------------------------------------------ entry points
@@ -301,7 +227,6 @@ def batch_norm_lif(
     repeat: int | None = None,
     want_v: bool = False,
     energies: tuple[Tensor, Tensor] | None = None,
-    by_step: bool = False,
 ) -> tuple[Tensor, Callable[[], Tensor]]:
     """Batch normalisation, T steps of integrate-and-fire from rest, and a residual sum, differentiably.
 
@@ -317,26 +242,23 @@ def batch_norm_lif(
         energies: two float32 [N], both written until the backward pass is over: the squared norm of each example's
             output, and that of its gradient with respect to x with the normalisation's statistics held constant, each
             summed over time (the gradient of a repeated x is that of all steps).
-        by_step: whether ``energies`` are by step: int32 [T, N], the number of spikes, and float32 [T, N], the squared
-            norm of each step's gradient. Two operators then run in the place of one: torch's batch normalisation, and
-            the neuron, whose kernels count by step. Half-precision input is normalised in float32, as when fused.
 
     Returns:
         spikes (+ residual) [T, N, C, *] in x's dtype, and what gives the final potential, float32 [N, C, *], without a
         graph; where it was not wanted, it is computed when asked for, from x.
     """
     tensors = (x, residual, weight, bias, reciprocal_tau)
-    if by_step:
-        return _by_step(*tensors, norm, dynamics, surrogate, alpha, repeat, energies)
     kind = NormalisationKind.of(norm, weight is not None)
     if not runs_directly():
-        return _registered(*tensors, norm, kind, dynamics, surrogate, alpha, repeat, energies)
+        d = dynamics
+        numbers = (d.tau, d.decay_input, d.v_threshold, d.v_reset, d.detach_reset, d.learned_tau, surrogate, alpha)
+        return _registered(tensors, norm, kind, numbers, repeat, energies)
     neuron = Neuron.of(dynamics, surrogate, alpha)
     out, v, constants = _BatchNormLIF.apply(*tensors, repeat, neuron, kind, norm, want_v, energies)
     if want_v:
         return out, lambda: v
     x = x.detach()
-    tau = None if reciprocal_tau is None else reciprocal_tau.detach()
+    tau = constants if reciprocal_tau is None else reciprocal_tau.detach()
     version = None if x.is_inference() else x._version  # a tensor of inference mode counts no changes
 
     def potential() -> Tensor:
@@ -352,34 +274,17 @@ def batch_norm_lif(
 
 
 def _registered(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    reciprocal_tau: Tensor | None,
+    tensors: tuple[Tensor | None, ...],
     norm: Normalisation,
     kind: NormalisationKind,
-    d: Dynamics,
-    surrogate: int,
-    alpha: float,
+    neuron: tuple[Any, ...],
     repeat: int | None,
     energies: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Callable[[], Tensor]]:
     """``batch_norm_lif`` by the registered operators."""
-    out, v, energy, running = _RegisteredBatchNormLIF.apply(
-        x,
-        residual,
-        weight,
-        bias,
-        reciprocal_tau,
-        norm.running_mean,
-        norm.running_var,
-        norm.batches if kind.cumulative else None,
-        repeat,
-        (norm.eps, norm.momentum, norm.use_batch, kind.update),
-        (d.tau, d.decay_input, d.v_threshold, d.v_reset, d.detach_reset, d.learned_tau, surrogate, alpha),
-        None if energies is None else energies[1],
-    )
+    running_statistics = (norm.running_mean, norm.running_var, norm.batches if kind.cumulative else None)
+    rule, delta = (norm.eps, norm.momentum, norm.use_batch, kind.update), None if energies is None else energies[1]
+    out, v, energy, running = _RegisteredBatchNormLIF.apply(*tensors, *running_statistics, repeat, rule, neuron, delta)
     if energies is not None:
         energies[0].copy_(energy)
     if kind.update:
@@ -388,39 +293,3 @@ def _registered(
         norm.running_var.copy_(running[1])
         norm.batches.add_(1)
     return out, lambda: v
-
-
-def _by_step(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    reciprocal_tau: Tensor | None,
-    norm: Normalisation,
-    dynamics: Dynamics,
-    surrogate: int,
-    alpha: float,
-    repeat: int | None,
-    energies: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Callable[[], Tensor]]:
-    """``batch_norm_lif`` by two operators, which know what each step does."""
-    counts, grad_norm_sq = (None, None) if energies is None else energies
-    folded = (x.flatten(0, 1) if repeat is None else x).float()
-    channel_scale = None if energies is None else reference.gain(folded, weight, norm)
-    y = reference.normalise(folded, weight, bias, norm)
-    spikes, v, _, count = lif(
-        y.unflatten(0, x.shape[:2]) if repeat is None else y.expand(repeat, *x.shape),
-        dynamics.v_rest,
-        dynamics,
-        surrogate,
-        alpha,
-        reciprocal_tau=reciprocal_tau,
-        count_spikes=counts is not None,
-        grad_norm_sq=grad_norm_sq,
-        channel_scale=channel_scale,
-    )
-    if counts is not None:
-        assert count is not None
-        counts.copy_(count)
-    spikes = spikes.to(x.dtype)
-    return spikes if residual is None else spikes + residual, v.detach

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..common.dynamics import Dynamics
-from ..lif.reference import GradientNormTap, multi_step, spike_count, squared_norm_per_example, state_dtype
+from ..lif.reference import GradientNormTap, multi_step, squared_norm_per_example, state_dtype
 
 
 class Normalisation(NamedTuple):
@@ -75,7 +75,6 @@ def batch_norm_lif(
     reciprocal_tau: Tensor | None = None,
     repeat: int | None = None,
     energies: tuple[Tensor, Tensor] | None = None,
-    by_step: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``ops/batch_norm_lif/op.py``'s operator, which says what the arguments are.
 
@@ -89,15 +88,13 @@ def batch_norm_lif(
     channel_scale = None if energies is None else gain(folded, weight, norm)
     y = normalise(folded, weight, bias, norm)
     y = y.unflatten(0, x.shape[:2]) if repeat is None else y.unsqueeze(0)
-    if energies is not None and not by_step:  # of what is summed over repeated steps
+    if energies is not None:  # of what is summed over repeated steps
         y = GradientNormTap.apply(y, energies[1], channel_scale, reciprocal_tau)
     if repeat is not None:
         y = y.expand(repeat, *x.shape)
-    if energies is not None and by_step:
-        y = GradientNormTap.apply(y, energies[1], channel_scale, reciprocal_tau)
     v = torch.full_like(y[0], dynamics.v_rest, dtype=state_dtype(y.dtype), requires_grad=False)
     spikes, v, _ = multi_step(y, v, dynamics, surrogate, reciprocal_tau=reciprocal_tau)
     out = spikes if residual is None else spikes + residual
     if energies is not None:
-        energies[0].copy_(spike_count(spikes) if by_step else squared_norm_per_example(out.detach()).sum(0))
+        energies[0].copy_(squared_norm_per_example(out.detach()).sum(0))
     return out, v

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,13 +59,7 @@ def _launch_forward(
     return *[nothing(x) if t is None else t for t in outputs], count
 
 
-def _launch_backward(
-    x: Tensor,
-    v_init: Tensor | None,
-    reciprocal_tau: Tensor | None,
-    checkpoints: Tensor,
-    *grads_and_constants: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _launch_backward(x, v_init, reciprocal_tau, checkpoints, *grads_and_constants):
     grads, neuron = grads_and_constants[:4], Constants(*grads_and_constants[4:11])
     *options, want_grad_v_init, want_norms, want_grad_tau = grads_and_constants[11:]
     wanted = Wanted(want_grad_v_init, want_norms, want_grad_tau)
@@ -113,34 +108,22 @@ def _(x, *rest):
 # ------------------------------------------------------------------------------------------------ autograd functions
 
 
+@dataclass(slots=True, eq=False)
 class _Call:
     """What one eager call's forward pass leaves for its backward pass, beside the tensors that autograd saves."""
 
-    __slots__ = ("grad_v", "neuron", "options", "record_norms", "stores")
-
-    def __init__(
-        self,
-        neuron: Constants,
-        stores: Stores,
-        options: tuple[bool, int, float],
-        record_norms: Callable[[Tensor], None] | None,
-    ) -> None:
-        self.neuron, self.stores, self.options, self.record_norms = neuron, stores, options, record_norms
-        self.grad_v: Tensor | None = None  # from _FinalPotential's backward pass to that of _LIF
+    neuron: Constants
+    stores: Stores
+    options: tuple[bool, int, float]
+    record_norms: Callable[[Tensor], None] | None
+    grad_v: Tensor | None = None  # from _FinalPotential's backward pass to that of _LIF
 
 
 class _LIF(torch.autograd.Function):
     """The eager path. Without stores.v its second output has no element: _FinalPotential hangs on it."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        v_init: Tensor | None,
-        reciprocal_tau: Tensor | None,
-        channel_scale: Tensor | None,
-        call: _Call,
-    ):
+    def forward(ctx, x, v_init, reciprocal_tau, channel_scale, call: _Call):
         spikes, v, v_seq, checkpoints, count = run_forward(x, v_init, reciprocal_tau, call.neuron, call.stores)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, v_init, reciprocal_tau, checkpoints)
@@ -173,13 +156,9 @@ class _FinalPotential(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, handle: Tensor, x: Tensor, v_init: Tensor | None, reciprocal_tau: Tensor | None, call: _Call
-    ) -> Tensor:
+    def forward(ctx, handle, x, v_init, reciprocal_tau, call: _Call):
         ctx.call = call
-        v = run_forward(x, v_init, reciprocal_tau, call.neuron, Stores(spikes=False))[1]
-        assert v is not None
-        return v
+        return run_forward(x, v_init, reciprocal_tau, call.neuron, Stores(spikes=False))[1]
 
     @staticmethod
     def backward(ctx: Any, grad_v: Tensor):
@@ -216,17 +195,7 @@ class _RegisteredLIF(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        v_init: Tensor | None,
-        reciprocal_tau: Tensor | None,
-        neuron: Constants,
-        options: tuple[bool, int, float],
-        store_v_seq: bool,
-        count_spikes: bool,
-        grad_norm_sq: Tensor | None,
-        channel_scale: Tensor | None,
-        will_backward: bool,
+        ctx, x, v_init, reciprocal_tau, neuron, options, store_v_seq, count_spikes, norms, channel_scale, will_backward
     ):
         stores = (store_v_seq, will_backward and takes_several_chunks(x), count_spikes)
         spikes, v, v_seq, checkpoints, spike_count = torch.ops.sadp_fast.lif_forward(
@@ -236,7 +205,7 @@ class _RegisteredLIF(torch.autograd.Function):
         ctx.mark_non_differentiable(spike_count)
         if will_backward:
             ctx.save_for_backward(x, v_init, reciprocal_tau, checkpoints, channel_scale)
-            ctx.neuron, ctx.options, ctx.grad_norm_sq = neuron, options, grad_norm_sq
+            ctx.neuron, ctx.options, ctx.grad_norm_sq = neuron, options, norms
         return spikes, v, v_seq, spike_count
 
     @staticmethod
@@ -246,22 +215,15 @@ class _RegisteredLIF(torch.autograd.Function):
         if grad_v_seq is not None and grad_v_seq.numel() == 0:
             grad_v_seq = None
         _, wants_grad_v_init, wants_grad_tau, *_ = ctx.needs_input_grad
+        grads = (grad_spikes, grad_v, grad_v_seq, channel_scale)
+        wanted = (wants_grad_v_init, ctx.grad_norm_sq is not None, wants_grad_tau)
         grad_x, grad_v_init, grad_norm_sq, grad_tau = torch.ops.sadp_fast.lif_backward(
-            *inputs,
-            grad_spikes,
-            grad_v,
-            grad_v_seq,
-            channel_scale,
-            *ctx.neuron,
-            *ctx.options,
-            wants_grad_v_init,
-            ctx.grad_norm_sq is not None,
-            wants_grad_tau,
+            *inputs, *grads, *ctx.neuron, *ctx.options, *wanted
         )
         if ctx.grad_norm_sq is not None:
             ctx.grad_norm_sq.copy_(grad_norm_sq)
-        grads = (grad_v_init if wants_grad_v_init else None, grad_tau if wants_grad_tau else None)
-        return grad_x, *grads, *([None] * 7)
+        grad_v_init, grad_tau = grad_v_init if wants_grad_v_init else None, grad_tau if wants_grad_tau else None
+        return grad_x, grad_v_init, grad_tau, *([None] * 7)
 
 
 # ----------------------------------------------------------------------------------------------------- entry points
@@ -381,33 +343,16 @@ def lif(
     check(x, v, reciprocal_tau, dynamics, channel_scale)
     if runs_directly():
         record = None if grad_norm_sq is None else functools.partial(_write_norms, grad_norm_sq)
-        spikes, v_final, v_seq, count = multi_step(
-            x,
-            v,
-            reciprocal_tau,
-            dynamics,
-            surrogate,
-            alpha,
-            store_v_seq,
-            count_spikes,
-            record,
-            channel_scale,
-            defer_v=False,
-        )
+        wanted = (store_v_seq, count_spikes, record, channel_scale)
+        outputs = multi_step(x, v, reciprocal_tau, dynamics, surrogate, alpha, *wanted, defer_v=False)
+        spikes, v_final, v_seq, count = outputs
         return spikes, v_final, v_seq, None if count is None else add_partials(count)  # type: ignore[return-value]
     v_init, v_init_value = (v, 0.0) if isinstance(v, Tensor) else (None, float(v))
-    spikes, v_final, v_seq, spike_count = _RegisteredLIF.apply(
-        x,
-        v_init,
-        reciprocal_tau,
-        Constants.of(dynamics, v_init_value),
-        (dynamics.detach_reset, surrogate, alpha),
-        store_v_seq,
-        count_spikes,
-        grad_norm_sq,
-        channel_scale,
-        _will_backward(x, v_init, reciprocal_tau),
-    )
+    inputs = (x, v_init, reciprocal_tau)
+    neuron, options = Constants.of(dynamics, v_init_value), (dynamics.detach_reset, surrogate, alpha)
+    stores, measured = (store_v_seq, count_spikes), (grad_norm_sq, channel_scale)
+    outputs = _RegisteredLIF.apply(*inputs, neuron, options, *stores, *measured, _will_backward(*inputs))
+    spikes, v_final, v_seq, spike_count = outputs
     return spikes, v_final, v_seq if store_v_seq else None, spike_count if count_spikes else None
 
 
