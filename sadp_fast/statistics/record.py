@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -16,7 +16,7 @@ from .attachment import Attachment
 _COMPILED = "_orig_mod."  # what torch.compile puts in front of a module's name
 
 
-class Statistics(Mapping[str, CallRecorder]):
+class Statistics(dict[str, CallRecorder]):
     """What ``record`` measures: a ``CallRecorder`` for each of a model's neurons, by the neuron's name.
 
     ``statistics["2"].spike_count`` and ``statistics["2"].grad_norm_sq`` are tensors [T, N] of T steps and N examples.
@@ -24,21 +24,12 @@ class Statistics(Mapping[str, CallRecorder]):
     """
 
     def __init__(self, layers: dict[str, CallRecorder], kinds: dict[str, str]) -> None:
-        self._layers, self._kinds = layers, kinds
-
-    def __getitem__(self, name: str) -> CallRecorder:
-        return self._layers[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
+        super().__init__(layers)
+        self._kinds = kinds
 
     def __str__(self) -> str:
         """Firing rates: the share of a layer's neurons and steps with a spike, and spikes of an example."""
-        header = ("layer", "kind", "steps", "neurons", "spikes an example", "firing rate")
-        rows = [header]
+        rows = [("layer", "kind", "steps", "neurons", "spikes an example", "firing rate")]
         called = [(name, layer) for name, layer in self.items() if layer.calls]
         for name, layer in called:
             steps, examples = sum(call.shape[0] for call in layer.calls), max(1, layer.calls[-1].examples)
@@ -92,10 +83,7 @@ def record(model: nn.Module, *, by_step: bool = False) -> Iterator[Statistics]:
         )
     own = next((t.device for t in (*model.parameters(), *model.buffers())), None)
     layers = {name: CallRecorder(by_step, own) for name in nodes}
-    attachment = Attachment()
-    try:
+    with Attachment() as attachment:
         for name, node in nodes.items():
             attachment.record(node, layers[name])
         yield Statistics(layers, {name: type(node).__name__ for name, node in nodes.items()})
-    finally:
-        attachment.remove()
