@@ -326,8 +326,9 @@ class BaseNode(nn.Module):
             spikes, v_seq = self._run_kernels(x_seq, v, fused, call)
         if v_seq is not None:
             earlier = self.v_seq if self._step_mode == "s" else None
-            goes_on = earlier is not None and _kind(earlier) == _kind(v_seq)
-            self.v_seq = torch.cat((earlier, v_seq)) if goes_on else v_seq
+            if earlier is not None and _kind(earlier) == _kind(v_seq):
+                v_seq = torch.cat((earlier, v_seq))
+            self.v_seq = v_seq
         binary = fused is not None or surrogates.fused_index(self.surrogate_function) is not None
         return mark(spikes, 1) if binary else spikes
 

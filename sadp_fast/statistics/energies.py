@@ -312,7 +312,7 @@ def _summed(norms: Tensor) -> Tensor:
 def _folded(t: Tensor, steps: int, batch_size: int) -> Tensor:
     """t as a view [T or 1, B, *]."""
     if steps > 1 and t.shape[0] == steps * batch_size:
-        return t.unflatten(0, (steps, batch_size))
+        t = t.unflatten(0, (steps, batch_size))
     if t.ndim > 1 and t.shape[0] == steps and t.shape[1] == batch_size:
         return t
     if t.shape[0] == batch_size:
