@@ -8,8 +8,8 @@ written anew, bit for bit, for the layer's backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,22 +39,6 @@ def packed_spikes() -> saved_tensors_hooks:
     return saved_tensors_hooks(partial(_pack, WeakTensorKeyDictionary()), unpack)
 
 
-class _Dense(NamedTuple):
-    """A tensor kept as it is, with the version check that torch leaves to the hooks."""
-
-    tensor: Tensor
-    version: int
-
-
-class _PackedView(NamedTuple):
-    """A view of a packed block; ``offset`` in elements from the block's first."""
-
-    block: _PackedBlock
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int
-
-
 class _PackedBlock:
     """``count`` neighbouring elements of a marked tensor's storage as bits."""
 
@@ -67,6 +51,7 @@ class _PackedBlock:
         self._expanded: StorageWeakRef | None = None
 
     def view(self, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Tensor:
+        """Its elements as they were; ``offset`` in elements from the block's first."""
         owner: Tensor | None = self._owner()
         if owner is not None and owner._version == self._version and owner.data_ptr() == self._address:
             return owner.detach().as_strided(shape, strides, self.offset + offset)
@@ -78,12 +63,13 @@ class _PackedBlock:
         return self.bits.new_empty(0, dtype=self.dtype).set_(storage, offset, shape, strides)
 
 
-def _pack(blocks: WeakTensorKeyDictionary, tensor: Tensor) -> _Dense | _PackedView:
+def _pack(blocks: WeakTensorKeyDictionary, tensor: Tensor) -> Callable[[], Tensor]:
+    """What gives the tensor back."""
     owner = marked_owner(tensor)
     source = None if owner is None else _block_to_pack(tensor, owner)
     if owner is None or source is None:
         # Detached, since an output that its own node keeps would otherwise keep that node alive.
-        return _Dense(tensor.detach(), tensor._version)
+        return partial(_unchanged, tensor.detach(), tensor._version)
     offset, count = int(source.storage_offset()), source.numel()
     # Memory of one stream must not be used on another one without waiting: each has its own bits.
     stream = torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
@@ -91,13 +77,16 @@ def _pack(blocks: WeakTensorKeyDictionary, tensor: Tensor) -> _Dense | _PackedVi
     of_owner = blocks.setdefault(owner, {})
     if key not in of_owner:
         of_owner[key] = _PackedBlock(owner, offset, count)
-    return _PackedView(of_owner[key], tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()) - offset)
+    return partial(of_owner[key].view, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()) - offset)
 
 
-def unpack(saved: _Dense | _PackedView) -> Tensor:
-    if isinstance(saved, _PackedView):
-        return saved.block.view(saved.shape, saved.strides, saved.offset)
-    tensor, version = saved
+def unpack(saved: Callable[[], Tensor]) -> Tensor:
+    """What ``packed_spikes`` has saved."""
+    return saved()
+
+
+def _unchanged(tensor: Tensor, version: int) -> Tensor:
+    """A tensor kept as it is, with the version check that torch leaves to the hooks."""
     if tensor._version != version:
         raise RuntimeError(
             f"a tensor of shape {tuple(tensor.shape)} that the backward pass needs was changed in place (version "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +47,8 @@ class LIFNode(BaseNode):
         store_v_seq: bool = False,
         backend: str | None = None,
     ) -> None:
-        check_tau("tau", tau)
-        neuron = (v_threshold, v_reset, surrogate_function, detach_reset, step_mode, store_v_seq, backend)
-        super().__init__(*neuron, tau=tau, decay_input=decay_input)
+        super().__init__(v_threshold, v_reset, surrogate_function, detach_reset, step_mode, store_v_seq, backend)
+        self.tau, self.decay_input = tau, decay_input
 
     tau = constant("tau")
     decay_input = constant("decay_input")
@@ -60,20 +60,8 @@ class LIFNode(BaseNode):
 class IFNode(BaseNode):
     """Integrate-and-fire neurons without leak, a drop-in for SpikingJelly's ``IFNode``: ``h = v + x``.
 
-    Arguments, state and errors are those of ``LIFNode``.
+    Arguments, state and errors are those of ``LIFNode``, without ``tau`` and ``decay_input``.
     """
-
-    def __init__(
-        self,
-        v_threshold: float = 1.0,
-        v_reset: float | None = 0.0,
-        surrogate_function: Callable[[Tensor], Tensor] | None = None,
-        detach_reset: bool = False,
-        step_mode: str = "s",
-        store_v_seq: bool = False,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(v_threshold, v_reset, surrogate_function, detach_reset, step_mode, store_v_seq, backend)
 
 
 class ParametricLIFNode(BaseNode):
@@ -108,8 +96,9 @@ class ParametricLIFNode(BaseNode):
         check_tau("init_tau", init_tau)
         if math.isinf(init_tau):
             raise ValueError("init_tau must be finite, got inf, from which w could never move; an IFNode has no leak")
-        neuron = (v_threshold, v_reset, surrogate_function, detach_reset, step_mode, store_v_seq, backend)
-        super().__init__(*neuron, tau=init_tau, decay_input=decay_input, learned_tau=True)
+        super().__init__(v_threshold, v_reset, surrogate_function, detach_reset, step_mode, store_v_seq, backend)
+        self.dynamics = replace(self.dynamics, tau=init_tau, learned_tau=True)
+        self.decay_input = decay_input
         self.w = nn.Parameter(torch.tensor(-math.log(init_tau - 1.0)))
 
     decay_input = constant("decay_input")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Real
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.common.dispatch import runs_directly
 from ..ops.common.dynamics import Dynamics
 from ..ops.common.spike_marks import mark
 from ..ops.lif import reference as reference
@@ -107,22 +108,17 @@ class BaseNode(nn.Module):
 
     def __init__(
         self,
-        v_threshold: float,
-        v_reset: float | None,
-        surrogate_function: Callable[[Tensor], Tensor] | None,
-        detach_reset: bool,
-        step_mode: str,
-        store_v_seq: bool,
-        backend: str | None,
-        *,
-        tau: float | None = None,
-        decay_input: bool = False,
-        learned_tau: bool = False,
+        v_threshold: float = 1.0,
+        v_reset: float | None = 0.0,
+        surrogate_function: Callable[[Tensor], Tensor] | None = None,
+        detach_reset: bool = False,
+        step_mode: str = "s",
+        store_v_seq: bool = False,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
-        given = dict(decay_input=decay_input, v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset)
-        for name, value in given.items():
-            _check_constant(name, value)
+        self.dynamics = Dynamics(None, False, v_threshold, v_reset, detach_reset)  # subclasses set the leak
+        self.v_threshold, self.v_reset, self.detach_reset = v_threshold, v_reset, detach_reset
         # A class would be called in forward as if it were its instance.
         if surrogate_function is not None and (
             not callable(surrogate_function) or isinstance(surrogate_function, type)
@@ -131,16 +127,14 @@ class BaseNode(nn.Module):
                 f"surrogate_function must be a callable such as sadp_fast.surrogate.ATan(), got "
                 f"{surrogate_function!r}: pass an instance, not a name or a class"
             )
-        self.dynamics = Dynamics(tau, decay_input, v_threshold, v_reset, detach_reset, learned_tau)
         self.surrogate_function = surrogates.Sigmoid() if surrogate_function is None else surrogate_function
         self._state = _State(self.dynamics.v_rest)
         self.step_mode = step_mode
         self.backend = backend
         self.store_v_seq = store_v_seq
         self.recorder: Recorder | None = None
-        self._own_recorder: _OwnRecorder | None = None  # of collect_statistics
+        self._own_recorder = _OwnRecorder()  # of collect_statistics
         self._said_not_fused = False
-        self.reset()
 
     @property
     def step_mode(self) -> str:
@@ -214,8 +208,9 @@ class BaseNode(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self.v  # noqa: B018  computed now: what computes it cannot be copied
-        own = _OwnRecorder() if self.collect_statistics else None
-        return {**self.__dict__, "recorder": own, "_own_recorder": own}  # others measure this node, not its copies
+        own = _OwnRecorder()
+        recorder = own if self.collect_statistics else None  # others measure this node, not its copies
+        return {**self.__dict__, "recorder": recorder, "_own_recorder": own}
 
     def reset(self) -> None:
         """Return ``v`` to its initial float and forget ``v_seq`` and the node's own statistics."""
@@ -232,7 +227,7 @@ class BaseNode(nn.Module):
             self.v_seq = self.v_seq.detach()
 
     def _replicate_for_data_parallel(self) -> BaseNode:
-        replica = super()._replicate_for_data_parallel()
+        replica: BaseNode = super()._replicate_for_data_parallel()
         replica._state, replica.recorder = copy.copy(self._state), None  # each has its own part of the batch
         return replica
 
@@ -241,7 +236,8 @@ class BaseNode(nn.Module):
             self.v = fn(self.v)
         if self.v_seq is not None:
             self.v_seq = fn(self.v_seq)
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
 
     def _initial_v(self, x_seq: Tensor) -> Tensor | float:
         """``v`` fit for input x_seq [T, N, *]: a new shape starts from rest, dtype and device are cast."""
@@ -268,23 +264,23 @@ class BaseNode(nn.Module):
         if on and not self.collect_statistics:
             self._own_recorder = _OwnRecorder()
             hand_in(self, self._own_recorder)
-        elif not on and self._own_recorder is not None:
+        elif not on:
             take_back(self, self._own_recorder)
 
     @property
     def spike_count(self) -> Tensor | None:
         """With ``collect_statistics``, ``CallRecorder.spike_count``; None after ``reset()``."""
-        return None if self._own_recorder is None else self._own_recorder.spike_count
+        return self._own_recorder.spike_count
 
     @property
     def grad_norm_sq(self) -> Tensor | None:
         """With ``collect_statistics``, ``CallRecorder.grad_norm_sq``; None after ``reset()``."""
-        return None if self._own_recorder is None else self._own_recorder.grad_norm_sq
+        return self._own_recorder.grad_norm_sq
 
     @property
     def calls(self) -> list[Call]:
         """With ``collect_statistics``, the calls behind ``spike_count`` and ``grad_norm_sq``."""
-        return [] if self._own_recorder is None else self._own_recorder.calls
+        return self._own_recorder.calls
 
     def _begin(self, shape: tuple[int, ...], device: torch.device) -> Call | None:
         """What a call with output [T, N, *] measures, or None; the node has a recorder."""
@@ -307,7 +303,7 @@ class BaseNode(nn.Module):
             )
         if not runs_kernels or x.ndim < 2 or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return None
-        if torch.jit.is_tracing():  # sizes are tensors then
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]  # sizes are tensors then
             return None
         surrogate = self.surrogate_function
         index = surrogates.fused_index(surrogate)
@@ -326,14 +322,14 @@ class BaseNode(nn.Module):
         fused = self._fused_surrogate(x_seq)
         if fused is None:
             spikes, v_seq = self._run_reference(x_seq, v, call)
-            binary = surrogates.fused_index(self.surrogate_function) is not None
         else:
             spikes, v_seq = self._run_kernels(x_seq, v, fused, call)
-            binary = True
         if v_seq is not None:
             earlier = self.v_seq if self._step_mode == "s" else None
-            kept = [] if earlier is None or _kind(earlier) != _kind(v_seq) else [earlier]
-            self.v_seq = torch.cat((*kept, v_seq)) if kept else v_seq
+            if earlier is not None and _kind(earlier) == _kind(v_seq):
+                v_seq = torch.cat((earlier, v_seq))
+            self.v_seq = v_seq
+        binary = fused is not None or surrogates.fused_index(self.surrogate_function) is not None
         return mark(spikes, 1) if binary else spikes
 
     def _reciprocal_tau(self, x: Tensor) -> Tensor | None:
@@ -364,7 +360,7 @@ class BaseNode(nn.Module):
         tau, d, store = self._reciprocal_tau(x_seq), self.dynamics, self._store_v_seq
         counts, scale = (False, None) if call is None else (call.counts, call.channel_scale)
         awaited = call if call is not None and call.awaits_norms else None
-        if ops.runs_directly():
+        if runs_directly():
             ops.check(x_seq, v, tau, d, scale)
             record, defer_v = None if awaited is None else awaited.record_norms, not self._state.keeps_v
             outputs = ops.multi_step(x_seq, v, tau, d, surrogate, alpha, store, counts, record, scale, defer_v)
@@ -411,17 +407,24 @@ def neurons(module: nn.Module) -> dict[str, BaseNode]:
 
 
 @contextmanager
+def restored(modules: Iterable[nn.Module], *names: str) -> Iterator[None]:
+    """Afterwards these attributes of the modules are what they are now."""
+    before = [(module, name, getattr(module, name)) for module in modules for name in names]
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+@contextmanager
 def at_rest(module: nn.Module) -> Iterator[None]:
     """The neurons of ``module`` at rest and not measured; afterwards their states and recorders are put back.
 
     Not by their ``reset``, which would forget what a training loop has not read yet.
     """
     nodes = neurons(module).values()
-    before = [(node, node._state, node.recorder) for node in nodes]
-    try:
+    with restored(nodes, "_state", "recorder"):
         for node in nodes:
             node._state, node.recorder = _State(node.dynamics.v_rest), None
         yield
-    finally:
-        for node, state, recorder in before:
-            node._state, node.recorder = state, recorder

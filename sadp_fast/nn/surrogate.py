@@ -13,6 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+__all__ = [
+    "FUSED",
+    "ATan",
+    "Erf",
+    "PiecewiseExp",
+    "PiecewiseQuadratic",
+    "Rect",
+    "Sigmoid",
+    "SoftSign",
+    "SuperSpike",
+    "Surrogate",
+    "fused_index",
+]
+
 
 class _Spike(torch.autograd.Function):
     """Heaviside step forward, ``gradient(x, alpha)`` backward."""
@@ -60,7 +74,8 @@ class Surrogate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.spiking:
-            return _Spike.apply(x, self.alpha, self.gradient)
+            spikes: Tensor = _Spike.apply(x, self.alpha, self.gradient)
+            return spikes
         return self.primitive(x, self.alpha)
 
     def extra_repr(self) -> str:
@@ -186,7 +201,7 @@ class Rect(Surrogate):
         return (alpha * x + 0.5).clamp(0, 1)
 
 
-# The position in this table is the kernels' SURROGATE constant (sadp_fast/ops/equations.py).
+# The position in this table is the kernels' SURROGATE constant (sadp_fast/ops/common/equations.py).
 FUSED = (Sigmoid, ATan, PiecewiseQuadratic, PiecewiseExp, SoftSign, SuperSpike, Erf, Rect)
 _FUSED_INDEX: dict[type, int] = {cls: i for i, cls in enumerate(FUSED)}
 _FUSED_BY_NAME = {cls.__name__: i for i, cls in enumerate(FUSED)}
@@ -199,6 +214,4 @@ def fused_index(surrogate: Callable[[Tensor], Tensor]) -> int | None:
     index = _FUSED_INDEX.get(cls)
     if index is None and cls.__module__ == _SPIKINGJELLY:
         index = _FUSED_BY_NAME.get(cls.__name__)
-    if index is None or not surrogate.spiking:  # type: ignore[attr-defined]
-        return None
-    return index
+    return index if index is not None and surrogate.spiking else None  # type: ignore[attr-defined]

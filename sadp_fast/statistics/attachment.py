@@ -3,38 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..nn.node import BaseNode
 from ..nn.recorder import Recorder, hand_in, take_back
 
+Hook = Callable[[Any, Tensor, Any], None]
 
-class Attachment:
-    """Forward hooks and recorders on modules, until ``remove``."""
 
-    def __init__(self) -> None:
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._recorders: list[tuple[BaseNode, Recorder]] = []
+class Attachment(ExitStack):
+    """Forward hooks and recorders on modules, until ``close``, which leaves what others have attached since."""
 
-    def hook(self, module: nn.Module, hook: Callable[..., None]) -> None:
-        """Call ``hook(module, inputs, named inputs, output)`` after the module's forward pass."""
-        self._handles.append(module.register_forward_hook(_OwnHook(module, hook), with_kwargs=True))
+    def hook(self, module: nn.Module, hook: Hook) -> None:
+        """Call ``hook(module, its input, its output)`` after the module's forward passes with gradients."""
+        self.callback(module.register_forward_hook(_OwnHook(module, hook), with_kwargs=True).remove)
 
     def record(self, node: BaseNode, recorder: Recorder) -> None:
         """Let the recorder measure the neuron."""
         hand_in(node, recorder)
-        self._recorders.append((node, recorder))
-
-    def remove(self) -> None:
-        """Leave the modules as they were, but for what others have attached since."""
-        for handle in self._handles:
-            handle.remove()
-        for node, recorder in self._recorders:
-            take_back(node, recorder)
-        self._handles, self._recorders = [], []
+        self.callback(take_back, node, recorder)
 
 
 class _OwnHook:
@@ -44,20 +35,12 @@ class _OwnHook:
     measured in the model's place, and could not be saved. In a copy, also one through pickle, this hook does nothing.
     """
 
-    def __init__(self, module: nn.Module, hook: Callable[..., None]) -> None:
+    def __init__(self, module: nn.Module | None = None, hook: Hook | None = None) -> None:
         self._module, self._hook = module, hook
 
-    def __call__(self, module: nn.Module, *arguments: Any) -> None:
-        if module is self._module:
-            self._hook(module, *arguments)
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Any) -> None:
+        if self._hook is not None and module is self._module and torch.is_grad_enabled():
+            self._hook(module, inputs[0] if inputs else next(iter(named.values())), output)
 
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return _no_hook, ()
-
-
-def _no_hook() -> Callable[..., None]:
-    return _nothing
-
-
-def _nothing(*_arguments: Any) -> None:
-    pass
+    def __reduce__(self) -> tuple[type[_OwnHook], tuple[()]]:
+        return _OwnHook, ()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from ..nn.weight_layers import WEIGHT_LAYERS, is_trained
 from ..ops.batch_norm_lif.reference import batch_variance
 from ..ops.common.saved_tensors import hooks_of_saved_tensors
 from ..ops.lif.reference import squared_norm_per_example
-from .attachment import Attachment
+from .attachment import Attachment, Hook
 from .score import patch_multiplicity
 
 # Autograd nodes that leave every element as it is; the second group also moves dimensions.
@@ -41,11 +41,6 @@ Edge = tuple[Any, int]  # (autograd node, number of its output)
 def knows_output_energy(node: BaseNode) -> bool:
     """Whether a neuron's statistics hold its output's squared norm, and not only how much of it is not 0."""
     return isinstance(node, BatchNormNode) or surrogate.fused_index(node.surrogate_function) is not None
-
-
-def first_input(inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> Tensor:
-    """A module's input, however it was passed."""
-    return inputs[0] if inputs else next(iter(named.values()))
 
 
 @dataclass(frozen=True)
@@ -156,19 +151,13 @@ class Probe:
             return self.layers if is_trained(module) else None
         return self.norms if isinstance(module, _BatchNorm) else None
 
-    def _hook(self, name: str, seen: list[Seen]) -> Callable[..., None]:
+    def _hook(self, name: str, seen: list[Seen]) -> Hook:
         @torch.no_grad()
-        def measured(module: Any, x: Tensor, output: Tensor) -> dict[str, Any]:
-            if seen is self.layers:
-                return {"input_norms": squared_norm_per_example(x)}
+        def record(module: Any, x: Tensor, output: Tensor) -> None:
+            norms = squared_norm_per_example(x) if seen is self.layers else None
             scalable = seen is self.norms and _scalable(module, x, output)
-            return {"scale": batch_norm_scale(module, x, output)} if scalable else {}
-
-        def record(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
-            if torch.is_grad_enabled():
-                x = first_input(inputs, named)
-                edges = _edge(x), _edge(output)
-                seen.append(Seen(name, *edges, x.shape, output.shape, **measured(module, x, output)))
+            scale = batch_norm_scale(module, x, output) if scalable else None
+            seen.append(Seen(name, _edge(x), _edge(output), x.shape, output.shape, norms, scale))
 
         return record
 
@@ -178,46 +167,44 @@ class Probe:
         A layer that ``output`` does not depend on is none: its weight has no gradient.
         """
         graph = _Graph(output)
-        layer_of = {call.output: call.name for call in self.layers}
-        norm_at = {call.output: call for call in self.norms}
-        norm_of = {output: call.name for output, call in norm_at.items()}
-        spikes_of = {call.output: call.name for call in self.neurons}
+        layer_at, norm_at, neuron_at = (
+            {call.output: call for call in calls} for calls in (self.layers, self.norms, self.neurons)
+        )
         modules = dict(self.model.named_modules())
 
         norm_behind: dict[Edge, Seen] = {}  # layer output -> the normalisation that alone consumes it
         for call in self.norms:
-            source = graph.walk_back(call.input, layer_of, alone=True)
+            source = graph.walk_back(call.input, layer_at, alone=True)
             if source is not None and call.scale is not None:
-                norm_behind[source] = call
+                norm_behind[source.output] = call
         neuron_behind: dict[Edge, str] = {}  # layer or norm output -> the neuron that alone consumes it
         for call in self.neurons:
-            source = graph.walk_back(call.input, layer_of | norm_of, alone=True, moves=False)
-            if source is None:
-                continue
-            if source in norm_at:
-                # A neuron with a normalisation of its own knows the gradient in front of that one alone.
-                lines_up = _channels_line_up(norm_at[source].output_shape, call.input_shape)
-                if not lines_up or isinstance(modules[call.name], BatchNormNode):
-                    continue
-            neuron_behind[source] = call.name
-
-        for call in self.neurons:
-            source = graph.walk_back(call.input, layer_of | norm_of)
-            if source is not None and graph.moves_time(call.input, source):
-                feeding = graph.walk_back(norm_at[source].input, layer_of) if source in norm_at else source
+            source = graph.walk_back(call.input, layer_at | norm_at, alone=True, moves=False)
+            # A neuron with a normalisation of its own knows the gradient in front of that one alone.
+            if source is not None and (
+                source.output not in norm_at
+                or (
+                    _channels_line_up(source.output_shape, call.input_shape)
+                    and not isinstance(modules[call.name], BatchNormNode)
+                )
+            ):
+                neuron_behind[source.output] = call.name
+            source = graph.walk_back(call.input, layer_at | norm_at)
+            if source is not None and graph.moves_time(call.input, source.output):
+                feeding = graph.walk_back(source.input, layer_at) if source.output in norm_at else source
                 if feeding is not None:
-                    self.batch_first.add(layer_of[feeding])
+                    self.batch_first.add(feeding.name)
 
         found: dict[str, WeightLayer] = {}
         for call in self.layers:
             if call.output[0] not in graph.nodes:
                 continue
-            source = graph.walk_back(call.input, spikes_of)
-            if source is not None and graph.moves_time(call.input, source):
+            source = graph.walk_back(call.input, neuron_at)
+            if source is not None and graph.moves_time(call.input, source.output):
                 self.batch_first.add(call.name)
             norm = norm_behind.get(call.output)
             site = call.output if norm is None else norm.output
-            neuron = None if source is None else spikes_of[source]
+            neuron = None if source is None else source.name
             layer = WeightLayer(
                 call.name,
                 patch_multiplicity(modules[call.name]),
@@ -269,9 +256,9 @@ class _Graph:
                         stack.append(edge[0])
 
     def walk_back(
-        self, edge: Edge, sources: dict[Edge, str], *, alone: bool = False, moves: bool = True
-    ) -> Edge | None:
-        """From an edge back through nodes that change no element to the first edge in ``sources``.
+        self, edge: Edge, sources: dict[Edge, Seen], *, alone: bool = False, moves: bool = True
+    ) -> Seen | None:
+        """From an edge back through nodes that change no element to the first of ``sources``, calls by their output.
 
         ``alone``: only if every tensor on the way has no other consumer. ``moves``: whether transpositions may be
         passed.
@@ -280,7 +267,7 @@ class _Graph:
             if behind[0] is None or (alone and self.consumers[behind] != 1):
                 return None
             if behind in sources:
-                return behind
+                return sources[behind]
         return None
 
     def moves_time(self, edge: Edge, source: Edge) -> bool:
@@ -317,15 +304,10 @@ def _common(a: WeightLayer, b: WeightLayer) -> WeightLayer:
 
 def _with_unique_sites(layers: list[WeightLayer]) -> list[WeightLayer]:
     """A neuron or normalisation shared by two layers mixes their gradients: such layers are measured by themselves."""
-    norms = Counter(layer.norm for layer in layers)
-    neurons = Counter(layer.output_neuron for layer in layers)
-    shared = [
-        (layer.norm and norms[layer.norm] > 1) or (layer.output_neuron and neurons[layer.output_neuron] > 1)
-        for layer in layers
-    ]
+    uses: Counter[str | None] = Counter(site for layer in layers for site in (layer.norm, layer.output_neuron) if site)
     return [
-        replace(layer, norm=None, output_neuron=None) if mixed else layer
-        for layer, mixed in zip(layers, shared, strict=True)
+        replace(layer, norm=None, output_neuron=None) if max(uses[layer.norm], uses[layer.output_neuron]) > 1 else layer
+        for layer in layers
     ]
 
 

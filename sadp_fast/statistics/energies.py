@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..nn.node import BaseNode
 from ..nn.recorder import Call, Recorder
 from ..ops.lif.reference import squared_norm_per_example
 from .attachment import Attachment
-from .autograd_graph import Probe, WeightLayer, batch_norm_scale, first_input
+from .autograd_graph import Probe, WeightLayer, batch_norm_scale
 
 _Row = tuple[str, str]  # ("output" or "delta", neuron), or ("input" or "gradient", layer)
 
@@ -104,17 +105,10 @@ class EnergyTaps:
             attachment.record(node, self._taps[name])
         for layer in self.layers:
             if layer.input_neuron is None:
-                attachment.hook(self._model.get_submodule(layer.name), self._while_open(self._saw_input, layer))
+                attachment.hook(self._model.get_submodule(layer.name), partial(self._saw_input, layer))
             if layer.output_neuron is None or layer.norm is not None:
-                attachment.hook(self._model.get_submodule(layer.gradient_site), self._while_open(self._saw_site, layer))
+                attachment.hook(self._model.get_submodule(layer.gradient_site), partial(self._saw_site, layer))
         return attachment
-
-    def _while_open(self, saw: Callable[..., None], layer: WeightLayer) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
-            if self.is_open and torch.is_grad_enabled():
-                saw(layer, module, first_input(inputs, named), output)
-
-        return hook
 
     # --------------------------------------------------------------------------------------------------- one batch
 
@@ -132,9 +126,12 @@ class EnergyTaps:
         self.is_open = False
 
     def _saw_input(self, layer: WeightLayer, _module: nn.Module, x: Tensor, _output: Tensor) -> None:
-        self._reduce(("input", layer.name), x)
+        if self.is_open:
+            self._reduce(("input", layer.name), x)
 
     def _saw_site(self, layer: WeightLayer, module: Any, x: Tensor, output: Tensor) -> None:
+        if not self.is_open:
+            return
         scale = batch_norm_scale(module, x, output) if layer.norm is not None else None
         tap = None if layer.output_neuron is None else self._taps[layer.output_neuron]
         if tap is not None and self.neurons[tap.name].recorder is tap:
@@ -315,7 +312,7 @@ def _summed(norms: Tensor) -> Tensor:
 def _folded(t: Tensor, steps: int, batch_size: int) -> Tensor:
     """t as a view [T or 1, B, *]."""
     if steps > 1 and t.shape[0] == steps * batch_size:
-        return t.unflatten(0, (steps, batch_size))
+        t = t.unflatten(0, (steps, batch_size))
     if t.ndim > 1 and t.shape[0] == steps and t.shape[1] == batch_size:
         return t
     if t.shape[0] == batch_size:

@@ -6,14 +6,13 @@ those of the batch, an example's gradient would depend on the others in it, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from ..nn.node import at_rest, neurons, reset
+from ..nn.node import at_rest, neurons, reset, restored
 from ..nn.surrogate import FUSED, fused_index
 
 _GRADIENT_BYTES = 1 << 28  # of per-example gradients that are held at once
@@ -53,77 +52,57 @@ def gradient_norms(
         x = x.to(torch.promote_types(x.dtype, next(iter(trained.values())).dtype))
     size = sum(p.numel() * p.element_size() for p in trained.values())
     chunk = max(1, min(_LARGEST_CHUNK, _GRADIENT_BYTES // size))
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False), _evaluating(model), at_rest(model):
+    modules = list(model.modules())
+    no_autocast = torch.autocast(x.device.type, enabled=False)
+    with torch.enable_grad(), no_autocast, restored(modules, "training"), at_rest(model):
+        model.eval()
         try:
-            with _in_plain_torch(model):
-                parts = [_batched(model, trained, *part, criterion) for part in _chunks(x, y, chunk)]
+            with restored(neurons(model).values(), "backend", "surrogate_function"):
+                _use_plain_torch(model)
+                parts = zip(x.split(chunk), y.split(chunk), strict=True)
+                return torch.cat([_norms(model, trained, *part, criterion, vmap) for part in parts])
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # what is wrong with the model itself, the loop raises again
-            parts = [_one_by_one(model, trained, *part, criterion) for part in _chunks(x, y, 1)]
-    return torch.cat(parts)
+            parts = zip(x.split(1), y.split(1), strict=True)
+            return torch.cat([_norms(model, trained, *part, criterion, _one_by_one) for part in parts])
 
 
-def _chunks(x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(x.split(size), y.split(size), strict=True))
+def _one_by_one(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """In the place of vmap, for one example."""
+    return lambda parameters, x, y: loss({name: p[0] for name, p in parameters.items()}, x[0], y[0])
 
 
-def _batched(
-    model: nn.Module, trained: dict[str, Tensor], x: Tensor, y: Tensor, criterion: Callable[..., Tensor]
+def _norms(
+    model: nn.Module,
+    trained: dict[str, Tensor],
+    x: Tensor,
+    y: Tensor,
+    criterion: Callable[..., Tensor],
+    over_examples: Callable[..., Callable[..., Tensor]],
 ) -> Tensor:
+    """Norm over all parameters of each example's gradients, [N]."""
     own = {name: p.expand(x.shape[0], *p.shape).requires_grad_() for name, p in trained.items()}
 
     def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return criterion(functional_call(model, parameters, (x.unsqueeze(0),)), y.unsqueeze(0))
 
     reset(model)
-    losses = vmap(loss)(own, x, y)
-    return _norms(torch.autograd.grad(losses.sum(), list(own.values()), allow_unused=True))
-
-
-def _one_by_one(
-    model: nn.Module, trained: dict[str, Tensor], x: Tensor, y: Tensor, criterion: Callable[..., Tensor]
-) -> Tensor:
-    reset(model)
-    own = {name: p.clone().requires_grad_() for name, p in trained.items()}
-    loss = criterion(functional_call(model, own, (x,)), y)
-    gradients = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
-    return _norms(tuple(None if g is None else g.unsqueeze(0) for g in gradients))
-
-
-def _norms(gradients: tuple[Tensor | None, ...]) -> Tensor:
-    """Norm over all parameters of gradients [N, *]."""
+    losses = over_examples(loss)(own, x, y)
+    gradients = torch.autograd.grad(losses.sum(), list(own.values()), allow_unused=True)
     each = [torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1) for g in gradients if g is not None]
-    return torch.linalg.vector_norm(torch.stack(each), dim=0)
+    norms: Tensor = torch.linalg.vector_norm(torch.stack(each), dim=0)
+    return norms
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards everything is as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def _in_plain_torch(model: nn.Module) -> Iterator[None]:
-    """Neurons made of torch operations alone, which vmap can batch."""
-    before = [(node, node.backend, node.surrogate_function) for node in neurons(model).values()]
-    try:
-        for node, _, surrogate in before:
-            node.backend = "torch"
-            index = fused_index(surrogate)
-            if index is not None:
-                alpha: float = surrogate.alpha  # type: ignore[union-attr]
-                node.surrogate_function = _Spike(FUSED[index].gradient, alpha)
-        yield
-    finally:
-        for node, backend, surrogate in before:
-            node.backend, node.surrogate_function = backend, surrogate
+def _use_plain_torch(model: nn.Module) -> None:
+    """Let neurons be made of torch operations alone, which vmap can batch."""
+    for node in neurons(model).values():
+        node.backend = "torch"
+        index = fused_index(node.surrogate_function)
+        if index is not None:
+            alpha: float = node.surrogate_function.alpha  # type: ignore[union-attr]
+            node.surrogate_function = _Spike(FUSED[index].gradient, alpha)
 
 
 class _Spike(nn.Module):

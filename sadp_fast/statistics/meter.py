@@ -68,7 +68,7 @@ class ScoreMeter:
     def detach(self) -> None:
         """End the epoch: leave the model as it was."""
         self.end_forward()
-        self._attachment.remove()
+        self._attachment.close()
         self._probe = None
 
     def begin(self) -> EnergyTaps | None:

@@ -29,8 +29,7 @@ class Statistics(dict[str, CallRecorder]):
 
     def __str__(self) -> str:
         """Firing rates: the share of a layer's neurons and steps with a spike, and spikes of an example."""
-        header = ("layer", "kind", "steps", "neurons", "spikes an example", "firing rate")
-        rows = [header]
+        rows = [("layer", "kind", "steps", "neurons", "spikes an example", "firing rate")]
         called = [(name, layer) for name, layer in self.items() if layer.calls]
         for name, layer in called:
             steps, examples = sum(call.shape[0] for call in layer.calls), max(1, layer.calls[-1].examples)
@@ -84,10 +83,7 @@ def record(model: nn.Module, *, by_step: bool = False) -> Iterator[Statistics]:
         )
     own = next((t.device for t in (*model.parameters(), *model.buffers())), None)
     layers = {name: CallRecorder(by_step, own) for name in nodes}
-    attachment = Attachment()
-    try:
+    with Attachment() as attachment:
         for name, node in nodes.items():
             attachment.record(node, layers[name])
         yield Statistics(layers, {name: type(node).__name__ for name, node in nodes.items()})
-    finally:
-        attachment.remove()

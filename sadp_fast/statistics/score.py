@@ -61,4 +61,5 @@ def spike_aware_score(input_energy: Tensor, delta_energy: Tensor, multiplicity: 
     """
     # The product of two square roots, not the root of a product: two large energies would overflow float32.
     bound = input_energy.float().sqrt() * delta_energy.float().sqrt() * multiplicity.sqrt().unsqueeze(1)
-    return torch.linalg.vector_norm(bound, dim=0)
+    score: Tensor = torch.linalg.vector_norm(bound, dim=0)
+    return score

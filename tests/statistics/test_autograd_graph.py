@@ -28,7 +28,7 @@ def read(model, x):
     attachment = probe.attach()
     output = model(x)
     layers = probe.resolve(output.sum())
-    attachment.remove()
+    attachment.close()
     return {layer.name: layer for layer in layers}
 
 
