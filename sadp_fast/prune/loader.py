@@ -48,7 +48,7 @@ class PrunedLoader:
         rows: the indices of each batch of the running or last epoch, always the same list.
     """
 
-    def __init__(self, source: EpochSource, loader: DataLoader) -> None:
+    def __init__(self, source: EpochSource, loader: DataLoader[Any]) -> None:
         _check(loader, source.num_examples)
         if not source.passive:
             _check_replaceable(loader)
@@ -58,7 +58,7 @@ class PrunedLoader:
         self.rows: list[list[int]] = []
         self._pruned = None if source.passive else self._with_own_batches()
 
-    def _with_own_batches(self) -> DataLoader:
+    def _with_own_batches(self) -> DataLoader[Any]:
         options = {name: getattr(self.loader, name) for name in _TAKEN_OVER}
         if not options.get("pin_memory_device"):
             options.pop("pin_memory_device", None)  # its mere presence warns
@@ -101,7 +101,7 @@ class PrunedLoader:
         return len(self.rows) if expected is None else expected
 
 
-def _check(loader: DataLoader, num_examples: int) -> None:
+def _check(loader: DataLoader[Any], num_examples: int) -> None:
     """Raise unless it is a DataLoader of batches of so many examples, which have indices."""
     if not isinstance(loader, DataLoader):
         raise TypeError(f"loader must be a torch DataLoader, got {name_of(loader)}: pass DataLoader(data_set, ...)")
@@ -120,7 +120,7 @@ def _check(loader: DataLoader, num_examples: int) -> None:
         )
 
 
-def _check_replaceable(loader: DataLoader) -> None:
+def _check_replaceable(loader: DataLoader[Any]) -> None:
     """Raise where other batches than the loader's own would lose something that it does."""
     if type(loader).__iter__ is not DataLoader.__iter__:
         raise ValueError(

@@ -232,7 +232,7 @@ class SADP:
             for batch in batches:
                 yield batch.indices
 
-    def loader(self, loader: DataLoader) -> PrunedLoader:
+    def loader(self, loader: DataLoader[Any]) -> PrunedLoader:
         """The same DataLoader (data set, workers, collation, pinning), whose batches SADP draws.
 
         Every batch has the loader's batch size. With ``drop_last=True`` an epoch's remainder is carried over to the

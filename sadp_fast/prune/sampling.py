@@ -82,20 +82,12 @@ def sample(p: Tensor, *, seed: int, epoch: int | Tensor = 0, capacity: int | Non
             functionalize or another transform of torch is on, whose tensors have no memory.
     """
     _check_p(p)
-    if type(seed) is not int:  # the abstract class is slow to ask
-        if not isinstance(seed, Integral):
-            raise TypeError(f"seed must be an integer, got {type(seed).__name__}; pass int(seed).")
-        seed = int(seed)
+    seed = _integer("seed", seed, "an integer")
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must be in [0, 2**64), got {seed}; pass seed % 2**64.")
     _check_epoch(epoch, p)
     if capacity is not None:
-        if type(capacity) is not int:
-            if not isinstance(capacity, Integral):
-                raise TypeError(
-                    f"capacity must be an integer or None, got {type(capacity).__name__}; pass int(capacity)."
-                )
-            capacity = int(capacity)
+        capacity = _integer("capacity", capacity, "an integer or None")
         if capacity < 0:
             raise ValueError(
                 f"capacity must not be negative, got {capacity}; pass 0 or more, or None for an exact size."
@@ -109,6 +101,12 @@ def sample(p: Tensor, *, seed: int, epoch: int | Tensor = 0, capacity: int | Non
         return _sample_cuda(p, seed, epoch, capacity)
     with torch.cuda.device(index):
         return _sample_cuda(p, seed, epoch, capacity)
+
+
+def _integer(name: str, value: Any, kinds: str) -> int:
+    if type(value) is not int and not isinstance(value, Integral):  # the abstract class is slow to ask
+        raise TypeError(f"{name} must be {kinds}, got {type(value).__name__}; pass int({name}).")
+    return int(value)
 
 
 def _check_p(p: Tensor) -> None:
@@ -139,11 +137,7 @@ def _check_epoch(epoch: int | Tensor, p: Tensor) -> None:
         if epoch.device != p.device:
             raise ValueError(f"epoch must be on p's device {p.device}, got {epoch.device}; pass epoch.to(p.device).")
         _address("epoch", epoch)
-    elif type(epoch) is not int and not isinstance(epoch, Integral):
-        raise TypeError(
-            f"epoch must be an integer or a 0-dim int64 tensor, got {type(epoch).__name__}; pass int(epoch)."
-        )
-    elif not -(2**63) <= epoch < 2**63:
+    elif not -(2**63) <= _integer("epoch", epoch, "an integer or a 0-dim int64 tensor") < 2**63:
         raise ValueError(f"epoch must be in [-2**63, 2**63), got {epoch}; count epochs from 0.")
 
 
@@ -155,10 +149,8 @@ def _invalid(p: Tensor, index: int) -> ValueError:
 
 
 def _outputs(p: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    device = p.device
-    return torch.empty(length, dtype=torch.int64, device=device), torch.empty(
-        length, dtype=torch.float32, device=device
-    )
+    indices = torch.empty(length, dtype=torch.int64, device=p.device)
+    return indices, torch.empty(length, dtype=torch.float32, device=p.device)
 
 
 def _sample_cpu(p: Tensor, seed: int, epoch: int | Tensor, capacity: int | None) -> Sample:
