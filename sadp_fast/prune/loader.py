@@ -14,10 +14,9 @@ from .batch import Batch
 from .batching import rank_and_world
 from .epoch import DrawnEpoch
 
-# What is taken over from the loader that is given: all options but those that choose examples.
-_TAKEN_OVER = signature(DataLoader).parameters.keys() - {
-    *("dataset", "batch_size", "shuffle", "sampler", "batch_sampler", "drop_last")
-}
+_CHOOSING = {"dataset", "batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"}
+# The options that are taken over from the loader that is given: all but those that choose examples.
+_TAKEN_OVER = signature(DataLoader).parameters.keys() - _CHOOSING
 
 
 class EpochSource(Protocol):

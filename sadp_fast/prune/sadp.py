@@ -382,8 +382,8 @@ class SADP:
             raise ValueError(f"state must be what SADP.state_dict() returned, got {found}: pass SADP's part of it")
         own = self._config()
         for name, saved in state["config"].items():
-            if own.get(name) != saved:
-                built = own.get(name)
+            built = own.get(name)
+            if built != saved:
                 raise ValueError(f"this state was saved with {name}={saved!r}, but SADP was built with {built!r}")
         if self._running is not None:
             self._running.leave()

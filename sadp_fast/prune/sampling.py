@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import lru_cache
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -97,9 +98,7 @@ def sample(p: Tensor, *, seed: int, epoch: int | Tensor = 0, capacity: int | Non
     if not p.is_cuda:
         return _sample_cpu(p, seed, epoch, capacity)
     index = p.device.index
-    if index == torch.cuda.current_device():
-        return _sample_cuda(p, seed, epoch, capacity)
-    with torch.cuda.device(index):
+    with nullcontext() if index == torch.cuda.current_device() else torch.cuda.device(index):
         return _sample_cuda(p, seed, epoch, capacity)
 
 

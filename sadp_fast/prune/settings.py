@@ -95,7 +95,8 @@ class Settings:
             value = getattr(self, each.name)
             if "range" not in each.metadata or (value is None and each.default is None):
                 continue
-            kind, kinds = (float, Real) if "float" in str(each.type) else (int, Integral)
+            kind: Any = float if "float" in str(each.type) else int
+            kinds = {float: Real, int: Integral}[kind]
             if each.default is None and not isinstance(value, kinds):
                 raise TypeError(f"{each.name} must be an integer or None, got {value!r}: pass a number of epochs")
             allowed, requirement = each.metadata["range"]
