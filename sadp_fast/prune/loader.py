@@ -49,19 +49,17 @@ class PrunedLoader:
 
     def __init__(self, source: EpochSource, loader: DataLoader[Any]) -> None:
         _check(loader, source.num_examples)
-        if not source.passive:
-            _check_replaceable(loader)
         self.source = source
         self.loader = loader
         self.batch_size: int = loader.batch_size  # type: ignore[assignment]
         self.rows: list[list[int]] = []
-        self._pruned = None if source.passive else self._with_own_batches()
-
-    def _with_own_batches(self) -> DataLoader[Any]:
-        options = {name: getattr(self.loader, name) for name in _TAKEN_OVER}
-        if not options.get("pin_memory_device"):
-            options.pop("pin_memory_device", None)  # its mere presence warns
-        return DataLoader(self.loader.dataset, batch_sampler=self.rows, **options)
+        self._pruned: DataLoader[Any] | None = None
+        if not source.passive:
+            _check_replaceable(loader)
+            options = {name: getattr(loader, name) for name in _TAKEN_OVER}
+            if not options.get("pin_memory_device"):
+                options.pop("pin_memory_device", None)  # its mere presence warns
+            self._pruned = DataLoader(loader.dataset, batch_sampler=self.rows, **options)
 
     def __getattr__(self, name: str) -> Any:
         # What else one asks a DataLoader for: dataset, num_workers, drop_last, sampler, ...

@@ -21,26 +21,21 @@ def current_stream(device: int) -> int:
 
 def has_memory(t: Tensor) -> bool:
     """Whether t's elements can be read and written; not in FakeTensorMode, functionalize and other transforms."""
-    return _address_or_0(t) != 0 or t.numel() == 0
-
-
-def _address_or_0(t: Tensor) -> int:
     if type(t) is not Tensor and isinstance(t, FakeTensor):  # the abstract class is slow to ask
-        return 0
+        return False
     try:
-        return t.data_ptr()
+        return t.data_ptr() != 0 or t.numel() == 0
     except RuntimeError:
-        return 0
+        return False
 
 
 def _address(name: str, t: Tensor) -> int:
-    address = _address_or_0(t)
-    if address == 0 and t.numel() > 0:
+    if not has_memory(t):
         raise RuntimeError(
             f"{name} has no memory, which sample() works on: it is of FakeTensorMode, functionalize or another "
             "transform of torch; call sample() outside of it, on plain tensors."
         )
-    return address
+    return t.data_ptr()
 
 
 class Sample(NamedTuple):
