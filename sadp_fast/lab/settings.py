@@ -1,30 +1,18 @@
-"""Typed settings: fields that carry their help, choices and range, and the options and readers made of them."""
+"""The options and readers made of settings, whose fields carry their help, choices and range."""
 
 from __future__ import annotations
 
 import argparse
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import Field, field, fields
+from dataclasses import Field, fields
 from typing import Any
+
+from ..prune.settings import setting as setting
 
 
 class SettingError(argparse.ArgumentTypeError, ValueError):  # the first, so that readers can be types of options
     """Text that names no method, setting or value; the message says why."""
-
-
-def setting(default: Any, help: str, **more: Any) -> Any:
-    """A field with a default and, as metadata, what an option of the command needs.
-
-    Args:
-        help: what it is; "" where its choices say all.
-        read: what reads it from text.
-        range: in its place, for a number: a condition, and what it requires in words.
-        choices: the words that it may be.
-        metavar: what its value is called; with choices, these are listed in the help.
-        shown: the default in the help's words; "" says nothing of it.
-    """
-    return field(default=default, metadata={"help": help, **more})
 
 
 def number(kind: type, condition: Callable[[Any], bool], requirement: str) -> Callable[[str], Any]:

@@ -32,7 +32,8 @@ def el2n_score(output: Tensor, target: Tensor) -> Tensor:
         )
     error = torch.softmax(output.detach().float(), dim=1)
     labels = nn.functional.one_hot(target.long(), output.shape[1]) if target.ndim == 1 else target
-    return torch.linalg.vector_norm(error - labels, dim=1)
+    norms: Tensor = torch.linalg.vector_norm(error - labels, dim=1)
+    return norms
 
 
 class El2n(Score):

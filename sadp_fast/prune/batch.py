@@ -163,4 +163,4 @@ class Batch:
     def close(self) -> None:
         """Nothing more is to be measured in this batch."""
         self._closed = True
-        self.scoring.meter.close()
+        self.scoring.meter.end_forward()

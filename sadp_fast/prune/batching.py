@@ -64,16 +64,12 @@ def pack(drawn: Drawn, carried: Drawn, batch_size: int, *, pad: bool) -> tuple[E
     else:
         indices, weights = drawn
     total = indices.shape[0]
-    rest = total % batch_size
-    if rest and (pad or total < batch_size):
-        padding = batch_size - rest
+    padding = -total % batch_size if pad or total < batch_size else 0
+    if padding:
         repeat = torch.arange(padding, device=indices.device) % total
         indices = torch.cat((indices, indices[repeat]))
         weights = torch.cat((weights, weights.new_zeros(padding)))
-        rest = 0
-    else:
-        padding = 0
-    full = indices.shape[0] - rest
+    full = indices.shape[0] // batch_size * batch_size
     batches = EpochBatches(indices[:full].view(-1, batch_size), weights[:full].view(-1, batch_size), padding)
     return batches, Drawn(indices[full:], weights[full:])
 

@@ -62,7 +62,8 @@ def mean_factor(criterion: Callable[..., Tensor], reduction: str, target: Tensor
     weight, classes = named.get("weight"), target.long()  # bytes would be a mask
     counts = classes != named.get("ignore_index", -100)
     total = counts.sum() if weight is None else (weight[torch.where(counts, classes, 0)] * counts).sum()
-    return target.numel() / batch_size / total.double()
+    factor: Tensor = target.numel() / batch_size / total.double()
+    return factor
 
 
 def _class_options(criterion: Callable[..., Tensor]) -> dict[str, Any] | None:

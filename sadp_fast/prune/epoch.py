@@ -95,9 +95,7 @@ class DrawnEpoch(Epoch):
         rank, self._world = rank_and_world()
         everything, self.left_over = pack(drawn, carried, batch_size * self._world, pad=pad)
         # In one block each, since kernels read a row at every step.
-        self.indices, self.weights = (
-            t[:, rank :: self._world].contiguous() for t in (everything.indices, everything.weights)
-        )
+        self.indices, self.weights = (t[:, rank :: self._world].contiguous() for t in everything[:2])
         self.padding = everything.padding
         self._weighted = weighted or carried.indices.shape[0] > 0
         self._scoring, self._scored = scoring, scored

@@ -83,15 +83,13 @@ class GraphedStep:
         if batch is None:
             raise RuntimeError("a GraphedStep belongs inside a loop over the batches of its SADP: call it there")
         kind = batch.kind
-        recorded = None if kind is None else self._recorded.get(kind)
-        if recorded is not None:
-            self._replay(recorded, batch, index)
-            return recorded.loss
-        batch.own(index)
-        if kind is None or self._eager_steps[kind] == 0 or self._eager_steps.total() < _WARMUP_STEPS:
-            self._eager_steps[kind] += 1
-            return self._run_eagerly(batch)
-        self._recorded[kind] = recorded = self._record(batch)
+        if kind is None or kind not in self._recorded:
+            batch.own(index)
+            if kind is None or self._eager_steps[kind] == 0 or self._eager_steps.total() < _WARMUP_STEPS:
+                self._eager_steps[kind] += 1
+                return self._run_eagerly(batch)
+            self._recorded[kind] = self._record(batch)
+        recorded = self._recorded[kind]
         self._replay(recorded, batch, index)
         return recorded.loss
 

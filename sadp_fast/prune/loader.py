@@ -14,10 +14,9 @@ from .batch import Batch
 from .batching import rank_and_world
 from .epoch import DrawnEpoch
 
-# What is taken over from the loader that is given: all options but those that choose examples.
-_TAKEN_OVER = signature(DataLoader).parameters.keys() - {
-    *("dataset", "batch_size", "shuffle", "sampler", "batch_sampler", "drop_last")
-}
+_CHOOSING = {"dataset", "batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"}
+# The options that are taken over from the loader that is given: all but those that choose examples.
+_TAKEN_OVER = signature(DataLoader).parameters.keys() - _CHOOSING
 
 
 class EpochSource(Protocol):
@@ -48,21 +47,19 @@ class PrunedLoader:
         rows: the indices of each batch of the running or last epoch, always the same list.
     """
 
-    def __init__(self, source: EpochSource, loader: DataLoader) -> None:
+    def __init__(self, source: EpochSource, loader: DataLoader[Any]) -> None:
         _check(loader, source.num_examples)
-        if not source.passive:
-            _check_replaceable(loader)
         self.source = source
         self.loader = loader
         self.batch_size: int = loader.batch_size  # type: ignore[assignment]
         self.rows: list[list[int]] = []
-        self._pruned = None if source.passive else self._with_own_batches()
-
-    def _with_own_batches(self) -> DataLoader:
-        options = {name: getattr(self.loader, name) for name in _TAKEN_OVER}
-        if not options.get("pin_memory_device"):
-            options.pop("pin_memory_device", None)  # its mere presence warns
-        return DataLoader(self.loader.dataset, batch_sampler=self.rows, **options)
+        self._pruned: DataLoader[Any] | None = None
+        if not source.passive:
+            _check_replaceable(loader)
+            options = {name: getattr(loader, name) for name in _TAKEN_OVER}
+            if not options.get("pin_memory_device"):
+                options.pop("pin_memory_device", None)  # its mere presence warns
+            self._pruned = DataLoader(loader.dataset, batch_sampler=self.rows, **options)
 
     def __getattr__(self, name: str) -> Any:
         # What else one asks a DataLoader for: dataset, num_workers, drop_last, sampler, ...
@@ -101,7 +98,7 @@ class PrunedLoader:
         return len(self.rows) if expected is None else expected
 
 
-def _check(loader: DataLoader, num_examples: int) -> None:
+def _check(loader: DataLoader[Any], num_examples: int) -> None:
     """Raise unless it is a DataLoader of batches of so many examples, which have indices."""
     if not isinstance(loader, DataLoader):
         raise TypeError(f"loader must be a torch DataLoader, got {name_of(loader)}: pass DataLoader(data_set, ...)")
@@ -120,7 +117,7 @@ def _check(loader: DataLoader, num_examples: int) -> None:
         )
 
 
-def _check_replaceable(loader: DataLoader) -> None:
+def _check_replaceable(loader: DataLoader[Any]) -> None:
     """Raise where other batches than the loader's own would lose something that it does."""
     if type(loader).__iter__ is not DataLoader.__iter__:
         raise ValueError(

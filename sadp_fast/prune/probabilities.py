@@ -62,7 +62,8 @@ def inclusion_probabilities(
     count = scores.numel()
     if not 0 < keep <= count:
         raise ValueError(f"keep must be above 0 and at most N = {count}, got {keep}: pass (1 - prune ratio) * N")
-    check_smoothing(smoothing)
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"smoothing must be in [0, 1], got {smoothing}: the paper's constant is 0.3")
     asked = POLICIES.find(policy)
     if keep == count or smoothing == 1:
         return torch.full_like(scores, keep / count, dtype=torch.float32)
@@ -73,12 +74,6 @@ def inclusion_probabilities(
             f"{list(p.shape)}: let its probabilities() return a tensor like the scores"
         )
     return p.float()
-
-
-def check_smoothing(smoothing: float) -> None:
-    """Raise ValueError unless it is in [0, 1]."""
-    if not 0 <= smoothing <= 1:
-        raise ValueError(f"smoothing must be in [0, 1], got {smoothing}: the paper's constant is 0.3")
 
 
 @torch.no_grad()

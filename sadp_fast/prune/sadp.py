@@ -232,7 +232,7 @@ class SADP:
             for batch in batches:
                 yield batch.indices
 
-    def loader(self, loader: DataLoader) -> PrunedLoader:
+    def loader(self, loader: DataLoader[Any]) -> PrunedLoader:
         """The same DataLoader (data set, workers, collation, pinning), whose batches SADP draws.
 
         Every batch has the loader's batch size. With ``drop_last=True`` an epoch's remainder is carried over to the
@@ -382,8 +382,8 @@ class SADP:
             raise ValueError(f"state must be what SADP.state_dict() returned, got {found}: pass SADP's part of it")
         own = self._config()
         for name, saved in state["config"].items():
-            if own.get(name) != saved:
-                built = own.get(name)
+            built = own.get(name)
+            if built != saved:
                 raise ValueError(f"this state was saved with {name}={saved!r}, but SADP was built with {built!r}")
         if self._running is not None:
             self._running.leave()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import lru_cache
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -20,26 +21,21 @@ def current_stream(device: int) -> int:
 
 def has_memory(t: Tensor) -> bool:
     """Whether t's elements can be read and written; not in FakeTensorMode, functionalize and other transforms."""
-    return _address_or_0(t) != 0 or t.numel() == 0
-
-
-def _address_or_0(t: Tensor) -> int:
     if type(t) is not Tensor and isinstance(t, FakeTensor):  # the abstract class is slow to ask
-        return 0
+        return False
     try:
-        return t.data_ptr()
+        return t.data_ptr() != 0 or t.numel() == 0
     except RuntimeError:
-        return 0
+        return False
 
 
 def _address(name: str, t: Tensor) -> int:
-    address = _address_or_0(t)
-    if address == 0 and t.numel() > 0:
+    if not has_memory(t):
         raise RuntimeError(
             f"{name} has no memory, which sample() works on: it is of FakeTensorMode, functionalize or another "
             "transform of torch; call sample() outside of it, on plain tensors."
         )
-    return address
+    return t.data_ptr()
 
 
 class Sample(NamedTuple):
@@ -82,20 +78,12 @@ def sample(p: Tensor, *, seed: int, epoch: int | Tensor = 0, capacity: int | Non
             functionalize or another transform of torch is on, whose tensors have no memory.
     """
     _check_p(p)
-    if type(seed) is not int:  # the abstract class is slow to ask
-        if not isinstance(seed, Integral):
-            raise TypeError(f"seed must be an integer, got {type(seed).__name__}; pass int(seed).")
-        seed = int(seed)
+    seed = _integer("seed", seed, "an integer")
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must be in [0, 2**64), got {seed}; pass seed % 2**64.")
     _check_epoch(epoch, p)
     if capacity is not None:
-        if type(capacity) is not int:
-            if not isinstance(capacity, Integral):
-                raise TypeError(
-                    f"capacity must be an integer or None, got {type(capacity).__name__}; pass int(capacity)."
-                )
-            capacity = int(capacity)
+        capacity = _integer("capacity", capacity, "an integer or None")
         if capacity < 0:
             raise ValueError(
                 f"capacity must not be negative, got {capacity}; pass 0 or more, or None for an exact size."
@@ -105,10 +93,14 @@ def sample(p: Tensor, *, seed: int, epoch: int | Tensor = 0, capacity: int | Non
     if not p.is_cuda:
         return _sample_cpu(p, seed, epoch, capacity)
     index = p.device.index
-    if index == torch.cuda.current_device():
+    with nullcontext() if index == torch.cuda.current_device() else torch.cuda.device(index):
         return _sample_cuda(p, seed, epoch, capacity)
-    with torch.cuda.device(index):
-        return _sample_cuda(p, seed, epoch, capacity)
+
+
+def _integer(name: str, value: Any, kinds: str) -> int:
+    if type(value) is not int and not isinstance(value, Integral):  # the abstract class is slow to ask
+        raise TypeError(f"{name} must be {kinds}, got {type(value).__name__}; pass int({name}).")
+    return int(value)
 
 
 def _check_p(p: Tensor) -> None:
@@ -139,11 +131,7 @@ def _check_epoch(epoch: int | Tensor, p: Tensor) -> None:
         if epoch.device != p.device:
             raise ValueError(f"epoch must be on p's device {p.device}, got {epoch.device}; pass epoch.to(p.device).")
         _address("epoch", epoch)
-    elif type(epoch) is not int and not isinstance(epoch, Integral):
-        raise TypeError(
-            f"epoch must be an integer or a 0-dim int64 tensor, got {type(epoch).__name__}; pass int(epoch)."
-        )
-    elif not -(2**63) <= epoch < 2**63:
+    elif not -(2**63) <= _integer("epoch", epoch, "an integer or a 0-dim int64 tensor") < 2**63:
         raise ValueError(f"epoch must be in [-2**63, 2**63), got {epoch}; count epochs from 0.")
 
 
@@ -155,10 +143,8 @@ def _invalid(p: Tensor, index: int) -> ValueError:
 
 
 def _outputs(p: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    device = p.device
-    return torch.empty(length, dtype=torch.int64, device=device), torch.empty(
-        length, dtype=torch.float32, device=device
-    )
+    indices = torch.empty(length, dtype=torch.int64, device=p.device)
+    return indices, torch.empty(length, dtype=torch.float32, device=p.device)
 
 
 def _sample_cpu(p: Tensor, seed: int, epoch: int | Tensor, capacity: int | None) -> Sample:

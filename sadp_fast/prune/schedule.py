@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from ..errors import check_choice
 
-SCHEDULES = ("constant", "linear", "cosine")
+# How far each one is from its mean at x, the share of the pruned epochs that is over: symmetric, flat or rising.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda _: 0.0,
+    "linear": lambda x: 2 * x - 1,
+    "cosine": lambda x: -math.cos(math.pi * x),
+}
 MAX_RATIO = 0.95  # the largest prune ratio of one epoch [ours]
 
 
@@ -58,12 +64,6 @@ def prune_ratios(
             "lower one of the three or train more epochs"
         )
     mean = min(mean, MAX_RATIO)
-    centre = [(epoch + 0.5) / pruned for epoch in range(pruned)]
-    if schedule == "constant":
-        shape = [0.0] * pruned
-    elif schedule == "linear":
-        shape = [2 * x - 1 for x in centre]
-    else:
-        shape = [-math.cos(math.pi * x) for x in centre]
+    shape = [SCHEDULES[schedule]((epoch + 0.5) / pruned) for epoch in range(pruned)]
     rise = min(mean, (MAX_RATIO - mean) / shape[-1]) if shape[-1] > 0 else 0.0
     return [0.0] * warmup_epochs + [mean + rise * s for s in shape] + [0.0] * tail_epochs

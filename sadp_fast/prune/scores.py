@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..statistics.meter import ScoreMeter
 from ..statistics.score import spike_aware_score
 from .registry import Registry
 
@@ -61,10 +60,6 @@ class Score:
             float [B], proportional to the loss's scale: ``spike_aware_score``.
         """
         return spike_aware_score(inputs, deltas, multiplicity)
-
-    def meter(self, model: nn.Module) -> ScoreMeter | None:
-        """What measures the energies; None where there is nothing to measure."""
-        return ScoreMeter(model, self.layers) if self.source == "gradients" else None
 
 
 class AllLayers(Score):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..statistics.meter import ScoreMeter
 from .batching import rank_and_world
 from .scores import Score
 
@@ -23,7 +24,6 @@ class NoMeter:
 
     def begin(self) -> None: ...
     def end_forward(self) -> None: ...
-    def close(self) -> None: ...
     def abandon(self) -> None: ...
     def detach(self) -> None: ...
     def attach(self, batch_size: int) -> None: ...
@@ -54,7 +54,7 @@ class Scoring:
         self, score: Score, model: nn.Module, num_examples: int, momentum: float, device: torch.device
     ) -> None:
         self.score, self.momentum = score, momentum
-        self.meter = score.meter(model) or NoMeter()
+        self.meter = ScoreMeter(model, score.layers) if score.source == "gradients" else NoMeter()
         self.slots = torch.full((num_examples + 1,), torch.nan, device=device)
         self._before: Tensor | None = None  # those before the running epoch, which all ranks know
         self._looked_at = False

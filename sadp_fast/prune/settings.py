@@ -9,7 +9,6 @@ from typing import Any
 from ..errors import check_choice
 from . import baselines as _baselines  # noqa: F401  (adds its scores and policies)
 from .policies import POLICIES, Policy
-from .probabilities import check_smoothing
 from .schedule import SCHEDULES, prune_ratios
 from .scores import SCORES, Score
 
@@ -17,19 +16,29 @@ WEIGHTS = ("unbiased", "sum", "none")
 _WARMUP_FRACTION = 0.05  # of the epochs, on full data [ours]: scores need a first pass over the data
 
 
-_BELOW_ONE = lambda value: 0 <= value < 1, "at least 0 and below 1"
+_BELOW_ONE = lambda value: 0 <= value < 1, "a number in [0, 1)"
 _SHARE = lambda value: 0 <= value <= 1, "between 0 and 1"
 _NATURAL = lambda value: 0 <= value < 2**63, "a whole number of at least 0"
+_SEED = lambda value: 0 <= value < 2**64, "an integer in [0, 2**64)"
 
 
-def _help(text: str, **more: Any) -> dict[str, Any]:
-    """A field's metadata: "help"; what it may be, "choices" or "range"; and how a command's help shows it."""
-    return {"help": text, **more}
+def setting(default: Any, help: str, **more: Any) -> Any:
+    """A field with a default and, as metadata, what checks it and what an option of a command needs.
+
+    Args:
+        help: what it is; "" where its choices say all.
+        read: what reads it from text.
+        range: in its place, for a number: a condition, and what it requires in words.
+        choices: the words that it may be.
+        metavar: what its value is called; with choices, these are listed in the help.
+        shown: the default in the help's words; "" says nothing of it.
+    """
+    return field(default=default, metadata={"help": help, **more})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How SADP prunes. A field's metadata says what it is and what it may be: see ``_help``.
+    """How SADP prunes. A field's metadata says what it is and what it may be: see ``setting``.
 
     Attributes:
         prune_ratio: r in [0, 1), the mean share of examples left out per epoch, full-data epochs included. 0 is
@@ -56,67 +65,49 @@ class Settings:
         ValueError: a value that is out of its range.
     """
 
-    prune_ratio: float = field(
-        default=0.5,
-        metadata=_help("mean share of examples left out, [0, 1); 0: full data only", range=_BELOW_ONE, metavar="R"),
+    prune_ratio: float = setting(
+        0.5, "mean share of examples left out, [0, 1); 0: full data only", range=_BELOW_ONE, metavar="R"
     )
-    score: str | Score = field(default="all", metadata=_help("importance of an example", choices=SCORES))
-    policy: str | Policy = field(
-        default="mix", metadata=_help("how scores become probabilities", choices=POLICIES, metavar="NAME")
+    score: str | Score = setting("all", "importance of an example", choices=SCORES)  # noqa: RUF009
+    policy: str | Policy = setting("mix", "how scores become probabilities", choices=POLICIES, metavar="NAME")  # noqa: RUF009
+    smoothing: float = setting(
+        0.3, "how far small probabilities are raised, 0 to 1; epsilon of epsilon_greedy", range=_SHARE, metavar="C"
     )
-    smoothing: float = field(
-        default=0.3,
-        metadata=_help(
-            "how far small probabilities are raised, 0 to 1; epsilon of epsilon_greedy", range=_SHARE, metavar="C"
-        ),
+    weights: str | None = setting(
+        None, "weights of the losses", choices=WEIGHTS, shown="sum for the policy infobatch, else none"
     )
-    weights: str | None = field(
-        default=None,
-        metadata=_help("weights of the losses", choices=WEIGHTS, shown="sum for the policy infobatch, else none"),
+    score_momentum: float = setting(0.0, "how much of an old score is kept", range=_BELOW_ONE, metavar="M")
+    schedule: str = setting("constant", "the ratio's course over the epochs", choices=SCHEDULES)
+    warmup_epochs: int | None = setting(
+        None, "full-data epochs at the start", range=_NATURAL, metavar="N", shown="by --epochs"
     )
-    score_momentum: float = field(
-        default=0.0, metadata=_help("how much of an old score is kept", range=_BELOW_ONE, metavar="M")
+    tail_epochs: int | None = setting(
+        None,
+        "full-data epochs at the end",
+        range=_NATURAL,
+        metavar="N",
+        shown="an eighth of them for the policy infobatch, else 0",
     )
-    schedule: str = field(default="constant", metadata=_help("the ratio's course over the epochs", choices=SCHEDULES))
-    warmup_epochs: int | None = field(
-        default=None,
-        metadata=_help("full-data epochs at the start", range=_NATURAL, metavar="N", shown="by --epochs"),
-    )
-    tail_epochs: int | None = field(
-        default=None,
-        metadata=_help(
-            "full-data epochs at the end",
-            range=_NATURAL,
-            metavar="N",
-            shown="an eighth of them for the policy infobatch, else 0",
-        ),
-    )
-    seed: int = field(default=0, metadata=_help("of the draws and the order of the batches"))
+    seed: int = setting(0, "of the draws and the order of the batches", range=_SEED)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.prune_ratio, Real) or not 0 <= self.prune_ratio < 1:
-            raise ValueError(f"prune_ratio must be a number in [0, 1), got {self.prune_ratio!r}: 0.5 leaves out half")
-        for name in ("warmup_epochs", "tail_epochs"):
-            if not isinstance(getattr(self, name), (Integral, type(None))):
-                value = getattr(self, name)
-                raise TypeError(f"{name} must be an integer or None, got {value!r}: pass a number of epochs")
-        if not isinstance(self.seed, Integral) or not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed must be an integer in [0, 2**64), got {self.seed!r}")
+        for each in fields(Settings):
+            value = getattr(self, each.name)
+            if "range" not in each.metadata or (value is None and each.default is None):
+                continue
+            kind: Any = float if "float" in str(each.type) else int
+            kinds = {float: Real, int: Integral}[kind]
+            if each.default is None and not isinstance(value, kinds):
+                raise TypeError(f"{each.name} must be an integer or None, got {value!r}: pass a number of epochs")
+            allowed, requirement = each.metadata["range"]
+            if not isinstance(value, kinds) or not allowed(value):
+                raise ValueError(f"{each.name} must be {requirement}, got {value!r}: it is {each.metadata['help']}")
+            # NumPy's numbers overflow where Python's do not, and cannot be loaded from a checkpoint.
+            object.__setattr__(self, each.name, kind(value))
         SCORES.find(self.score)
         POLICIES.find(self.policy)
-        check_smoothing(self.smoothing)
         check_choice("weights", self.weights, (*WEIGHTS, None))
         check_choice("schedule", self.schedule, SCHEDULES)
-        if not 0 <= self.score_momentum < 1:
-            raise ValueError(
-                f"score_momentum must be in [0, 1), got {self.score_momentum}: 0 keeps the newest score alone"
-            )
-        # NumPy's numbers overflow where Python's do not, and cannot be loaded from a checkpoint.
-        kinds: dict[str, type] = dict.fromkeys(("prune_ratio", "smoothing", "score_momentum"), float)
-        kinds |= dict.fromkeys(("warmup_epochs", "tail_epochs", "seed"), int)
-        for name, kind in kinds.items():
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, kind(getattr(self, name)))
 
     def settled(self, epochs: int) -> Settings:
         """The same settings for a training of so many epochs: nothing is None any more."""
@@ -130,14 +121,9 @@ class Settings:
 
     def ratios(self, epochs: int) -> list[float]:
         """The prune ratio of each epoch, see ``prune_ratios``."""
-        settled = self.settled(epochs)
-        return prune_ratios(
-            self.prune_ratio,
-            epochs,
-            schedule=self.schedule,
-            warmup_epochs=settled.warmup_epochs,  # type: ignore[arg-type]
-            tail_epochs=settled.tail_epochs,  # type: ignore[arg-type]
-        )
+        settled: Any = self.settled(epochs)
+        full_data = {"warmup_epochs": settled.warmup_epochs, "tail_epochs": settled.tail_epochs}
+        return prune_ratios(self.prune_ratio, epochs, schedule=self.schedule, **full_data)
 
     def plain(self) -> dict[str, Any]:
         """The settings as words and numbers: an object of a user's own by its name."""

@@ -80,13 +80,9 @@ class ScoreMeter:
         return self._taps
 
     def end_forward(self) -> None:
-        """The batch's forward pass is over: neurons measure no other."""
+        """The batch's forward pass is over, whether it ran or was replayed: neurons measure no other."""
         if self._taps is not None:
             self._taps.stop()
-
-    def close(self) -> None:
-        """The batch is over, whether its forward pass ran or was replayed."""
-        self.end_forward()
 
     def abandon(self) -> None:
         """The batch's taps are half written, and a backward pass may write into them yet: no other batch uses them."""

@@ -74,7 +74,7 @@ ERRORS = [
     (["train", "--epoch", "3"], "unrecognized arguments: --epoch 3"),
     (["train", "--dataset", "imagenet"], "--dataset: invalid choice: 'imagenet'"),
     (["train", "--model", "vgg"], "--model: invalid choice: 'vgg'"),
-    (["train", "--prune-ratio", "1"], "--prune-ratio: '1' is not at least 0 and below 1"),
+    (["train", "--prune-ratio", "1"], "--prune-ratio: '1' is not a number in [0, 1)"),
     (["train", "--prune-ratio", "-0.1"], "--prune-ratio: '-0.1' is not"),
     (["train", "--prune-ratio", "half"], "--prune-ratio: 'half' is not"),
     (["train", "--prune-ratio", "nan"], "--prune-ratio: 'nan' is not"),
@@ -83,7 +83,7 @@ ERRORS = [
     (["train", "--policy", "cap"], "--policy: invalid choice"),
     (["train", "--weights", "equal"], "--weights: invalid choice: 'equal'"),
     (["train", "--score", "given"], "--score: invalid choice: 'given'"),
-    (["train", "--score-momentum", "1"], "--score-momentum: '1' is not at least 0 and below 1"),
+    (["train", "--score-momentum", "1"], "--score-momentum: '1' is not a number in [0, 1)"),
     (["train", "--compare", "sadp"], "--compare: 'sadp' is always run: leave it out"),
     (
         ["train", "--compare", "full:epochs=x"],

@@ -606,7 +606,7 @@ def test_relative_variance_of_different_shapes():
 @given(
     ratio=st.floats(0.0, 0.9999),
     epochs=st.integers(1, 300),
-    schedule=st.sampled_from(SCHEDULES),
+    schedule=st.sampled_from(tuple(SCHEDULES)),
     warmup_epochs=st.integers(0, 20),
     tail_epochs=st.integers(0, 20),
 )
