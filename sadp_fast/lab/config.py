@@ -122,11 +122,6 @@ class TrainConfig(Settings, TrainingSettings, DataSettings):
         values = {each.name: getattr(self, each.name) for each in fields(Settings)}
         return Settings(**values | ({"score": "given"} if self.score == EXACT else {}))
 
-    def settled(self, epochs: int | None = None) -> TrainConfig:
-        """The same run, with what `SADP` takes for weights, warm-up and tail written out where they are None."""
-        settled: Any = super().settled(self.epochs if epochs is None else epochs)
-        return settled
-
     def of(self, variant: str) -> TrainConfig:
         """The same conditions for a method or a variant of one (see `read_variant`)."""
         method, changes = read_variant(variant)
@@ -138,7 +133,7 @@ class TrainConfig(Settings, TrainingSettings, DataSettings):
         So a full-data run is one and the same run beside all settings of pruning.
         """
         unused = PRUNING if self.prune_ratio == 0 else SCORING if _uniform(self.score) else set()
-        settled = asdict(self.settled())
+        settled = asdict(self.settled(self.epochs))
         return {key: value for key, value in settled.items() if key not in {"device", *unused}}
 
 

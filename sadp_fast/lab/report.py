@@ -9,7 +9,6 @@ import platform
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,18 +57,13 @@ def _detail(key: str, value: Any) -> str:
 
 def styles(variants: Iterable[str]) -> dict[str, dict[str, Any]]:
     """A line's colour, dashes and marker for each method or variant; a method's own are the same in every plot."""
-    found, turns = {}, itertools.count()
+    looks = itertools.cycle(itertools.product(_VARIANT_LINES, _VARIANT_COLOURS))
+    turns = zip(looks, itertools.cycle(_VARIANT_MARKERS))
+    found = {}
     for variant in variants:
-        if variant in METHODS:
-            look = {"color": METHODS[variant].colour, "linestyle": "-", "marker": METHODS[variant].marker}
-        else:
-            turn = next(turns)
-            look = {
-                "color": _VARIANT_COLOURS[turn % len(_VARIANT_COLOURS)],
-                "linestyle": _VARIANT_LINES[turn // len(_VARIANT_COLOURS) % len(_VARIANT_LINES)],
-                "marker": _VARIANT_MARKERS[turn % len(_VARIANT_MARKERS)],
-            }
-        found[variant] = {**look, "markersize": 5, "linewidth": 1.6}
+        own = METHODS.get(variant)
+        (line, colour), marker = (("-", own.colour), own.marker) if own else next(turns)
+        found[variant] = {"color": colour, "linestyle": line, "marker": marker, "markersize": 5, "linewidth": 1.6}
     return found
 
 
@@ -153,14 +147,11 @@ def write_plot(report: dict[str, Any], path: Path) -> None:
         epochs = figures["epochs"]
         seconds = itertools.accumulate(entry["seconds"] for entry in epochs)
         rows = [
-            {
-                **{"seed": 0, "epoch": entry["epoch"], "examples": entry["examples_trained"], "seconds": time},
-                "accuracy": 100 * entry["test_accuracy"],
-            }
+            {**entry, "seed": 0, "examples": entry["examples_trained"], "seconds": time}
             for entry, time in zip(epochs, seconds, strict=True)
         ]
         look = {**looks[method], "label": figures["label"]}
-        learning_curve((by_examples, by_time), rows, itemgetter("accuracy"), look)
+        learning_curve((by_examples, by_time), rows, lambda row: 100 * row["test_accuracy"], look)
     for panel in (by_time, by_examples):
         accuracy_scale(panel)
     legend_below(figure, by_examples, "Final test accuracy")

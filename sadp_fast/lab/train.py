@@ -33,6 +33,7 @@ from .sources import sources
 RISE = 0.05  # share of training in which the learning rate rises to its peak
 REPORT_EVERY = 10  # steps between two reports of progress
 EVALUATION_BATCH = 500
+STATEFUL = ("model", "optimizer", "scaler", "sadp")  # the parts of a Trainer whose state a checkpoint holds
 
 
 class TrainError(RuntimeError):
@@ -289,9 +290,12 @@ class Trainer:
         if self.rate is not None:
             self.rate.fill_(lr)
         else:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            self._set_rate(lr)
         return self.run_step(index)
+
+    def _set_rate(self, lr: float | Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
 
     def _draws(self, count: int) -> Tensor | None:
         """Random numbers for the augmentation of so many images; None where they stay as they are."""
@@ -365,10 +369,7 @@ class Trainer:
             "data_set": self.data_set,
             "history": self.history,
             "sources": self.sources,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "sadp": self.sadp.state_dict(),
+            **{part: getattr(self, part).state_dict() for part in STATEFUL},
             "generator": self.generator.get_state(),
             "cpu_generator": torch.get_rng_state(),
             "device_generator": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
@@ -408,16 +409,13 @@ class Trainer:
                 stacklevel=2,
             )
         self.history[:] = state["history"]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.rate is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.rate  # loading has put a copy there
-        self.scaler.load_state_dict(state["scaler"])
         try:
-            self.sadp.load_state_dict(state["sadp"])
+            for part in STATEFUL:
+                getattr(self, part).load_state_dict(state[part])
         except ValueError as error:  # defaults that were others when the run began
             raise TrainError(f"the run in {path.parent} cannot go on, {error}: start a new run") from error
+        if self.rate is not None:
+            self._set_rate(self.rate)  # loading has put a copy there
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["cpu_generator"])
         if state["device_generator"] is not None:

@@ -71,14 +71,11 @@ def run(given: dict[str, Any]) -> int:
     plan = _resumed(given) if "resume" in given else _planned(given)
     check_device(plan.config.device)
     config = plan.config
+    steps = config.time_steps if plan.resume or "time_steps" in given else None
     dataset = data.load(
-        config.dataset,
-        plan.data_dir,
-        image_size=config.image_size,
-        time_steps=config.time_steps if plan.resume or "time_steps" in given else None,
-        split_by=config.split_by,
+        config.dataset, plan.data_dir, image_size=config.image_size, time_steps=steps, split_by=config.split_by
     )
-    if len(dataset.shape) == 4 and not plan.resume and "time_steps" not in given:
+    if len(dataset.shape) == 4 and steps is None:
         plan = replace(plan, config=replace(plan.config, time_steps=dataset.shape[0]))
     dataset = dataset.to(plan.config.device)
     for method in plan.methods:
@@ -182,20 +179,12 @@ def _resumed(given: dict[str, Any]) -> Plan:
         raise CommandError("--resume needs the run's folder: sadp-fast train --resume DIR")
     try:
         began = json.loads((folder / "run.json").read_text())
-        plan = Plan(
-            TrainConfig(**began["config"]),
-            began["methods"],
-            options.get("data_dir", began["data_dir"]),
-            folder,
-            resume=True,
-        )
+        data_dir = options.get("data_dir", began["data_dir"])
+        plan = Plan(TrainConfig(**began["config"]), began["methods"], data_dir, folder, resume=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CommandError(f"{folder} holds no run to resume ({error}): check the folder") from error
-    settings = {
-        **asdict(plan.config),
-        "compare": [method for method in plan.methods if method != "sadp"],
-        "data_dir": plan.data_dir,
-    }
+    compared = [method for method in plan.methods if method != "sadp"]
+    settings = {**asdict(plan.config), "compare": compared, "data_dir": plan.data_dir}
     device = options.get("device", plan.config.device)
     if device_kind(device) == device_kind(plan.config.device):
         settings["device"] = device

@@ -21,11 +21,10 @@ UNREADABLE = (
     OSError,
     EOFError,
     ValueError,
-    IndexError,
+    LookupError,
     TypeError,
     SyntaxError,
     AttributeError,  # an .npy file loads as an array, which has no `files`
-    KeyError,
     struct.error,
     zipfile.BadZipFile,
     zlib.error,

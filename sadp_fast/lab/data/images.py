@@ -7,6 +7,7 @@ import gzip
 import pickle
 import struct
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,9 @@ def mnist(source: Source, path: Path) -> Dataset:
         return found
     folder = path if path.is_dir() else path.parent
     parts = (("train", "images", 3), ("train", "labels", 1), ("t10k", "images", 3), ("t10k", "labels", 1))
+    forms = list(product(("", "MNIST/raw/"), "-.", ("", ".gz")))
     names = [
-        [
-            f"{where}{split}-{kind}{dot}idx{rank}-ubyte{suffix}"
-            for where in ("", "MNIST/raw/")
-            for dot in "-."
-            for suffix in ("", ".gz")
-        ]
+        [f"{where}{split}-{kind}{dot}idx{rank}-ubyte{suffix}" for where, dot, suffix in forms]
         for split, kind, rank in parts
     ]
     files = source.find(folder, names)

@@ -11,6 +11,19 @@ from .files import Source
 
 _RECORDINGS = "recordings train/<class>/*.npz and test/<class>/*.npz, in the folder or in its events_np"
 _FRAMES = ("time_steps", "split_by")
+_BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
+
+
+def _cifar(classes: int, folder: str, files: str, splits: tuple[list[str], list[str]], labels_in: str) -> Source:
+    """CIFAR-10 or CIFAR-100, which differ in their files alone."""
+    return Source(
+        f"cifar{classes}",
+        f"CIFAR-{classes}",
+        f"cifar{classes}.npz, or {files}, in the folder or in its {folder}",
+        dict(model="sew_resnet18", epochs=60, batch_size=128, cutout=8),
+        partial(images.cifar, folder=folder, splits=splits, labels_in=labels_in, classes=classes),
+    )
+
 
 DATASETS = by_name(
     Source("digits", "digits", None, dict(model="conv", epochs=30, batch_size=32), images.digits),
@@ -22,32 +35,10 @@ DATASETS = by_name(
         dict(model="conv", epochs=10, batch_size=128),
         images.mnist,
     ),
-    Source(
-        "cifar10",
-        "CIFAR-10",
-        "cifar10.npz, or data_batch_1 to data_batch_5 and test_batch, in the folder or in its cifar-10-batches-py",
-        dict(model="sew_resnet18", epochs=60, batch_size=128, cutout=8),
-        partial(
-            images.cifar,
-            folder="cifar-10-batches-py",
-            splits=([f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]),
-            labels_in="labels",
-            classes=10,
-        ),
+    _cifar(
+        10, "cifar-10-batches-py", "data_batch_1 to data_batch_5 and test_batch", (_BATCHES, ["test_batch"]), "labels"
     ),
-    Source(
-        "cifar100",
-        "CIFAR-100",
-        "cifar100.npz, or the files train and test, in the folder or in its cifar-100-python",
-        dict(model="sew_resnet18", epochs=60, batch_size=128, cutout=8),
-        partial(
-            images.cifar,
-            folder="cifar-100-python",
-            splits=(["train"], ["test"]),
-            labels_in="fine_labels",
-            classes=100,
-        ),
-    ),
+    _cifar(100, "cifar-100-python", "the files train and test", (["train"], ["test"]), "fine_labels"),
     Source("nmnist", "N-MNIST", _RECORDINGS, dict(model="conv", epochs=30, batch_size=32), events.nmnist, _FRAMES),
     Source("dvs", "event", _RECORDINGS, dict(model="sew_resnet18", epochs=60, batch_size=16), events.dvs, _FRAMES),
     Source(

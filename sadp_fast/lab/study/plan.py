@@ -205,7 +205,8 @@ def run_of(identity: dict[str, Any], base: TrainConfig) -> tuple[str, float, int
     base = replace(base, prune_ratio=ratio, seed=seed)
     asked = base.of(method)
     # What the study leaves open follows from the run's own epochs and policy.
-    own = asdict(replace(asked, **{key: found[key] for key in ("epochs", "policy") if key in found}).settled())
+    run = replace(asked, **{key: found[key] for key in ("epochs", "policy") if key in found})
+    own = asdict(run.settled(run.epochs))
     plain = {key: own[key] if value is None else value for key, value in asdict(asked).items()}
     changes = {
         key: found[key]
