@@ -12,36 +12,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..figures import Row, Table, by_value, legend_below, mean, one_line_each, panels, ranges, spread
 from ..methods import METHODS
 from . import study
 from .plan import Plan
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 QUESTION = "What accuracy is left at the end of training, for how much less time?"
 FULL = METHODS["full"].colour
-
-
 asks = study.training_asks
 
 
 def parts(plan: Plan, found: study.Found) -> dict[str, Any]:
     """How every training run ended."""
-    return {
-        "accuracies": [
-            {
-                **{key: row[key] for key in study.RUN},
-                "test_accuracy": row["history"][-1]["test_accuracy"],
-                "best_test_accuracy": max(entry["test_accuracy"] for entry in row["history"]),
-                "examples": row["history"][-1]["examples_trained"],
-            }
-            for row in study.training_rows(plan, found)
-        ]
-    }
+    rows = []
+    for row in study.training_rows(plan, found):
+        last, best = row["history"][-1], max(entry["test_accuracy"] for entry in row["history"])
+        end = {"test_accuracy": last["test_accuracy"], "best_test_accuracy": best, "examples": last["examples_trained"]}
+        rows.append({**{key: row[key] for key in study.RUN}, **end})
+    return {"accuracies": rows}
 
 
 def tables(result: study.Result) -> list[Table]:
@@ -72,16 +62,16 @@ def tables(result: study.Result) -> list[Table]:
     return [Table.of("Test accuracy after the last epoch", study.by_cell(result, rows), columns, note)]
 
 
-def draw(result: study.Result) -> list[tuple[str, Figure]]:
+def draw(result: study.Result) -> study.Figures:
     """Of one ratio a line for each method, of several a curve over them."""
-    return [("", _one_ratio(result) if len(result["settings"]["ratios"]) == 1 else _by_ratio(result))]
+    return _one_ratio(result) if len(result["settings"]["ratios"]) == 1 else _by_ratio(result)
 
 
 def _percent(rows: list[Row]) -> list[float]:
     return [100 * row["test_accuracy"] for row in rows]
 
 
-def _one_ratio(result: study.Result) -> Figure:
+def _one_ratio(result: study.Result) -> study.Figures:
     """Every method in a line of its own: each seed, their mean and range."""
     methods, looks = study.by_method(result, result["accuracies"]), study.looks(result)
     times = {m: mean(r["time_ratio"] for r in own) for m, own in methods.items() if m != "full"}
@@ -98,10 +88,10 @@ def _one_ratio(result: study.Result) -> Figure:
     heading = f"Accuracy after {base['epochs']} epochs at r = {ratio:g} (marks: seeds; {counts})"
     note = ["time: over that of full data"] if beside else []
     figure.suptitle("\n".join([heading, study.title(result), *note]), fontsize=10)
-    return figure
+    return [("", figure)]
 
 
-def _by_ratio(result: study.Result) -> Figure:
+def _by_ratio(result: study.Result) -> study.Figures:
     """Accuracy over the share of examples left out, and over time where full data says what that is measured by."""
     rows, ratios = result["accuracies"], result["settings"]["ratios"]
     timed = any(row["time_ratio"] is not None for row in rows)
@@ -119,11 +109,11 @@ def _by_ratio(result: study.Result) -> Figure:
     tops: dict[float, tuple[float, float]] = {}  # the highest bar of each ratio, which the ratio is written over
     for i, (method, own) in enumerate(others.items()):
         look, offset = looks[method], step * (i - (len(others) - 1) / 2)
-        points = [(ratio, at, _percent(at)) for ratio, at in by_value(own, "ratio").items()]
-        counts |= {len(at) for _, at, _ in points}
-        ranges(by_share, [(1 - at[0]["planned_share"] + offset, values) for _, at, values in points], look)
-        times = [(ratio, mean(r["time_ratio"] for r in at), values) for ratio, at, values in points]
-        times = [(ratio, time, values) for ratio, time, values in times if not math.isnan(time)]
+        cells = by_value(own, "ratio").items()
+        counts |= {len(at) for _, at in cells}
+        ranges(by_share, [(1 - at[0]["planned_share"] + offset, _percent(at)) for _, at in cells], look)
+        times = [(ratio, mean(r["time_ratio"] for r in at), _percent(at)) for ratio, at in cells]
+        times = [point for point in times if not math.isnan(point[1])]
         for panel in by_time:
             ranges(panel, [(time, values) for _, time, values in times], look)
         for ratio, time, values in times:
@@ -139,4 +129,4 @@ def _by_ratio(result: study.Result) -> Figure:
     legend_below(figure, by_share)
     epochs = result["settings"]["base"]["epochs"]
     figure.suptitle(f"Accuracy after {epochs} epochs (bars: {study.seeds_text(counts)})\n{study.title(result)}")
-    return figure
+    return [("", figure)]

@@ -9,13 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from ...prune.sadp import SADP
-from .. import config, data, models, report, train
+from .. import config, models, report, train
 from ..methods import METHODS
 from ..options import add_settings, check_device, list_of, variant
-from .plan import DEFAULT_METHODS, Plan, new_methods, planned, remember, remembered
+from .plan import DEFAULT_METHODS, Plan, planned, remember, remembered, with_finished
 from .progress import Deadline, Display
 from .registry import STUDIES, write_report
 from .runs import Runs
@@ -24,8 +21,6 @@ from .study import NothingFinished, Result, Study
 
 RATIO = config.number(float, lambda value: 0 < value < 1, "above 0 and below 1")
 STOPPED = 3  # the exit code where --stop-after left runs out
-# What decides the ratio of each epoch; InfoBatch's policy brings full-data epochs of its own.
-_SCHEDULE = ("prune_ratio", "epochs", "schedule", "warmup_epochs", "tail_epochs", "policy")
 
 
 def add_parser(commands: Any) -> None:
@@ -94,7 +89,7 @@ def run(given: dict[str, Any]) -> int:
         with display.open():
             for study in studies:
                 try:
-                    results[study.name] = _collect(study, runs)
+                    results[study.name] = study.collect(runs)
                 except NothingFinished:
                     if not deadline.reached:
                         raise
@@ -113,31 +108,30 @@ def run(given: dict[str, Any]) -> int:
 
 
 def _begun(runs: Runs, studies: list[Study], asked_steps: bool) -> Plan:
-    """The plan, checked and written down in its folder; raises StudyError."""
-    plan = runs.plan
-    if any("ratio" in ask.where for study in studies for ask in study.module.asks(plan)):
-        _check_ratios(plan)
-    if new_methods(plan):
-        _check_runs(plan, runs.data)
-    if remembered(plan.folder) is None:
-        plan = _with_data(plan, runs.data, asked_steps)
+    """The plan, written down in its folder once every run of it is known to be possible; raises StudyError.
+
+    A new one gets the time steps of event frames that bring their own.
+    """
+    plan, known = runs.plan, remembered(runs.plan.folder)
+    ratios = any("ratio" in ask.where for study in studies for ask in study.module.asks(plan))
+    new = known is None or not set(plan.methods) <= set(with_finished(known, plan.base, plan.folder)["methods"])
+    dataset = runs.data if new else None
+    for method, ratio in (("full", 0.0), *plan.cells()):  # full data, with which other things are measured, always
+        run = plan.config(method, ratio, 0)
+        with refusing(f"{method}: "):
+            if ratios:
+                run.ratios(run.epochs)
+            if dataset:
+                train.check(run, dataset)
+    if dataset and known is None:
+        base = plan.base
+        if len(dataset.shape) == 4 and not asked_steps:
+            base = replace(base, time_steps=dataset.shape[0])
+        with refusing():
+            models.build(base.model, dataset.shape, dataset.num_classes, base.time_steps)
+        plan = replace(plan, base=base)
     remember(plan)
     return plan
-
-
-def _collect(study: Study, runs: Runs) -> Result:
-    """The study's result: first what no other process is at, then, having waited for them, all."""
-    done = runs.display.done
-    for runs.wait in (False, True):
-        runs.display.done, runs.elsewhere = done, False
-        try:
-            result = study.collect(runs)
-        except NothingFinished:
-            if not runs.elsewhere:
-                raise
-        if not runs.elsewhere:
-            break
-    return result
 
 
 def _show(study: Study, result: Result, folder: Path, console: Any) -> list[tuple[Path, str]]:
@@ -160,31 +154,3 @@ def _introduce(plan: Plan, console: Any) -> None:
         f"ratios {ratios}; seeds {seeds}; {report.device_name(base.device)}; {plan.folder}",
         soft_wrap=True,
     )
-
-
-# ---------------------------------------------------------------------------------------- checked before any run
-
-
-def _with_data(plan: Plan, dataset: data.Dataset, asked_steps: bool) -> Plan:
-    """The plan of a new study, with the time steps of event frames that bring their own; raises StudyError."""
-    base = plan.base
-    if len(dataset.shape) == 4 and not asked_steps:
-        base = replace(base, time_steps=dataset.shape[0])
-    with refusing():
-        models.build(base.model, dataset.shape, dataset.num_classes, base.time_steps)
-    return replace(plan, base=base)
-
-
-def _check_ratios(plan: Plan) -> None:
-    """Find a ratio that the epochs cannot have before any is run; raises StudyError."""
-    for method, ratio in plan.cells():
-        run = plan.config(method, ratio, 0)
-        with refusing(f"{method}: "):
-            SADP(nn.Identity(), 1, score="random", **{key: getattr(run, key) for key in _SCHEDULE})
-
-
-def _check_runs(plan: Plan, dataset: data.Dataset) -> None:
-    """Find a run that cannot be trained on the data set before any is run; raises StudyError."""
-    for method, ratio in (("full", 0.0), *plan.cells()):  # full data, with which other things are measured, always
-        with refusing(f"{method}: "):
-            train.check(plan.config(method, ratio, 0), dataset)

@@ -9,15 +9,12 @@ which each method weighs in its own way, does not compare. Full data for fewer e
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from operator import itemgetter
+from typing import Any
 
 from ..figures import Row, Table, accuracy_scale, learning_curve, legend_below, mean, optional, panels
 from . import study
 from .plan import Plan
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 QUESTION = "How fast do accuracy and loss improve, per example seen and per second?"
 asks = study.training_asks
@@ -25,23 +22,17 @@ asks = study.training_asks
 
 def parts(plan: Plan, found: study.Found) -> dict[str, Any]:
     """Every epoch of every training run."""
-    return {
-        "curves": [
-            {
-                **{key: row[key] for key in ("method", "ratio", "seed")},
-                **{key: entry.get(key) for key in ("epoch", "test_accuracy", "test_loss")},
-                "examples": entry["examples_trained"],
-                "seconds": seconds,
-            }
-            for row in study.training_rows(plan, found)
-            for entry, seconds in zip(
-                row["history"], accumulate(entry["seconds"] for entry in row["history"]), strict=True
-            )
-        ]
-    }
+    curves = []
+    for row in study.training_rows(plan, found):
+        run, seconds = {key: row[key] for key in ("method", "ratio", "seed")}, 0.0
+        for entry in row["history"]:
+            seconds += entry["seconds"]
+            shown = {key: entry.get(key) for key in ("epoch", "test_accuracy", "test_loss")}
+            curves.append({**run, **shown, "examples": entry["examples_trained"], "seconds": seconds})
+    return {"curves": curves}
 
 
-def draw(result: study.Result) -> list[tuple[str, Figure]]:
+def draw(result: study.Result) -> study.Figures:
     """A figure for each ratio, full data in all of them."""
     figures, looks = [], study.looks(result)
     for ratio in result["settings"]["ratios"]:
@@ -51,7 +42,7 @@ def draw(result: study.Result) -> list[tuple[str, Figure]]:
         figure, axes = panels(2, 2, 11, 7.6)
         for method, rows in methods.items():
             learning_curve((axes[0], axes[1]), rows, _percent, looks[method])
-            learning_curve((axes[2], axes[3]), rows, study.nested("test_loss"), looks[method])
+            learning_curve((axes[2], axes[3]), rows, itemgetter("test_loss"), looks[method])
         for above, below in zip(axes[:2], axes[2:], strict=True):
             accuracy_scale(above)
             below.set(yscale="log", ylabel="Test loss (log scale)")

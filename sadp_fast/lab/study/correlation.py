@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from operator import methodcaller
+from operator import itemgetter, methodcaller
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +23,6 @@ from .plan import Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 QUESTION = "How well does each score follow an example's exact gradient norm?"
 KINDS = {"pearson": pearson, "spearman": spearman}
@@ -63,15 +62,19 @@ def _correlations(snapshot: dict[str, Any]) -> Row:
     return row
 
 
-def draw(result: study.Result) -> list[tuple[str, Figure]]:
+def _value(kind: str, score: str, row: Row) -> float | None:
+    return row[kind][score]
+
+
+def draw(result: study.Result) -> study.Figures:
     """Both kinds of correlation, over training above and by sparsity below."""
     figure, axes = panels(2, 2, 11, 7.6)
     training, sparse = result["over_training"], result["by_sparsity"]
     thresholds = ", ".join(f"{threshold:g}" for threshold in by_value(sparse, "threshold"))
     for above, below, kind in zip(axes[:2], axes[2:], KINDS, strict=True):
         for name, score in SCORES.items():
-            over(above, training, "epoch", study.nested(kind, name), score.look)
-            over(below, sparse, "threshold", study.nested(kind, name), score.look, x="sparsity", scale=100)
+            over(above, training, "epoch", partial(_value, kind, name), score.look)
+            over(below, sparse, "threshold", partial(_value, kind, name), score.look, x="sparsity", scale=100)
         epoch_scale(above, list(by_value(training, "epoch")))
         above.set_title("Over training", fontsize=10)
         below.set_xlabel("Sparsity: neurons and steps without a spike (%)")
@@ -117,11 +120,11 @@ def tables(result: study.Result) -> list[Table]:
         columns = {f"{at:g}": partial(lambda rows, item: item[1](rows), rows) for at, rows in groups.items()}
         return Table.of(heading, lines.items(), {corner: lambda item: item[0], **columns})
 
-    lines = {kind: {score.label: line(study.nested(kind, name)) for name, score in SCORES.items()} for kind in KINDS}
+    lines = {kind: {score.label: line(partial(_value, kind, name)) for name, score in SCORES.items()} for kind in KINDS}
     by_epoch, by_threshold = by_value(result["over_training"], "epoch"), by_value(result["by_sparsity"], "threshold")
     measured = {
-        "sparsity (%)": line(study.nested("sparsity"), 1, 100),
-        "test accuracy (%)": line(study.nested("test_accuracy"), 1, 100),
+        "sparsity (%)": line(itemgetter("sparsity"), 1, 100),
+        "test accuracy (%)": line(itemgetter("test_accuracy"), 1, 100),
     }
     heading = "{} correlation with the exact gradient norm, by epoch (± is the seeds' deviation)"
     return [

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,12 +82,19 @@ def measure(model: nn.Module, x: Tensor, y: Tensor, criterion: nn.CrossEntropyLo
     Returns:
         float32 [N] each, on x's device, all of the weights and running statistics as they are.
     """
-    training = model.training
-    model.eval()
-    try:
+    with _evaluating(model):
         parts = [_scores(model, *part, criterion) for part in zip(x.split(_BATCH), y.split(_BATCH), strict=True)]
         values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return {**values, EXACT: gradient_norms(model, x, y, criterion).float()}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """With frozen normalisation; in the end the neurons' state is reset, and the mode is what it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         reset(model)
         model.train(training)
@@ -123,18 +132,12 @@ def _scores(model: nn.Module, x: Tensor, y: Tensor, criterion: nn.CrossEntropyLo
 def sparsity(model: nn.Module, x: Tensor) -> float:
     """Share of all neurons and time steps without a spike, for inputs x, with frozen normalisation."""
     spikes, places = 0, 0
-    training = model.training
-    model.eval()
-    try:
-        with record(model) as statistics:
-            for part in x.split(_BATCH):
-                reset(model)
-                model(part)
-                spikes += sum(layer.spikes for layer in statistics.values())
-                places += sum(layer.places for layer in statistics.values())
-    finally:
-        reset(model)
-        model.train(training)
+    with _evaluating(model), record(model) as statistics:
+        for part in x.split(_BATCH):
+            reset(model)
+            model(part)
+            spikes += sum(layer.spikes for layer in statistics.values())
+            places += sum(layer.places for layer in statistics.values())
     return 1 - spikes / places
 
 
@@ -183,24 +186,18 @@ class Trajectory:
     Attributes:
         config: of method "full".
         threshold: firing threshold of every neuron, from the first step on; None leaves the model's own.
-        epochs: after which is measured.
+        measured_epochs: after which is measured.
         examples: training examples that are measured, the same for every seed.
     """
 
     config: TrainConfig
     threshold: float | None
-    epochs: list[int]
+    measured_epochs: list[int]
     examples: int
 
     def identity(self) -> dict[str, Any]:
         """What decides the result."""
-        return {
-            "kind": "trajectory",
-            "config": self.config.conditions(),
-            "threshold": self.threshold,
-            "measured_epochs": self.epochs,
-            "examples": self.examples,
-        }
+        return {"kind": "trajectory", **vars(self), "config": self.config.conditions()}
 
     def run(self, data: Dataset, folder: Path, viewers: list[train.Progress]) -> dict[str, Any]:
         """Train and measure, going on from the checkpoint in the folder where there is one.
@@ -225,7 +222,7 @@ class Trajectory:
             entry: dict[str, Any] = {"epoch": epoch + 1, "ratio": 0.0, "steps": loss.steps, "loss": loss.read()}
             entry["seconds"] = trainer.clock() - start
             entry["test_accuracy"] = trainer.evaluate()[0]
-            if epoch + 1 in self.epochs:
+            if epoch + 1 in self.measured_epochs:
                 entry |= _snapshot(trainer, self.threshold, index)
             train.finish_epoch(trainer, entry, checkpoint, viewers)
         kept = ("epoch", "test_accuracy", "sparsity", "values")

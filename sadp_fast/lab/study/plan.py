@@ -105,7 +105,6 @@ def planned(given: dict[str, Any]) -> Plan:
     device = given.get("device", "cuda" if torch.cuda.is_available() else "cpu")
     asked = {key: given[key] for key in _BASE if key in given}
     quick, data_dir = given.get("quick", False), given.get("data_dir")
-    began: dict[str, Any]
     if folder is None or known is None:
         options = with_defaults({**(QUICK_BASE if quick else {}), **asked, "device": device}, data_dir)
         if options["dataset"] in data.EVENTS:
@@ -124,7 +123,7 @@ def planned(given: dict[str, Any]) -> Plan:
                     f"--{key.replace('_', '-')} is {value}, but the study in {folder} has {getattr(base, key)}: "
                     "leave the option out, or name a new folder"
                 )
-        began = _with_finished(known, base, folder)
+        began = with_finished(known, base, folder)
     methods, ratios, seeds = (tuple(given.get(key, began[key])) for key in ("methods", "ratios", "seeds"))
     return Plan(base, methods, tuple(sorted(ratios)), seeds, size, data_dir, folder, report_only)
 
@@ -152,13 +151,9 @@ def remembered(folder: Path) -> dict[str, Any] | None:
             raise StudyError(f"{folder} is not empty and holds no study: name a new folder with --out")
     try:
         written = json.loads(path.read_text())
-        size: dict[str, Any] = written["size"]
-        size["thresholds"] = tuple(size["thresholds"])
-        return {
-            "base": TrainConfig(**written["base"]),
-            "size": Size(**size),
-            **{key: written[key] for key in ("methods", "ratios", "seeds", "data_dir")},
-        }
+        size = Size(**{**written["size"], "thresholds": tuple(written["size"]["thresholds"])})
+        asked = {key: written[key] for key in ("methods", "ratios", "seeds", "data_dir")}
+        return {"base": TrainConfig(**written["base"]), "size": size, **asked}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StudyError(f"{path} is damaged ({error}): restore it, or name a new folder with --out") from error
 
@@ -169,9 +164,7 @@ def remember(plan: Plan) -> None:
     content = {
         "base": asdict(plan.base),
         "size": asdict(plan.size),
-        "methods": _ordered([*known["methods"], *plan.methods]),
-        "ratios": sorted({*known["ratios"], *plan.ratios}),
-        "seeds": sorted({*known["seeds"], *plan.seeds}),
+        **_joined(known, plan.methods, plan.ratios, plan.seeds),
         "data_dir": plan.data_dir and str(Path(plan.data_dir).expanduser().absolute()),
     }
     try:
@@ -180,19 +173,23 @@ def remember(plan: Plan) -> None:
         raise StudyError(f"the folder {plan.folder} cannot be made ({error}): name another with --out") from error
 
 
-def new_methods(plan: Plan) -> set[str]:
-    """The plan's methods that its folder neither was asked for nor holds."""
-    known = remembered(plan.folder)
-    return set(plan.methods) - set(_with_finished(known, plan.base, plan.folder)["methods"] if known else ())
-
-
-def _with_finished(known: dict[str, Any], base: TrainConfig, folder: Path) -> dict[str, Any]:
+def with_finished(known: dict[str, Any], base: TrainConfig, folder: Path) -> dict[str, Any]:
     """The methods, ratios and seeds that were asked for, and those of finished runs, copied ones included."""
-    runs = [run for file in Store(folder).files() if (run := run_of(file["identity"], base))]
+    runs = filter(None, (run_of(file["identity"], base) for file in Store(folder).files().values()))
+    methods, ratios, seeds = list(zip(*runs, strict=True)) or [(), (), ()]
+    return _joined(known, methods, filter(None, ratios), seeds)
+
+
+def _joined(
+    known: dict[str, Any], methods: Iterable[str], ratios: Iterable[float], seeds: Iterable[int]
+) -> dict[str, Any]:
+    """What was asked for before and now: a method's variants behind it, methods that no default names last."""
+    order = [*DEFAULT_METHODS, *(method for method in METHODS if method not in DEFAULT_METHODS)]
+    once = list(dict.fromkeys([*known["methods"], *methods]))
     return {
-        "methods": _ordered([*known["methods"], *(method for method, _, _ in runs)]),
-        "ratios": sorted({*known["ratios"], *(ratio for _, ratio, _ in runs if ratio > 0)}),
-        "seeds": sorted({*known["seeds"], *(seed for _, _, seed in runs)}),
+        "methods": sorted(once, key=lambda name: (order.index(base_method(name)), ":" in name, once.index(name))),
+        "ratios": sorted({*known["ratios"], *ratios}),
+        "seeds": sorted({*known["seeds"], *seeds}),
     }
 
 
@@ -217,10 +214,3 @@ def run_of(identity: dict[str, Any], base: TrainConfig) -> tuple[str, float, int
         return None
     variant = config.write_variant(method, changes)
     return (variant, ratio, seed) if identity == as_json(training_identity(base.of(variant))) else None
-
-
-def _ordered(methods: Iterable[str]) -> list[str]:
-    """Each once: a method's variants behind it, the methods as `DEFAULT_METHODS` has them, and others last."""
-    order = [*DEFAULT_METHODS, *(method for method in METHODS if method not in DEFAULT_METHODS)]
-    once = list(dict.fromkeys(methods))
-    return sorted(once, key=lambda method: (order.index(base_method(method)), ":" in method, once.index(method)))

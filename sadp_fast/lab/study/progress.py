@@ -31,11 +31,11 @@ class Display:
     @contextmanager
     def open(self) -> Iterator[None]:
         """Show bars while the study runs."""
-        if self.console is None or not self.console.is_terminal:
-            yield
-            return
-        with bars(self.console) as self._bars:
-            self._all = self._bars.add_task("all runs", total=self.total, status=f"0/{self.total}")
+        if self.console is not None and self.console.is_terminal:
+            with bars(self.console) as self._bars:
+                self._all = self._bars.add_task("all runs", total=self.total, status=f"0/{self.total}")
+                yield
+        else:
             yield
 
     def advance(self) -> None:

@@ -94,9 +94,8 @@ def _list(items: Any) -> str:
 
 
 def _lossy(data_set: str) -> list[str]:
-    if "JPEG" not in data_set:
-        return []
-    return [f"The data set is {data_set}, a lossy copy: accuracies are not strictly comparable with published ones."]
+    said = f"The data set is {data_set}, a lossy copy: accuracies are not strictly comparable with published ones."
+    return [said] if "JPEG" in data_set else []
 
 
 def _settings(result: Result) -> str:

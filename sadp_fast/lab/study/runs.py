@@ -14,7 +14,7 @@ from ..data import Dataset, described, differ, load
 from .measure import Trajectory, measured_epochs
 from .plan import Plan
 from .progress import Deadline, Display, OutOfTime
-from .store import Store, StudyError, damaged, read_file, refusing, training_identity
+from .store import Store, StudyError, refusing, training_identity
 
 # By which a folder's runs are of the data at hand; those of other studies may lie among them.
 _DATA = ("dataset", "image_size", "split_by", "time_steps")
@@ -28,28 +28,21 @@ class Runs:
 
     Attributes:
         wait: for what other processes are at, rather than leave it to them.
-        elsewhere: whether something was left to them.
     """
 
     def __init__(self, plan: Plan, display: Display, deadline: Deadline | None = None) -> None:
         self.plan, self.display, self.store = plan, display, Store(plan.folder)
         self.deadline = deadline or Deadline()
-        self.wait = self.elsewhere = False
+        self.wait = False
         self._warm: set[TrainConfig] = set()
 
     @cached_property
     def data(self) -> Dataset:
         """The data set on the study's device; raises StudyError where the folder's runs are of another one."""
         base = self.plan.base
-        loaded = load(
-            base.dataset,
-            self.plan.data_dir,
-            image_size=base.image_size,
-            time_steps=base.time_steps,
-            split_by=base.split_by,
-        )
-        for path in self.store.paths():
-            file = read_file(path)
+        how = {key: getattr(base, key) for key in _DATA}
+        loaded = load(how.pop("dataset"), self.plan.data_dir, **how)
+        for path, file in self.store.files().items():
             config, found = file["identity"].get("config", {}), file.get("data_set", {})
             if all(config.get(key) == getattr(base, key) for key in _DATA) and differ(found, loaded.identity):
                 raise StudyError(
@@ -68,11 +61,7 @@ class Runs:
             result = train.run(config, self.data, folder, self.display.viewers, resume=True)
             return {"data_set": self.data.identity, "sources": result.sources, "history": result.history}
 
-        found = self._get(name, training_identity(config), ("data_set", "history"), config.epochs, run)
-        if found is not None and len(found["history"]) != config.epochs:
-            path = self.store.path(name, found["identity"])
-            raise damaged(path, f"it has {len(found['history'])} of {config.epochs} epochs")
-        return found
+        return self._get(name, training_identity(config), ("data_set", "history"), config.epochs, run)
 
     def trajectory(self, seed: int, threshold: float | None = None) -> dict[str, Any] | None:
         """Scores and exact norms over a full-data training; see `measure.Trajectory`.
@@ -96,23 +85,16 @@ class Runs:
     def timing(self, method: str, measure: Callable[[TrainConfig, Dataset], dict[str, Any]]) -> dict[str, Any] | None:
         """Where the time of one method goes, on this device, as "timing".
 
-        At the plan's ratio nearest to 0.5, if no other has been measured: parts hardly depend on it.
+        At the plan's ratio nearest to 0.5: parts hardly depend on it.
         """
-        asked = []
-        for ratio in sorted(self.plan.ratios, key=lambda ratio: (abs(ratio - 0.5), ratio)):
-            config = self.plan.config(method, ratio, 0)
-            name = f"{config.dataset}-{config.model}-timing-{folder_name(method)}-r{config.prune_ratio:g}"
-            identity = {"kind": "timing", "config": config.conditions(), "steps": self.plan.size.timed_steps}
-            found = self.store.read(name, identity, ("timing",))
-            if found is not None:
-                return found
-            asked.append((name, identity, config))
-        name, identity, config = asked[0]
+        config = self.plan.config(method, min(self.plan.ratios, key=lambda ratio: (abs(ratio - 0.5), ratio)), 0)
+        identity = {"kind": "timing", "config": config.conditions(), "steps": self.plan.size.timed_steps}
 
         def run(_folder: Path) -> dict[str, Any]:
             self._prepare(config)
             return {"data_set": self.data.identity, "timing": measure(config, self.data)}
 
+        name = f"{config.dataset}-{config.model}-timing-{folder_name(method)}-r{config.prune_ratio:g}"
         return self._get(name, identity, ("timing",), 1, run)
 
     def _get(
@@ -133,7 +115,6 @@ class Runs:
         if not self.deadline.allows(self.deadline.longest_epoch if expected is None else expected):
             return None
         with self.store.claim(name, identity, self.wait) as mine:
-            self.elsewhere |= not mine
             found = self.store.read(name, identity, content)  # another process may just have finished it
             if found is not None or not mine:
                 return found

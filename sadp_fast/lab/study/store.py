@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from .. import report
 from ..config import TrainConfig
@@ -75,16 +75,13 @@ class Store:
 
         content: keys that such a file holds, beside identity, device and versions.
         """
-        path = self.path(name, identity)
-        if not path.exists():
-            path = next(path.parent.glob(f"*-{path.stem.rpartition('-')[2]}.json"), path)
-        if not path.exists():
+        digest = self.path(name, identity).stem.rpartition("-")[2]
+        path = next((self.folder / "runs").glob(f"*-{digest}.json"), None)
+        if path is None:
             return None
-        value = read_file(path)
-        lacking = [key for key in content if key not in value]
-        if lacking or value["identity"] != as_json(identity):
-            why = f"it lacks {lacking[0]!r}" if lacking else "it is of another configuration than its name says"
-            raise damaged(path, why)
+        value = read_file(path, content)
+        if value["identity"] != as_json(identity):
+            raise damaged(path, "it is of another configuration than its name says")
         return value
 
     def produce(
@@ -109,7 +106,7 @@ class Store:
 
         With `wait`, it is once the other has ended, having finished the run or not. A process that dies lets go.
         """
-        path = self.folder / "unfinished" / f"{self.path(name, identity).stem}.lock"
+        path = Path(f"{self.unfinished(name, identity)}.lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             with path.open("w") as lock:
@@ -118,7 +115,7 @@ class Store:
                 except BlockingIOError:
                     yield False
                     return
-                if not _is_at(lock, path):  # another process has let go since, and a third one may hold a new file
+                if not os.fstat(lock.fileno()).st_nlink:  # deleted by who let go: a third one may hold a new file
                     continue
                 try:
                     yield True
@@ -138,22 +135,15 @@ class Store:
         def work(identity: dict[str, Any]) -> float:
             return identity["config"]["epochs"] * (1 - identity["config"]["prune_ratio"])
 
-        name = report.device_name(device)
-        seconds = [
-            (file["identity"], file["wall_seconds"])
-            for file in self.files()
-            if file["identity"]["kind"] == identity["kind"] and file["device"] == name and file.get("wall_seconds")
-        ]
+        here = (identity["kind"], report.device_name(device))
+        files = [file for file in self.files().values() if (file["identity"]["kind"], file["device"]) == here]
+        seconds = [(file["identity"], file["wall_seconds"]) for file in files if file.get("wall_seconds")]
         alike = [took for other, took in seconds if seedless(other) == seedless(identity)]
         return max(alike or [took * work(identity) / work(other) for other, took in seconds], default=None)
 
-    def paths(self) -> list[Path]:
-        """The file of every finished run."""
-        return sorted((self.folder / "runs").glob("*.json"))
-
-    def files(self) -> list[dict[str, Any]]:
-        """Every finished run; raises StudyError for a damaged file."""
-        return [read_file(path) for path in self.paths()]
+    def files(self) -> dict[Path, dict[str, Any]]:
+        """Every finished run by its path; raises StudyError for a damaged file."""
+        return {path: read_file(path) for path in sorted((self.folder / "runs").glob("*.json"))}
 
 
 def as_json(value: dict[str, Any]) -> Any:
@@ -161,25 +151,18 @@ def as_json(value: dict[str, Any]) -> Any:
     return json.loads(json.dumps(value))
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """One run file's content; raises StudyError."""
+def read_file(path: Path, content: tuple[str, ...] = ()) -> dict[str, Any]:
+    """One run file, which has to hold these keys beside identity, device and versions; raises StudyError."""
     try:
         value = json.loads(path.read_text())
-        if not all(key in value for key in ("identity", "device", "versions")):
-            raise ValueError("identity, device and versions are not all there")
+        lacking = [key for key in ("identity", "device", "versions", *content) if key not in value]
     except (OSError, ValueError, TypeError) as error:
         raise damaged(path, error) from error
+    if lacking:
+        raise damaged(path, f"it lacks {lacking[0]!r}")
     return value
 
 
 def damaged(path: Path, why: object) -> StudyError:
     """The error for a run file that cannot be used."""
     return StudyError(f"the run file {path} is damaged ({why}): delete it, and the same command runs it again")
-
-
-def _is_at(file: IO[str], path: Path) -> bool:
-    """Whether this open file is the one that the path names now."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False

@@ -5,11 +5,10 @@ Behind it, what several studies share: rows of figures grouped by what they are 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from functools import reduce
-from itertools import combinations
-from operator import getitem, methodcaller
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Result = dict[str, Any]
+Figures = list[tuple[str, "Figure"]]  # each behind what its file's name ends in
 
 
 class NothingFinished(StudyError):
@@ -60,8 +60,8 @@ class Module(Protocol):
     def parts(self, plan: Plan, found: Found, /) -> dict[str, Any]:
         """What its result says of those that are there, by the keys of the result."""
 
-    def draw(self, result: Result, /) -> list[tuple[str, Figure]]:
-        """The figures of a result, each behind what its file's name ends in."""
+    def draw(self, result: Result, /) -> Figures:
+        """The plots of a result."""
 
     def tables(self, result: Result, /) -> list[Table]:
         """The figures behind the plots."""
@@ -93,15 +93,13 @@ class Study:
 
     def collect(self, runs: Runs) -> Result:
         """Run what is not there yet; the result, ready for JSON. Raises NothingFinished, and StudyError."""
-        found: Found = []
-        missing = []
-        for ask in self.module.asks(runs.plan):
-            file = ask.take(runs)
-            runs.display.advance()
-            if file is None:
-                missing.append(ask.name)
-            else:
-                found.append((ask, file))
+        asks, files = self.module.asks(runs.plan), dict[str, dict[str, Any]]()
+        for runs.wait in (False, True):  # first what no other process is at, then what others have not finished
+            for ask in asks:
+                if ask.name not in files and (file := ask.take(runs)):
+                    files[ask.name] = file
+                    runs.display.advance()
+        found = [(ask, files[ask.name]) for ask in asks if ask.name in files]
         if not found:
             where = runs.plan.folder
             raise NothingFinished(f"{where} holds no finished run for the study {self.name}: leave --report-only out")
@@ -110,7 +108,7 @@ class Study:
             "data_set": _data_set(found),
             "settings": runs.plan.settings(),
             "environments": each_once({key: file[key] for key in ("device", "versions")} for _, file in found),
-            "missing_runs": missing,
+            "missing_runs": [ask.name for ask in asks if ask.name not in files],
             **self.module.parts(runs.plan, found),
         }
 
@@ -128,25 +126,20 @@ class Study:
 
 def _data_set(found: Found) -> dict[str, Any]:
     """What the files know of their data set, all together; raises StudyError where they are of different ones."""
-    told: dict[str, tuple[str, dict[str, Any]]] = {}  # of each that they tell, the first run
+    told: dict[str, Any] = {}
     for ask, file in found:
-        told.setdefault(str(file["data_set"]), (ask.name, file["data_set"]))
-    for (name, one), (other_name, other) in combinations(told.values(), 2):
-        if differ(one, other):
+        if differ(told, file["data_set"]):
             raise StudyError(
-                f"the runs are of different data sets, '{name}' of one ({described(one)}) and '{other_name}' of "
-                f"another ({described(other)}): keep those of each in a folder of their own"
+                f"the runs are of different data sets, '{found[0][0].name}' of one ({described(told)}) and "
+                f"'{ask.name}' of another ({described(file['data_set'])}): keep those of each in a folder of their own"
             )
-    return {key: value for _, known in told.values() for key, value in known.items()}
+        told |= file["data_set"]
+    return told
 
 
 def each_once(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The entries in their order, equal ones once."""
-    once: list[dict[str, Any]] = []
-    for entry in entries:
-        if entry not in once:
-            once.append(entry)
-    return once
+    return list({json.dumps(entry, sort_keys=True): entry for entry in entries}.values())
 
 
 # How a figure's head names a regularisation of all its runs; one that is the default goes without saying.
@@ -182,11 +175,6 @@ def seeds_text(counts: Iterable[int]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- rows of figures
-
-
-def nested(*keys: str) -> Callable[[Row], Any]:
-    """Reads row[key][key]..."""
-    return lambda row: reduce(getitem, keys, row)
 
 
 def select(rows: Iterable[Row], **where: Any) -> list[Row]:
@@ -233,14 +221,10 @@ RUN = ("method", "ratio", "seed", "device", "planned_share", "examples_share", "
 
 def training_asks(plan: Plan) -> list[Ask]:
     """Every method at every ratio: a whole table for one seed first, and methods side by side in time."""
+    runs = [(method, ratio, seed) for seed in plan.seeds for method, ratio in plan.cells()]
     return [
-        Ask(
-            run_name(method, ratio, seed),
-            methodcaller("training", method, ratio, seed),
-            {"method": method, "ratio": ratio, "seed": seed},
-        )
-        for seed in plan.seeds
-        for method, ratio in plan.cells()
+        Ask(run_name(*run), methodcaller("training", *run), dict(zip(("method", "ratio", "seed"), run, strict=True)))
+        for run in runs
     ]
 
 
@@ -256,28 +240,20 @@ def training_rows(plan: Plan, found: Found) -> list[Row]:
     "planned_share" and "examples_share" of its examples, and "time_ratio" to it on the same kind of device (None
     without one).
     """
-    rows = []
+    rows, epochs = [], plan.base.epochs
     for ask, file in found:
-        history, count = file["history"], file["data_set"]["train_examples"]
-        rows.append(
-            {
-                **ask.where,
-                "device": file["device"],
-                "planned_share": round((1 - ask.where["ratio"]) * len(history) / plan.base.epochs, 6),
-                "examples_share": history[-1]["examples_trained"] / (count * plan.base.epochs),
-                "seconds": sum(entry["seconds"] for entry in history),
-                "history": history,
-            }
-        )
+        row = {**ask.where, "device": file["device"], "history": (history := file["history"])}
+        row["planned_share"] = round((1 - row["ratio"]) * len(history) / epochs, 6)
+        row["examples_share"] = history[-1]["examples_trained"] / (file["data_set"]["train_examples"] * epochs)
+        row["seconds"] = sum(entry["seconds"] for entry in history)
+        rows.append(row)
     set_time_ratios(rows)
     return rows
 
 
 def set_time_ratios(rows: list[Row]) -> None:
     """Set each run's "time_ratio" to full-data training on the same kind of device; None where there is none."""
-    full = {
-        device: mean(r["seconds"] for r in own)
-        for device, own in by_value(select(rows, method="full"), "device").items()
-    }
+    by_device = by_value(select(rows, method="full"), "device")
+    full = {device: mean(r["seconds"] for r in own) for device, own in by_device.items()}
     for row in rows:
         row["time_ratio"] = row["seconds"] / full[row["device"]] if row["device"] in full else None

@@ -27,7 +27,6 @@ from .plan import Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 QUESTION = "How close does the time ratio come to 1 - r, and where does the rest go?"
 REPEATS = 5
@@ -48,14 +47,11 @@ def measure_parts(config: TrainConfig, dataset: data.Dataset, steps: int) -> dic
         with scores), "selection" and "drawing" (of one epoch), "steps" (of a full epoch).
     """
     dataset = dataset.to(config.device)
-    own = train.Trainer(config, dataset)
-    trainers = {
-        "full_step": train.Trainer(config.of("full"), dataset),
-        "weighted_step": train.Trainer(config.of("random"), dataset),
-        "scored_step": own,
-    }
+    configs = {"full_step": config.of("full"), "weighted_step": config.of("random"), "scored_step": config}
+    trainers = {name: train.Trainer(each, dataset) for name, each in configs.items()}
     for trainer in trainers.values():
         trainer.throw_away_steps()
+    own = trainers["scored_step"]
     count = len(dataset.train_labels)
     # As many distinct values as in training; the solver's time does not depend on what they are.
     own.sadp.scores.copy_(torch.rand(count, generator=torch.Generator().manual_seed(0)))
@@ -64,8 +60,7 @@ def measure_parts(config: TrainConfig, dataset: data.Dataset, steps: int) -> dic
         for name, trainer in trainers.items():  # in turn, so that a machine that slows down slows all alike
             begin, step = _epoch(trainer, config, steps)
             times[name].append(step)
-            if trainer is own:
-                times["begin"].append(begin)
+        times["begin"].append(begin)  # the last one's, which is the method's own
         start = own.clock()
         drawn = Drawn(*sample(own.sadp.probabilities, seed=0, epoch=0)[:2])
         nothing = Drawn(drawn.indices[:0], drawn.weights[:0])
@@ -80,23 +75,17 @@ def measure_parts(config: TrainConfig, dataset: data.Dataset, steps: int) -> dic
 
 def _epoch(trainer: train.Trainer, config: TrainConfig, steps: int) -> tuple[float, float]:
     """Seconds until the first pruned epoch's first batch is there, and of one of `steps` training steps."""
-    ratios = trainer.sadp.ratios
-    trainer.sadp.skip_to(next((epoch for epoch, ratio in enumerate(ratios) if ratio > 0), 0))
+    trainer.sadp.skip_to(next((epoch for epoch, ratio in enumerate(trainer.sadp.ratios) if ratio > 0), 0))
     trainer.model.train()
-    done, start = 0, trainer.clock()
-    first = start
+    clocks = [trainer.clock()]  # at the start, with the first batch, and behind its step
     with closing(trainer.sadp.batches(config.batch_size)) as batches:
-        for index in batches:
-            if done == 0:
-                drawn = trainer.clock()
-            if done == 1:  # the first step of an epoch sets hooks up and may record a graph
-                first = trainer.clock()
+        for done, index in zip(range(steps + 1), batches, strict=False):
+            if done < 2:
+                clocks.append(trainer.clock())
             trainer.step(index, 0.0)
-            done += 1
-            if done > steps:
-                break
         end = trainer.clock()
-    return drawn - start, (end - first) / (done - 1) if done > 1 else end - drawn
+    # An epoch's first step sets hooks up and may record a graph: it counts only where there is no other.
+    return clocks[1] - clocks[0], (end - clocks[-1]) / max(1, done)
 
 
 def asks(plan: Plan) -> list[study.Ask]:
@@ -129,7 +118,7 @@ def shares(timing: dict[str, Any], ratio: float) -> dict[str, float]:
     }
 
 
-def draw(result: study.Result) -> list[tuple[str, Figure]]:
+def draw(result: study.Result) -> study.Figures:
     """Time ratios beside their minimum, and what the rest of the time goes to."""
     figure, (ratios, overheads) = panels(1, 2, 13, 5.4)
     rows = [row for row in result["time_ratios"] if row["time_ratio"] is not None]

@@ -27,7 +27,6 @@ from .plan import Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 QUESTION = "How much less noisy is the gradient estimate than that of uniform pruning?"
 OPTIMUM = "optimum"
@@ -48,12 +47,11 @@ def estimator_variance(score: Tensor, norm: Tensor, ratio: float, policy: str, s
     policy: one of `POLICIES`; "optimum" is Proposition 1's without smoothing, and "infobatch" and "epsilon_greedy"
     have their methods' own. (ε-greedy trains without weights: this is its variance if it had them.)
     """
-    keep = (1 - ratio) * len(score)
     if policy == OPTIMUM:
-        p = inclusion_probabilities(score, keep, smoothing=0.0)
-    else:
-        own = METHODS[policy].settings.get("smoothing", smoothing) if policy in METHODS else smoothing
-        p = inclusion_probabilities(score, keep, smoothing=own, policy=policy)
+        policy, smoothing = "mix", 0.0
+    elif policy in METHODS:
+        smoothing = METHODS[policy].settings["smoothing"]
+    p = inclusion_probabilities(score, (1 - ratio) * len(score), smoothing=smoothing, policy=policy)
     return float(relative_variance(norm, p))
 
 
@@ -85,7 +83,7 @@ def _variances(scores: dict[str, Tensor], norm: Tensor, ratio: float, smoothing:
     }
 
 
-def draw(result: study.Result) -> list[tuple[str, Figure]]:
+def draw(result: study.Result) -> study.Figures:
     """Over training for fresh and for older scores, by policy, and what a score costs beside exact norms."""
     base, ratio = result["settings"]["base"], _middle(result["settings"]["ratios"])
     rows = study.select(result["variances"], ratio=ratio)
