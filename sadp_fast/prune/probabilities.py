@@ -8,6 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from ..errors import name_of
 from . import baselines as _baselines  # noqa: F401  (adds its policies)
 from .policies import POLICIES, Policy
 
@@ -67,7 +68,14 @@ def inclusion_probabilities(
     asked = POLICIES.find(policy)
     if keep == count or smoothing == 1:
         return torch.full_like(scores, keep / count, dtype=torch.float32)
+    if asked is not POLICIES.get(asked.name):
+        scores = scores.clone()  # a user's own may change them
     p = asked.probabilities(scores, keep, smoothing)
+    if not isinstance(p, Tensor):
+        raise TypeError(
+            f"the policy {asked.name!r} must give a tensor of probabilities, got {name_of(p)}: let its "
+            "probabilities() return one like the scores"
+        )
     if p.shape != scores.shape:
         raise ValueError(
             f"the policy {asked.name!r} must give {list(scores.shape)} probabilities, one per score, got "

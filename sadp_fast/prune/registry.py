@@ -32,7 +32,7 @@ class Registry(dict[str, T], Generic[T]):
         """The object of this name, or the object itself.
 
         Raises:
-            ValueError: there is no such name.
+            ValueError: there is no such name, or the object has that of another one.
             TypeError: it is neither a name nor an object of this kind with a name of its own.
         """
         if isinstance(asked, str):
@@ -43,4 +43,6 @@ class Registry(dict[str, T], Generic[T]):
                 f"{self.kind} must be a name or a {self.base.__name__} with a `name`, got {name_of(asked)}: choose one "
                 f"of {', '.join(self)}, or pass an instance of your own subclass"
             )
+        if self.get(asked.name, asked) is not asked:  # type: ignore[attr-defined]
+            raise ValueError(f"{self.kind} has the name of another one, {asked.name!r}: give it a name of its own")  # type: ignore[attr-defined]
         return asked

@@ -377,7 +377,7 @@ class SADP:
             ValueError: it is no state of a SADP, or was saved with other settings; the message names the first that
                 differs.
         """
-        if not isinstance(state, dict) or not {"config", "epoch", "scores"} <= set(state):
+        if not isinstance(state, dict) or not set(self.state_dict()) <= set(state):
             found = f"a dict with {', '.join(map(str, state))}" if isinstance(state, dict) else name_of(state)
             raise ValueError(f"state must be what SADP.state_dict() returned, got {found}: pass SADP's part of it")
         own = self._config()
@@ -385,6 +385,11 @@ class SADP:
             built = own.get(name)
             if built != saved:
                 raise ValueError(f"this state was saved with {name}={saved!r}, but SADP was built with {built!r}")
+        if not 0 <= state["epoch"] <= len(self.ratios) or state["scores"].shape != self.scores.shape:
+            raise ValueError(
+                f"this state has {len(state['scores'])} scores and {state['epoch']} epochs, but SADP was built for "
+                f"{self.num_examples} examples and {len(self.ratios)} epochs: load a state of this training"
+            )
         if self._running is not None:
             self._running.leave()
         self._running = None

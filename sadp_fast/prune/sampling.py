@@ -158,6 +158,7 @@ def _sample_cpu(p: Tensor, seed: int, epoch: int | Tensor, capacity: int | None)
     length = selection.count if capacity is None else capacity
     indices, weights = _outputs(p, length)
     _native.cpu_write(*source, selection, threads, base, indices.data_ptr(), weights.data_ptr(), length)
+    del workspace  # alive until here: torch.compile's pieces drop what is not named again, and this has an address
     return Sample(indices, weights, torch.tensor(selection.count, device=p.device))
 
 
@@ -188,4 +189,5 @@ def _sample_cuda(p: Tensor, seed: int, epoch: int | Tensor, capacity: int | None
         write = _native.cuda_draw
     indices, weights = _outputs(p, capacity)
     write(*draw, stream, shape, indices.data_ptr(), weights.data_ptr(), capacity, base + 8 * words)
+    del p, workspace  # as on the CPU
     return Sample(indices, weights, count)

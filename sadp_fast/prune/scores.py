@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from ..errors import check_choice
 from ..statistics.score import spike_aware_score
 from .registry import Registry
 
@@ -34,6 +35,11 @@ class Score:
     source: Literal["batch", "gradients", "given", "none"] = "batch"
     draws_once: bool = False
     layers: ClassVar[Literal["all", "last"]] = "all"
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        check_choice("source", cls.source, ("batch", "gradients", "given", "none"))
+        check_choice("layers", cls.layers, ("all", "last"))
 
     def of_batch(self, output: Tensor, target: Tensor, losses: Callable[[], Tensor]) -> Tensor:
         """Scores of a batch after its forward pass, called without gradients.

@@ -573,3 +573,10 @@ def test_draws_inside_of_modes_that_keep_memory(device):
     with FlopCounterMode(display=False):
         drawn = sample(p, seed=2)
     assert_same_bits(drawn, *oracle(p, 2))
+
+
+def test_compiled_in_pieces_the_native_code_keeps_its_memory():
+    """torch.compile breaks the graph at native calls, and its pieces drop what is not named again."""
+    p = torch.full((10_000,), 0.3)
+    drawn = torch.compile(lambda p: sample(p, seed=3, capacity=5_000).indices * 2, backend="aot_eager")(p)
+    assert torch.equal(drawn, sample(p, seed=3, capacity=5_000).indices * 2)

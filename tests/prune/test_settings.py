@@ -291,3 +291,53 @@ def test_an_epoch_of_the_loaders_own_does_not_overtake_a_drawn_one(data):
     next(rows)
     with pytest.raises(RuntimeError, match="still running"):
         next(iter(loader))
+
+
+def test_a_policy_of_ones_own_may_change_the_scores_that_it_gets():
+    class Filling(Policy):
+        name = "filling"
+
+        def probabilities(self, scores, keep, smoothing):
+            scores.nan_to_num_(0.0)
+            return torch.full_like(scores, keep / len(scores))
+
+    scores = torch.tensor([1.0, torch.nan, 2.0, 3.0])
+    inclusion_probabilities(scores, 2, policy=Filling())
+    assert scores.isnan().tolist() == [False, True, False, False]
+
+
+def test_a_policy_must_give_a_tensor():
+    class Listing(Policy):
+        name = "listing"
+
+        def probabilities(self, scores, keep, smoothing):
+            return [0.5] * len(scores)
+
+    with pytest.raises(TypeError, match="the policy 'listing' must give a tensor of probabilities, got list: let its"):
+        inclusion_probabilities(torch.ones(4), 2, policy=Listing())
+
+
+@pytest.mark.parametrize("attribute, value", [("source", "bogus"), ("layers", "first")])
+def test_a_score_with_an_unknown_source_is_refused_where_it_is_written(attribute, value):
+    with pytest.raises(ValueError, match=f"{attribute} must be one of .*, got '{value}'"):
+        type("Wrong", (Score,), {"name": "wrong", attribute: value})
+
+
+def test_ones_own_must_not_have_the_name_of_another():
+    loss = type("MyLoss", (Score,), {"name": "loss"})()
+    with pytest.raises(ValueError, match="score has the name of another one, 'loss': give it a name of its own"):
+        Settings(score=loss)
+
+
+@pytest.mark.parametrize("changed", [{"epoch": 99}, {"epoch": -1}, {"scores": torch.zeros(3)}])
+def test_a_state_of_another_training_changes_nothing(changed):
+    sadp = SADP(Net(), N, epochs=3, score="loss")
+    for _ in sadp.batches(16):
+        pass
+    state = sadp.state_dict()
+    with pytest.raises(ValueError, match=rf"this state has \d+ scores and -?\d+ epochs, but SADP was built for {N}"):
+        sadp.load_state_dict({**state, **changed})
+    with pytest.raises(ValueError, match=r"state must be what SADP\.state_dict\(\) returned, got a dict with"):
+        sadp.load_state_dict({name: value for name, value in state.items() if name != "examples_trained"})
+    for name, value in sadp.state_dict().items():
+        assert torch.equal(value, state[name]) if isinstance(value, torch.Tensor) else value == state[name]

@@ -425,3 +425,16 @@ def test_what_cannot_be_recorded():
         sadp_fast.record(nn.Linear).__enter__()
     with pytest.raises(ValueError, match=r"no neuron of sadp_fast to record, got Linear: put sadp_fast.LIFNode"):
         sadp_fast.record(nn.Linear(2, 2)).__enter__()
+
+
+def test_what_was_read_of_a_compiled_call_is_not_the_next_ones():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), LIFNode(step_mode="m"))
+    run, x, kept = torch.compile(model, backend="aot_eager", fullgraph=True), torch.rand(T, N, 4) * 4, []
+    with sadp_fast.record(model) as statistics:
+        for factor in (1.0, 0.5):
+            sadp_fast.reset(model)
+            (run(x).sum() * factor).backward()
+            kept.append(statistics["1"].grad_norm_sq)
+    assert (kept[0] > 0).any()
+    torch.testing.assert_close(kept[1], kept[0] / 4)

@@ -45,6 +45,9 @@ def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norma
             momentum = 1.0 / float(norm.batches)
     running = (norm.running_mean, norm.running_var) if norm.update or not norm.use_batch else (None, None)
     momentum = 0.0 if momentum is None else momentum
+    if x.shape[0] == 1 and x.device.type == "cpu":
+        # torch 2.13's gradients are wrong for the strides that unsqueeze(0) gives one channels-last image (findings/).
+        x = x.as_strided(x.shape, (x.numel(), *x.stride()[1:]))
     return torch.nn.functional.batch_norm(x, *running, weight, bias, norm.use_batch, momentum, norm.eps)
 
 
