@@ -166,6 +166,4 @@ class ScoreMeter:
         self.steps, self._taps = state["steps"], None
         if state["layers"] is not None:
             self.layers = [WeightLayer(**layer) for layer in state["layers"]]
-            now = trainable_layers(self.model)
-            unchanged = all(layer.name in now for layer in self.layers)
-            self._trainable = list(state.get("trainable", now if unchanged else []))  # older states lack it
+            self._trainable = list(state["trainable"])

@@ -348,7 +348,7 @@ def test_layers_to_tune_run_and_choices_are_shown(monkeypatch):
     kinds = len(tune.norm.KINDS)
     assert len(layers) == 2 * (2 * (1 + len(tune.long.STEPS)) + kinds)
     for number in (0, len(layers) - kinds - 1, len(layers) - 1):
-        assert tune.tuned(number) == []  # nothing is measured on a CPU
+        assert torch.cuda.is_available() or tune.tuned(number) == []  # nothing is measured on a CPU
     choice = Choice("LIF forward", (4, 2, 8), torch.bfloat16, "some", 2e-6, 3e-6)
     text = " ".join(tune.line(tune.row(choice)).split())
     assert text == "LIF forward 4x2x8 bfloat16 curated 3.0 us, 1.50 times that of some"

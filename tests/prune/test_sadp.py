@@ -885,20 +885,6 @@ def test_training_goes_on_where_no_weight_layer_is_trained_any_more(data):
     assert torch.equal(sadp.scores, before) and sadp.epoch == 3
 
 
-def test_a_state_of_before_layers_were_noted(data):
-    """It lacks "trainable": what it scored, and is frozen now, is found out all the same."""
-    model = Net()
-    sadp = SADP(model, N, epochs=6, prune_ratio=0.5)
-    train(sadp, model, sadp.loader(DataLoader(data, batch_size=16)), 2)
-    state = sadp.state_dict()
-    del state["trainable"]
-    model.body[0].requires_grad_(False)
-    other = SADP(model, N, epochs=6, prune_ratio=0.5)
-    other.load_state_dict(state)
-    train(other, model, other.loader(DataLoader(data, batch_size=16)), 1)
-    assert (other.scores != state["scores"]).sum() > N / 4 and "body.0" not in other.describe()
-
-
 @pytest.mark.parametrize("kind", ["pruned", "weight norm"])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_weights_that_are_made_of_others_stay_scored_after_an_evaluation(data, kind):
