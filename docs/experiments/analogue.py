@@ -19,9 +19,9 @@ from selection import begin, kept, options_of, trained  # beside this file
 from torch import Tensor, nn
 
 from sadp_fast.lab import data
-from sadp_fast.lab.config import TrainConfig
 from sadp_fast.lab.figures import spread
 from sadp_fast.lab.models import plain, sew_resnet, vgg
+from sadp_fast.lab.settings import TrainConfig
 from sadp_fast.lab.train import Trainer
 
 # Whose neurons are made by their module's `lif`.

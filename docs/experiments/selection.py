@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from sadp_fast.lab import data, options, report
-from sadp_fast.lab.config import TrainConfig
 from sadp_fast.lab.figures import one_line_each, save, spread
 from sadp_fast.lab.methods import METHODS
+from sadp_fast.lab.settings import TrainConfig
 from sadp_fast.lab.study.store import environment
 from sadp_fast.lab.train import EVALUATION_BATCH, Trainer, train_epoch
 from sadp_fast.nn.node import reset

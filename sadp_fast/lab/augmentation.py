@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.distributions import Beta
 
 from ..ops.augment import reference
+from ..ops.common.dtypes import KERNEL_DTYPES
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
@@ -80,9 +80,9 @@ def crop_flip_normalise(
     for name, tensor in (("index", index), ("draws", draws), ("mean", mean), ("std", std)):
         if tensor is not None and tensor.device != images.device:
             raise ValueError(f"{name} is on {tensor.device} but images on {images.device}: move it there")
-    if dtype not in DTYPES or memory_format not in MEMORY_FORMATS:
+    if dtype not in KERNEL_DTYPES or memory_format not in MEMORY_FORMATS:
         raise ValueError(
-            f"dtype must be one of {DTYPES} and memory_format of {MEMORY_FORMATS}, got {dtype}, {memory_format}"
+            f"dtype must be one of {KERNEL_DTYPES} and memory_format of {MEMORY_FORMATS}, got {dtype}, {memory_format}"
         )
     if images.is_cuda:
         from ..ops.augment import op  # Triton is imported where it is used, so that CPU users need no Triton

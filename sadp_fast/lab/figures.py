@@ -1,4 +1,7 @@
-"""How results are shown: tables for terminals and Markdown, and plots without global state, all in one style."""
+"""How results are shown: tables for terminals and Markdown, and plots without global state, all in one style.
+
+A study's own plots are ``draw`` in its module, ``study/NAME.py``.
+"""
 
 from __future__ import annotations
 

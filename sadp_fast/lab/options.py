@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from . import data
-from .config import PRUNING, DataSettings, TrainConfig, TrainingSettings, implied_by, read_variant, write_variant
-from .data.registry import takers
+from .data.data_sets import takers
 from .models import MODELS
-from .settings import SettingError, add_options
+from .setting_fields import SettingError, add_options
+from .settings import PRUNING, DataSettings, TrainConfig, TrainingSettings, implied_by, read_variant, write_variant
 
 
 class CommandError(RuntimeError):

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .config import TrainConfig, read_variant
 from .data import Dataset
 from .figures import Table, accuracy_scale, learning_curve, legend_below, optional, panels, save
 from .methods import METHODS
+from .settings import TrainConfig, read_variant
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable

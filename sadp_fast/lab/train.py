@@ -26,8 +26,8 @@ from ..prune.sadp import SADP
 from ..statistics.exact_norms import gradient_norms
 from . import models
 from .augmentation import crop_flip_normalise, draw_augmentation, draw_mixup, mixup
-from .config import AMP, EXACT, TrainConfig, device_kind
 from .data import Dataset, described, differ
+from .settings import AMP, EXACT, TrainConfig, device_kind
 from .sources import sources
 
 RISE = 0.05  # share of training in which the learning rate rises to its peak

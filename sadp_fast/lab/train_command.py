@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import data, progress, report, train
-from .config import TrainConfig, base_method, device_kind, folder_name
 from .loggers import open_loggers
 from .methods import METHODS
 from .options import CommandError, add_settings, check_device, list_of, variant, with_defaults
-from .settings import SettingError, add_options
+from .setting_fields import SettingError, add_options
+from .settings import TrainConfig, base_method, device_kind, folder_name
 
 if TYPE_CHECKING:
     from rich.console import Console

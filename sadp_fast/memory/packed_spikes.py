@@ -17,12 +17,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from ..ops.common.dtypes import KERNEL_DTYPES
 from ..ops.common.layout import is_dense
 from ..ops.common.spike_marks import marked_owner, promised
 from ..ops.spike_bits import reference as reference
 
 MAX_PLANES = 4  # values of more bits are kept as they are
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def packed_spikes() -> saved_tensors_hooks:
@@ -97,7 +97,7 @@ def _unchanged(tensor: Tensor, version: int) -> Tensor:
 
 def _block_to_pack(tensor: Tensor, owner: Tensor) -> Tensor | None:
     """The tensor whose elements, neighbours in memory, are to be packed for ``tensor``; None to keep it dense."""
-    packs = owner.dtype in DTYPES and 0 <= promised(owner) < 1 << MAX_PLANES and tensor.numel() > 0
+    packs = owner.dtype in KERNEL_DTYPES and 0 <= promised(owner) < 1 << MAX_PLANES and tensor.numel() > 0
     if not packs:
         return None
     # Repeated elements (stride 0) and gaps: the whole of the owner, which other views then share.

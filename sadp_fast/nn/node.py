@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.common.dispatch import runs_directly
+from ..ops.common.dtypes import KERNEL_DTYPES
 from ..ops.common.dynamics import Dynamics
 from ..ops.common.spike_marks import mark
 from ..ops.lif import reference as reference
@@ -301,7 +302,7 @@ class BaseNode(nn.Module):
             raise RuntimeError(
                 "backend='triton' needs a CUDA tensor, got one on the CPU; use backend=None for the plain torch path"
             )
-        if not runs_kernels or x.ndim < 2 or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        if not runs_kernels or x.ndim < 2 or x.dtype not in KERNEL_DTYPES:
             return None
         if torch.jit.is_tracing():  # type: ignore[attr-defined]  # sizes are tensors then
             return None

@@ -201,7 +201,7 @@ class Rect(Surrogate):
         return (alpha * x + 0.5).clamp(0, 1)
 
 
-# The position in this table is the kernels' SURROGATE constant (sadp_fast/ops/common/equations.py).
+# The position in this table is the kernels' SURROGATE constant (sadp_fast/ops/common/surrogate.py).
 FUSED = (Sigmoid, ATan, PiecewiseQuadratic, PiecewiseExp, SoftSign, SuperSpike, Erf, Rect)
 _FUSED_INDEX: dict[type, int] = {cls: i for i, cls in enumerate(FUSED)}
 _FUSED_BY_NAME = {cls.__name__: i for i, cls in enumerate(FUSED)}

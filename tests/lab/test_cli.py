@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from sadp_fast.lab import cli, data, loggers, models, options, progress, report, train_command
-from sadp_fast.lab.config import SCORES, TrainConfig
 from sadp_fast.lab.methods import METHODS
-from sadp_fast.lab.settings import SettingError
+from sadp_fast.lab.setting_fields import SettingError
+from sadp_fast.lab.settings import SCORES, TrainConfig
 from sadp_fast.prune.policies import POLICIES
 
 for package in ("sklearn", "rich", "matplotlib", "PIL"):

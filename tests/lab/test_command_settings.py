@@ -6,10 +6,10 @@ from dataclasses import MISSING, dataclass, fields
 import pytest
 
 from sadp_fast.lab import data, loggers, models
-from sadp_fast.lab.config import SETTINGS, TrainConfig
 from sadp_fast.lab.methods import METHODS, Method
 from sadp_fast.lab.registry import by_name
-from sadp_fast.lab.settings import SettingError, add_options, number, reader, setting
+from sadp_fast.lab.setting_fields import SettingError, add_options, number, reader, setting
+from sadp_fast.lab.settings import SETTINGS, TrainConfig
 from sadp_fast.prune.settings import Settings
 
 

@@ -12,10 +12,10 @@ import torch
 
 from sadp_fast.lab import data, options
 from sadp_fast.lab.augmentation import crop_flip_normalise
-from sadp_fast.lab.config import TrainConfig
 from sadp_fast.lab.data import images as readers
 from sadp_fast.lab.data.dataset import from_arrays
 from sadp_fast.lab.event_frames import event_frames
+from sadp_fast.lab.settings import TrainConfig
 
 PIL_Image = pytest.importorskip("PIL.Image")
 RNG = np.random.default_rng(0)

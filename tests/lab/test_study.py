@@ -19,7 +19,7 @@ from torch import nn
 
 from sadp_fast import SADP, BatchNormLIF, inclusion_probabilities, models, reset
 from sadp_fast.lab import cli, data, train
-from sadp_fast.lab.config import TrainConfig
+from sadp_fast.lab.settings import TrainConfig
 from sadp_fast.lab.sources import sources
 from sadp_fast.lab.study import command, plan, runs, timing, variance
 from sadp_fast.lab.study import measure as measuring

@@ -10,10 +10,10 @@ import torch
 
 from sadp_fast.lab import train
 from sadp_fast.lab.augmentation import crop_flip_normalise
-from sadp_fast.lab.config import SETTINGS, TrainConfig, folder_name, read_variant, write_variant
 from sadp_fast.lab.data import Dataset
 from sadp_fast.lab.methods import METHODS
-from sadp_fast.lab.settings import SettingError
+from sadp_fast.lab.setting_fields import SettingError
+from sadp_fast.lab.settings import SETTINGS, TrainConfig, folder_name, read_variant, write_variant
 from sadp_fast.lab.sources import sources
 from sadp_fast.lab.train import Trainer, TrainError
 from sadp_fast.memory import packed_spikes as spike_storage

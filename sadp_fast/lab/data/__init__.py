@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .data_sets import DATASETS, takers
 from .dataset import DataError, Dataset, described, differ
 from .events import EVENT_STEPS
 from .files import read_note
 from .images import the_archive
-from .registry import DATASETS, takers
 
 __all__ = ["DATASETS", "EVENTS", "EVENT_STEPS", "DataError", "Dataset", "described", "differ", "load", "recipe"]
 

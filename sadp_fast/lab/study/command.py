@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .. import config, models, report, train
+from .. import models, report, train
 from ..methods import METHODS
 from ..options import add_settings, check_device, list_of, variant
+from ..settings import ABOVE_ZERO, NATURAL, number
 from .plan import DEFAULT_METHODS, Plan, planned, remember, remembered, with_finished
 from .progress import Deadline, Display
 from .registry import STUDIES, write_report
@@ -19,7 +20,7 @@ from .runs import Runs
 from .store import refusing, write_json
 from .study import NothingFinished, Result, Study
 
-RATIO = config.number(float, lambda value: 0 < value < 1, "above 0 and below 1")
+RATIO = number(float, lambda value: 0 < value < 1, "above 0 and below 1")
 STOPPED = 3  # the exit code where --stop-after left runs out
 
 
@@ -46,11 +47,11 @@ def add_parser(commands: Any) -> None:
         f"sadp:weights=unbiased (default: {', '.join(DEFAULT_METHODS)})",
     )
     option("--ratios", type=list_of(RATIO), metavar="LIST", help="pruning ratios (default: 0.3,0.5,0.7)")
-    option("--seeds", type=list_of(config.NATURAL), metavar="LIST", help="seeds (default: 0,1,2)")
+    option("--seeds", type=list_of(NATURAL), metavar="LIST", help="seeds (default: 0,1,2)")
     option("--quick", action="store_true", help="mlp, 8 epochs, seeds 0,1, fewer examples: minutes on two CPU cores")
     option(
         "--stop-after",
-        type=config.ABOVE_ZERO,
+        type=ABOVE_ZERO,
         metavar="MINUTES",
         help="begin no run that would take longer than that from now on, stop the one under way after a whole epoch, "
         f"show what is there and end with exit code {STOPPED}",

@@ -26,10 +26,10 @@ from ...statistics.record import record
 from ...statistics.score import spike_aware_score
 from .. import models, train
 from ..augmentation import crop_flip_normalise
-from ..config import TrainConfig
 from ..data import Dataset
 from ..methods import METHODS
 from ..registry import by_name
+from ..settings import TrainConfig
 
 AGES = (0, 1, 5)  # epochs that lie between a score and the gradient norm that it is used for
 _BATCH = 64

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from .. import config, data
-from ..config import TrainConfig, base_method
+from .. import data
 from ..methods import METHODS
 from ..options import with_defaults
+from ..settings import SETTINGS, TrainConfig, base_method, settings_of, write_variant
 from .store import Store, StudyError, as_json, training_identity, write_json
 
 # In the order in which tables and plots show them; a method that only `--methods` names comes last.
@@ -52,7 +52,7 @@ class Plan:
 
     Attributes:
         base: conditions that all runs share; their method, ratio and seed are set run by run.
-        methods: and variants of them (see `config.read_variant`), as tables and plots show them.
+        methods: and variants of them (see `settings.read_variant`), as tables and plots show them.
         ratios, seeds: every combination with the methods is a run; "full" and its variants are one run a seed.
         size: of what is measured beside the training runs.
         data_dir: of the data set.
@@ -206,11 +206,9 @@ def run_of(identity: dict[str, Any], base: TrainConfig) -> tuple[str, float, int
     own = asdict(run.settled(run.epochs))
     plain = {key: own[key] if value is None else value for key, value in asdict(asked).items()}
     changes = {
-        key: found[key]
-        for key in config.SETTINGS
-        if key in config.settings_of(method) and key in found and found[key] != plain[key]
+        key: found[key] for key in SETTINGS if key in settings_of(method) and key in found and found[key] != plain[key]
     }
     if None in changes.values():  # a default that only a whole study can have
         return None
-    variant = config.write_variant(method, changes)
+    variant = write_variant(method, changes)
     return (variant, ratio, seed) if identity == as_json(training_identity(base.of(variant))) else None

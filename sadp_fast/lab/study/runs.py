@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import train
-from ..config import TrainConfig, folder_name
 from ..data import Dataset, described, differ, load
+from ..settings import TrainConfig, folder_name
 from .measure import Trajectory, measured_epochs
 from .plan import Plan
 from .progress import Deadline, Display, OutOfTime

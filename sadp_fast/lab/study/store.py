@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import report
-from ..config import TrainConfig
 from ..report import write_json
+from ..settings import TrainConfig
 from ..sources import sources
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from .. import report
-from ..config import TrainConfig
 from ..data import described, differ
 from ..figures import Row, Table, by_value, mean, save
+from ..settings import TrainConfig
 from .plan import Plan
 from .runs import Runs, StudyError
 

@@ -20,8 +20,8 @@ import torch
 from ...prune.batching import Drawn, pack, shuffled
 from ...prune.sampling import sample
 from .. import data, train
-from ..config import TrainConfig
 from ..figures import GREY, Row, Table, by_value, legend_below, mean, optional, panels, ranges, spread
+from ..settings import TrainConfig
 from . import study
 from .plan import Plan
 

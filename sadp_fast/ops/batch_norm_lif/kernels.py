@@ -29,7 +29,6 @@ import triton
 import triton.language as tl
 
 from ..common.equations import (
-    INTERPRETED,
     RelativeMembrane,
     drive_shift,
     grad_charge_relative,
@@ -38,6 +37,7 @@ from ..common.equations import (
     reset,
 )
 from ..common.rows import Rows, step_before, step_behind
+from ..common.surrogate import INTERPRETED
 
 # ----------------------------------------------------------------------------------------------- parts of the kernels
 

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...native import library
-from .equations import INTERPRETED
+from .surrogate import INTERPRETED
 
 _current_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 

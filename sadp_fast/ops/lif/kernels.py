@@ -26,7 +26,6 @@ import triton
 import triton.language as tl
 
 from ..common.equations import (
-    INTERPRETED,
     LEARNED_RECIPROCAL,
     Membrane,
     charge,
@@ -41,6 +40,7 @@ from ..common.equations import (
 from ..common.lane_sums import Sums, add_step
 from ..common.launch import await_previous_kernel
 from ..common.rows import Rows
+from ..common.surrogate import INTERPRETED
 
 # ------------------------------------------------------------------------------------------------ parts of both kernels
 

@@ -18,13 +18,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..common.dispatch import nothing, refuse_second_derivative, runs_directly
+from ..common.dtypes import KERNEL_DTYPES
 from ..common.dynamics import Dynamics
 from ..common.layout import sequence_like, sequence_strides, v_like, with_dense_inner
 from ..common.saved_tensors import hooks_of_saved_tensors
 from .configuration import Stores, Wanted, chunk_steps, takes_several_chunks
 from .launch import Constants, add_partials, constants_of, run_backward, run_forward
-
-SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # ---------------------------------------------------------------------------------------------- registered operators
 
@@ -279,7 +278,7 @@ def check(
     channel_scale: Tensor | None,
 ) -> None:
     """Raises ValueError for what the kernels cannot take; ``lif`` lists it."""
-    if x.dtype not in SUPPORTED_DTYPES:
+    if x.dtype not in KERNEL_DTYPES:
         raise ValueError(f"x must be float32, float16 or bfloat16, got {x.dtype}; cast it or use the reference")
     if x.ndim < 2 or x.shape[0] == 0:
         raise ValueError(f"x must be [T, N, *] with at least one step, got shape {tuple(x.shape)}")

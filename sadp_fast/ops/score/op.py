@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..common.dtypes import KERNEL_DTYPES
 from ..common.launch import Launch
 from ..common.layout import inner_is_dense
 from ..common.prepared import keep
@@ -32,7 +33,7 @@ def write_energy(t: Tensor, out: Tensor, add: bool) -> bool:
     steps, examples = t.shape[:2]
     size = math.prod(t.shape[2:])
     if (
-        t.dtype not in (torch.float32, torch.float16, torch.bfloat16)
+        t.dtype not in KERNEL_DTYPES
         or not 0 < steps * size <= _LARGEST
         or examples == 0
         or out.device != t.device
