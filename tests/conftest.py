@@ -14,6 +14,8 @@ import sys
 import time
 from collections import Counter, defaultdict
 from datetime import datetime, timezone
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,7 +106,7 @@ class Outcomes:
                 "device": torch.cuda.get_device_name() if cuda else "CPU (Triton kernels in the interpreter)",
                 "python": platform.python_version(),
                 "torch": torch.__version__,
-                "triton": getattr(sys.modules.get("triton"), "__version__", None),
+                "triton": version("triton") if find_spec("triton") else None,
             },
             "complete": self.complete,
             "total": dict(sum(self.counts.values(), Counter())),
