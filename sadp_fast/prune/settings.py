@@ -101,9 +101,8 @@ class Settings:
                 raise TypeError(f"{each.name} must be an integer or None, got {value!r}: pass a number of epochs")
             allowed, requirement = each.metadata["range"]
             if not isinstance(value, kinds) or not allowed(value):
-                raise ValueError(
-                    f"{each.name} must be {requirement}, got {value!r} ({each.metadata['help']}): pass such a value"
-                )
+                told = each.metadata["help"]
+                raise ValueError(f"{each.name} must be {requirement}, got {value!r} ({told}): pass such a value")
             # NumPy's numbers overflow where Python's do not, and cannot be loaded from a checkpoint.
             object.__setattr__(self, each.name, kind(value))
         SCORES.find(self.score)
