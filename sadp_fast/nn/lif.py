@@ -1,4 +1,8 @@
-"""The neurons: SpikingJelly's constructors around ``node.BaseNode``."""
+"""The neurons: SpikingJelly's constructors around ``node.BaseNode``.
+
+A new one has its constants in ``ops/common/dynamics.py``, its step in ``ops/lif/reference.py`` and state beside v in
+``node.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The floating types that kernels read and write; their arithmetic is float32."""
+"""The floating types that kernels read and write; their arithmetic is float32.
+
+One of another size than 2 or 4 bytes needs entries in ``ops/lif/configuration.py``, too.
+"""
 
 import torch
 
