@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# PyTorch 2.13.0 on a CPU: the gradients of nn.BatchNorm2d in training are wrong, without a word, for a batch of one image
+# PyTorch 2.13.0 on a CPU: the gradients of nn.BatchNorm2d are wrong, without a word, for a batch of one image
 # that was laid out channels last and given its batch dimension by unsqueeze(0) - as an image of an array [H, W, C] is.
 # The forward pass is right. The same numbers in a batch of one in any other layout, or copied, have right gradients.
 #
@@ -21,8 +21,8 @@ torch.manual_seed(0)
 image = torch.randn(4, 5, 3).permute(2, 0, 1)  # an array [H, W, C] as [C, H, W]
 
 
-def gradients(x, dtype=torch.float32):
-    x, norm = x.detach().to(dtype).requires_grad_(), nn.BatchNorm2d(3).to(dtype)
+def gradients(x, dtype=torch.float32, training=True):
+    x, norm = x.detach().to(dtype).requires_grad_(), nn.BatchNorm2d(3).to(dtype).train(training)
     out = norm(x)
     (out * torch.arange(out.numel(), dtype=dtype).sin().view(out.shape)).sum().backward()
     return out.detach(), x.grad, norm.weight.grad, norm.bias.grad
@@ -47,5 +47,8 @@ wrong, right = gradients(one), gradients(one.contiguous())
 assert torch.allclose(wrong[0].double(), exact[0], atol=1e-5), "the forward pass is wrong, too"
 assert torch.allclose(right[1].double(), exact[1], atol=1e-5)
 assert not torch.allclose(wrong[1].double(), exact[1], atol=0.1), "CHANGED: the gradient is right now"
+frozen = gradients(one, training=False)[1].double(), gradients(one.contiguous(), torch.float64, False)[1]
+assert not torch.allclose(*frozen, atol=0.1), "CHANGED: the gradient is right in evaluation"
+print("in evaluation, error of the gradient of the input:", f"{(frozen[0] - frozen[1]).abs().max().item():.1e}")
 print("still so: wrong gradients for image.unsqueeze(0)")
 PYTHON

@@ -344,13 +344,14 @@ def test_a_node_that_was_compiled_runs_eagerly_too(kernel_device):
     assert torch.equal(layer(x), twin(x)) and layer.num_batches_tracked == 2
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_one_image_behind_unsqueeze_has_right_gradients_on_the_cpu(dtype):
+def test_one_image_behind_unsqueeze_has_right_gradients_on_the_cpu(dtype, training):
     """torch's batch normalisation has wrong ones for these strides: findings/batch-norm-of-one-unsqueezed-image.sh."""
     image = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0)).permute(2, 0, 1).unsqueeze(0)
     found = []
     for x, kind in ((image, dtype), (image.contiguous(), torch.float64)):
-        layer = make(5, backend="torch").to(kind)
+        layer = make(5, backend="torch").to(kind).train(training)
         x = torch.empty_strided(x.shape, x.stride(), dtype=kind).copy_(x).requires_grad_()
         out = layer(x, repeat=3)
         (out * torch.arange(out.numel(), dtype=kind).sin().view(out.shape)).sum().backward()
